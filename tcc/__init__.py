@@ -1,0 +1,1 @@
+"""tcc: a token-caching compiler for diffusion transformers."""

@@ -1,0 +1,46 @@
+"""The errors that tcc raises; each message says what happened, where, and what to do."""
+
+from __future__ import annotations
+
+__all__ = [
+    "AnalysisError",
+    "CallError",
+    "CaptureError",
+    "ModelError",
+    "PassError",
+    "PlanError",
+    "TccError",
+    "VerificationError",
+]
+
+
+class TccError(Exception):
+    """Base of every error that tcc raises on purpose."""
+
+
+class ModelError(TccError, ValueError):
+    """The weights or the configuration given for a model do not describe that model."""
+
+
+class CaptureError(TccError, RuntimeError):
+    """`torch.export` refused the model; always raised `from` the cause."""
+
+
+class AnalysisError(TccError, RuntimeError):
+    """The captured graph has no recognisable residual stream, or a value in it could not be followed."""
+
+
+class PlanError(TccError, ValueError):
+    """The plan contradicts itself, does not belong to the model, or could not be read from its file."""
+
+
+class CallError(TccError, RuntimeError):
+    """A compiled model was called out of step order, or with another shape, dtype or device."""
+
+
+class PassError(TccError, RuntimeError):
+    """A pass failed; names the pass, the node and the user's source line."""
+
+
+class VerificationError(TccError, RuntimeError):
+    """A graph broke a rule after a pass; names the rule and shows the neighbourhood of the node."""
