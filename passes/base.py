@@ -1,0 +1,143 @@
+"""The pass interface, and the runner that checks the graph after each pass."""
+
+from __future__ import annotations
+
+import abc
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from tcc.errors import PassError, TccError, VerificationError
+from tcc.passes import dump
+from tcc.passes.graph import evaluate, fake_mode_of, graph_text, source_line
+
+__all__ = ["Pass", "PassRecord", "run_passes", "verify"]
+
+logger = logging.getLogger(__name__)
+
+
+class Pass(abc.ABC):
+    """One rewrite of a graph module. Subclasses are frozen dataclasses whose fields are the options.
+
+    A pass only edits nodes. The runner removes dead code, recompiles, verifies, times and dumps.
+    """
+
+    #: True where the outputs stay equal up to the rounding of re-ordered sums; False for token caching itself.
+    exact: ClassVar[bool] = True
+
+    @abc.abstractmethod
+    def run(self, gm: fx.GraphModule) -> int:
+        """Edit `gm.graph` in place and return the number of edits (0: the graph is unchanged)."""
+
+    @property
+    def name(self) -> str:
+        """The name shown in dumps and errors."""
+        return type(self).__name__
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass did: its name, its edits, the node counts around it, and its seconds."""
+
+    name: str
+    edits: int
+    nodes_before: int
+    nodes_after: int
+    seconds: float
+
+
+def run_passes(gm: fx.GraphModule, passes: Sequence[Pass], *, label: str = "graph", check: bool = True) -> list[PassRecord]:
+    """Run `passes` in order on `gm`, in place.
+
+    Args:
+        gm: a functional graph module whose nodes carry fake values in `meta["val"]`.
+        passes: the ordered list.
+        label: names this graph in dumps and errors.
+        check: re-propagate fake tensors and check the graph after each pass.
+
+    Returns:
+        One record per pass.
+
+    Raises:
+        PassError: a pass raised; the message names the pass, the passes before it, and the node if known.
+        VerificationError: the graph broke a rule after a pass.
+    """
+    records: list[PassRecord] = []
+    dump.write(label, 0, "captured", gm.graph)
+    for number, item in enumerate(passes, start=1):
+        before, text = len(gm.graph.nodes), graph_text(gm.graph) if check else ""
+        start = time.perf_counter()
+        edits = _run_one(gm, item, [r.name for r in records])
+        gm.graph.eliminate_dead_code()
+        gm.recompile()
+        if check:
+            _check_count(item, edits, text, graph_text(gm.graph))
+            verify(gm, f"{label}: {item.name}")
+        records.append(PassRecord(item.name, edits, before, len(gm.graph.nodes), time.perf_counter() - start))
+        dump.write(label, number, item.name, gm.graph)
+        logger.debug("%s: %s made %d edits", label, item.name, edits)
+    return records
+
+
+def _run_one(gm: fx.GraphModule, item: Pass, ran_before: list[str]) -> int:
+    try:
+        return item.run(gm)
+    except TccError:
+        raise
+    except Exception as error:
+        before = ", ".join(ran_before) or "none"
+        raise PassError(
+            f"{item.name} failed (passes before it: {before}): {type(error).__name__}: {error}. "
+            "This is a defect of the pass: set TCC_DUMP=<folder> to keep the graphs, and report it."
+        ) from error
+
+
+def _check_count(item: Pass, edits: int, before: str, after: str) -> None:
+    if (edits > 0) != (before != after):
+        did = "changed" if before != after else "did not change"
+        raise PassError(f"{item.name} reported {edits} edits but {did} the graph: run() must return the true count")
+
+
+def verify(gm: fx.GraphModule, where: str) -> None:
+    """Check `gm`: FX lint, and that every node's value equals one computed anew (shape, dtype, device).
+
+    Raises:
+        VerificationError: names the rule, the node, its source line, and the lines around it.
+    """
+    try:
+        gm.graph.lint()
+    except RuntimeError as error:
+        raise VerificationError(f"{where}: the graph is not well formed: {error}") from error
+    with fake_mode_of(gm.graph), torch.no_grad():
+        for node in gm.graph.nodes:
+            if node.op in ("call_function", "call_method"):
+                _check_value(node, where)
+
+
+def _check_value(node: fx.Node, where: str) -> None:
+    if "val" not in node.meta:
+        raise VerificationError(_report(node, where, "every node carries a value", "this one has none"))
+    try:
+        new = evaluate(node)
+    except Exception as error:
+        raise VerificationError(_report(node, where, "every call is valid for its inputs", str(error))) from error
+    kept = node.meta["val"]
+    if isinstance(kept, torch.Tensor) and _facts(kept) != _facts(new):
+        what = f"recorded {_facts(kept)}, computed {_facts(new)}"
+        raise VerificationError(_report(node, where, "recorded values agree with the inputs", what))
+
+
+def _facts(val: torch.Tensor) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
+    return tuple(val.shape), val.dtype, val.device
+
+
+def _report(node: fx.Node, where: str, rule: str, what: str, around: int = 5) -> str:
+    lines = graph_text(node.graph).splitlines()
+    at = list(node.graph.nodes).index(node)
+    near = "\n".join(("> " if i == at else "  ") + lines[i] for i in range(max(0, at - around), min(len(lines), at + around + 1)))
+    return f"after {where}, rule '{rule}' is broken at node '{node.name}': {what}\n  {source_line(node)}\n{near}"

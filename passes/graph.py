@@ -1,0 +1,128 @@
+"""Reading and extending FX graphs: values, new nodes, printed text, source lines."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+__all__ = ["emit", "fake_mode_of", "graph_hash", "graph_text", "output_values", "shape", "source_line", "value"]
+
+
+def value(node: fx.Node) -> Any:
+    """The fake tensor (or other value) that `node` produces."""
+    return node.meta["val"]
+
+
+def shape(node: fx.Node) -> tuple[int, ...]:
+    """The shape of the tensor that `node` produces; () for values that are not tensors."""
+    val = node.meta.get("val")
+    return tuple(val.shape) if isinstance(val, torch.Tensor) else ()
+
+
+def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
+    """The fake mode under which the graph's values were made."""
+    for node in graph.nodes:
+        mode = getattr(node.meta.get("val"), "fake_mode", None)
+        if isinstance(mode, FakeTensorMode):
+            return mode
+    return FakeTensorMode()
+
+
+def evaluate(node: fx.Node) -> Any:
+    """The fake value of `node`, computed anew from the values of its inputs."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+    if node.op == "call_function":
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return node.meta["val"]
+
+
+def emit(
+    graph: fx.Graph,
+    target: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    like: fx.Node | None = None,
+) -> fx.Node:
+    """Add a call at the graph's insertion point, with its fake value.
+
+    Args:
+        graph: the graph; the caller has set its insertion point.
+        target: the function to call.
+        args: its arguments; nodes stand for their values.
+        kwargs: its keyword arguments.
+        like: a node whose module path and source line the new one takes over.
+    """
+    node = graph.call_function(target, args, kwargs or {})
+    if like is not None:
+        for key in ("nn_module_stack", "stack_trace"):
+            if key in like.meta:
+                node.meta[key] = like.meta[key]
+    with fake_mode_of(graph), torch.no_grad():
+        node.meta["val"] = evaluate(node)
+    return node
+
+
+def output_values(graph: fx.Graph) -> tuple[Any, ...]:
+    """The flat tuple that the graph returns."""
+    return tuple(graph.output_node().args[0])  # type: ignore[arg-type]
+
+
+def source_line(node: fx.Node) -> str:
+    """The user's source line that made `node`, or the module path where no line is on record."""
+    trace = node.meta.get("stack_trace") or ""
+    places = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
+    if places:
+        return places[-1]
+    return f"module {module_path(node) or '(top)'}"
+
+
+def module_path(node: fx.Node) -> str:
+    """The dotted path of the module whose forward made `node`."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [entry[0] for entry in stack.values()]
+    return str(paths[-1]) if paths else ""
+
+
+def graph_text(graph: fx.Graph) -> str:
+    """The graph as text, one node a line, values numbered so that node names do not matter."""
+    numbers = {node: f"%{i}" for i, node in enumerate(graph.nodes)}
+    lines = []
+    for node in graph.nodes:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _Name(numbers[n]))
+        what = str(node.target) if node.op in ("placeholder", "get_attr") else _target_name(node.target)
+        inputs = ", ".join([*map(repr, args), *(f"{k}={v!r}" for k, v in kwargs.items())])
+        lines.append(f"{numbers[node]} = {node.op} {what}({inputs}) -> {_describe(node.meta.get('val'))}")
+    return "\n".join(lines)
+
+
+def graph_hash(graph: fx.Graph, extra: Iterable[str] = ()) -> str:
+    """SHA-256 over the graph's text; parameters count by name, shape and dtype, not by content."""
+    digest = hashlib.sha256(graph_text(graph).encode())
+    for item in extra:
+        digest.update(item.encode())
+    return digest.hexdigest()
+
+
+class _Name(str):
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _target_name(target: Any) -> str:
+    return str(target) if not callable(target) or hasattr(target, "_schema") else target.__name__
+
+
+def _describe(val: Any) -> str:
+    if isinstance(val, torch.Tensor):
+        return f"{str(val.dtype).removeprefix('torch.')}{list(val.shape)}"
+    if isinstance(val, (tuple, list)):
+        return "(" + ", ".join(_describe(v) for v in val) + ")"
+    return type(val).__name__

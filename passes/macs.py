@@ -1,0 +1,44 @@
+"""Multiply-accumulates of a graph: matrix products, convolutions and attention products.
+
+Counted as in DESIGN: the adaLN projections are in, normalisations and pointwise work are not. One multiply and one add
+are one MAC.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from tcc.passes.graph import shape
+
+__all__ = ["count", "node_macs"]
+
+aten = torch.ops.aten
+
+
+def count(nodes: Iterable[fx.Node]) -> int:
+    """The MACs of `nodes`, for the whole batch that the graph was captured with."""
+    return sum(node_macs(node) for node in nodes)
+
+
+def node_macs(node: fx.Node) -> int:
+    """The MACs of one node; 0 for everything that is not a product."""
+    if node.op != "call_function":
+        return 0
+    args: Any = node.args
+    if node.target is aten.linear.default:
+        return math.prod(shape(node)) * shape(args[0])[-1]
+    if node.target in (aten.mm.default, aten.bmm.default, aten.matmul.default):
+        return math.prod(shape(node)) * shape(args[0])[-1]
+    if node.target in (aten.addmm.default, aten.baddbmm.default):
+        return math.prod(shape(node)) * shape(args[1])[-1]
+    if node.target is aten.scaled_dot_product_attention.default:
+        scores = math.prod(shape(args[0])[:-1]) * shape(args[1])[-2]
+        return scores * (shape(args[0])[-1] + shape(args[2])[-1])
+    if node.target in (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default):
+        return math.prod(shape(node)) * math.prod(shape(args[1])[1:])
+    return 0

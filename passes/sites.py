@@ -1,0 +1,307 @@
+"""The sites of a captured graph: the named values that a plan may keep from one step to the next.
+
+Sites refer to graph nodes by name, and copies of a graph keep the names, so one analysis serves every variant.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from tcc.passes.graph import shape, source_line, value
+from tcc.passes.macs import count
+from tcc.passes.streams import Block, Branch, Dataflow, Stream, find_stream
+from tcc.passes.token_axis import NotTokenLocal, narrowing, operands
+from tcc.passes.tokens import Axis
+
+__all__ = ["Analysis", "Site", "analyse", "find_grid", "follow"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Site:
+    """A value that can be kept from step to step.
+
+    Attributes:
+        name: `<block>.<branch>.out`, `.delta`, `.kv`, `<block>.delta` or `<block>.stream`.
+        kind: `out`, `delta`, `block`, `stream` or `kv`.
+        block: the index of its block; one past the last for `out.stream`.
+        values: names of the graph values it consists of: one; K and V for `kv`; the summands for `block`.
+        stream_in: name of the stream value that a `delta` or `block` is added to, else "".
+        stream_out: name of the stream value after that addition, else "".
+        attention: names of the self-attention nodes that compute it.
+        shape: the shape of each kept tensor.
+        dtype: their dtype.
+        axis: where the tokens lie in them.
+        macs: multiply-accumulates of computing it from the stream, for the captured batch.
+        reason: why its tokens cannot be pruned, "" where they can.
+    """
+
+    name: str
+    kind: str
+    block: int
+    values: tuple[str, ...]
+    stream_in: str
+    stream_out: str
+    attention: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    axis: Axis
+    macs: int
+    reason: str
+
+    @property
+    def prunable(self) -> bool:
+        """Whether single tokens of the site can be updated."""
+        return not self.reason
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The names of the slots that keep it."""
+        return (f"{self.name}.k", f"{self.name}.v") if self.kind == "kv" else (self.name,)
+
+    @property
+    def bytes(self) -> int:
+        """The size of its slots."""
+        return math.prod(self.shape) * self.dtype.itemsize * len(self.slots)
+
+    def overlaps(self, other: Site) -> bool:
+        """Whether both sites keep parts of the same branch, so that a plan can act on only one of them."""
+        if self.block != other.block or "kv" in (self.kind, other.kind) or "stream" in (self.kind, other.kind):
+            return False
+        if "block" in (self.kind, other.kind):
+            return True
+        return self.name.rsplit(".", 1)[0] == other.name.rsplit(".", 1)[0]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What the analyses found out about a captured graph.
+
+    Attributes:
+        blocks: block names, in order.
+        sites: every site by name, in graph order.
+        token_axis: the token axis of the stream.
+        num_tokens: the tokens of the stream, S.
+        stream_shape: the shape of the stream, `[B, S, D]`.
+        grid: the grid of the image tokens, (h, w) or (t, h, w); () where none was found.
+        macs: the graph's MACs, for the captured batch.
+    """
+
+    blocks: tuple[str, ...]
+    sites: dict[str, Site]
+    token_axis: Axis
+    num_tokens: int
+    stream_shape: tuple[int, ...]
+    grid: tuple[int, ...]
+    macs: int
+
+
+def analyse(graph: fx.Graph) -> Analysis:
+    """Stream, blocks, sites, token axis and grid of `graph`.
+
+    Raises:
+        AnalysisError: the graph has no recognisable residual stream.
+    """
+    stream, flow = find_stream(graph), Dataflow(graph)
+    axis = _token_axis(stream, flow)
+    sites: dict[str, Site] = {}
+    for index, block in enumerate(stream.blocks):
+        for site in _block_sites(block, index, axis, flow):
+            sites[site.name] = site
+    last = stream.blocks[-1].stream_out
+    end = _stream_site("out", len(stream.blocks), last, axis)
+    sites[end.name] = end
+    return Analysis(
+        blocks=tuple(block.name for block in stream.blocks),
+        sites=sites,
+        token_axis=axis,
+        num_tokens=stream.shape[axis.dim],
+        stream_shape=stream.shape,
+        grid=find_grid(stream, axis),
+        macs=count(graph.nodes),
+    )
+
+
+def follow(target: fx.Node, axis: Axis, origin: fx.Node, flow: Dataflow) -> tuple[set[Axis], str]:
+    """Follow the token axis of `target` up to `origin`.
+
+    Returns:
+        The axes under which `origin` is reached, and the reason why the tokens cannot be followed ("" if they can).
+    """
+    found: set[Axis] = set()
+    todo, seen = [(target, axis)], set()
+    while todo:
+        node, here = todo.pop()
+        if (node, here) in seen:
+            continue
+        seen.add((node, here))
+        if node is origin:
+            found.add(here)
+        elif flow.depends(node, origin):
+            try:
+                wanted = narrowing(node, here, 1).operands
+            except NotTokenLocal as blocked:
+                return found, f"{blocked} ({source_line(node)})"
+            todo += [(operand, wanted[path]) for path, operand in operands(node) if path in wanted]
+    return found, ""
+
+
+def _token_axis(stream: Stream, flow: Dataflow) -> Axis:
+    """The stream dimension that the first self-attention's queries count; the last but one where none tells."""
+    for block in stream.blocks:
+        for _, branch in block.branches:
+            for node in branch.attention:
+                query = node.args[0]
+                assert isinstance(query, fx.Node)
+                axes, reason = follow(query, Axis(len(shape(query)) - 2), branch.origin, flow)
+                if not reason and len(axes) == 1:
+                    return axes.pop()
+    return Axis(max(0, len(stream.shape) - 2))
+
+
+def _block_sites(block: Block, index: int, axis: Axis, flow: Dataflow) -> list[Site]:
+    sites = [_stream_site(block.name, index, block.stream_in, axis)]
+    for name, branch in block.branches:
+        sites += _branch_sites(f"{block.name}.{name}", index, branch, axis, flow)
+    if block.continuous:
+        sites.append(_block_delta(block, index, axis, flow))
+    return sites
+
+
+def _stream_site(block: str, index: int, node: fx.Node, axis: Axis) -> Site:
+    val = value(node)
+    reason = "a stream is held as a whole: prune the sites that are added to it"
+    return Site(
+        f"{block}.stream", "stream", index, (node.name,), "", "", (), tuple(val.shape), val.dtype, axis, 0, reason
+    )
+
+
+def _branch_sites(prefix: str, index: int, branch: Branch, axis: Axis, flow: Dataflow) -> list[Site]:
+    own = _self_attention(branch, flow)
+    names = tuple(node.name for node in own)
+    reason = _why_not(branch.delta, axis, [(branch, branch.origin)], flow)
+    macs = count(branch.nodes)
+    delta = value(branch.delta)
+    sites = [
+        Site(
+            f"{prefix}.out", "out", index, (branch.out.name,), "", "", names,
+            shape(branch.out), value(branch.out).dtype, axis, macs, reason,
+        ),
+        Site(
+            f"{prefix}.delta", "delta", index, (branch.delta.name,), branch.stream_in.name, branch.add.name, names,
+            tuple(delta.shape), delta.dtype, axis, macs, reason,
+        ),
+    ]  # fmt: skip
+    if len(own) == 1:
+        sites.insert(0, _kv_site(prefix, index, own[0], branch, axis, flow))
+    return sites
+
+
+def _kv_site(prefix: str, index: int, node: fx.Node, branch: Branch, axis: Axis, flow: Dataflow) -> Site:
+    key, val = node.args[1], node.args[2]
+    assert isinstance(key, fx.Node) and isinstance(val, fx.Node)
+    where = Axis(len(shape(key)) - 2)
+    reason = _keys_reason(branch, axis, branch.origin, flow)
+    macs = count(n for n in flow.between(branch.origin, [key, val]))
+    return Site(
+        f"{prefix}.kv", "kv", index, (key.name, val.name), "", "", (node.name,),
+        shape(key), value(key).dtype, where, macs, reason,
+    )  # fmt: skip
+
+
+def _block_delta(block: Block, index: int, axis: Axis, flow: Dataflow) -> Site:
+    parts = [branch for _, branch in block.branches]
+    reason = next(
+        (r for b in parts if (r := _why_not(b.delta, axis, [(p, block.stream_in) for p in parts], flow))), ""
+    )
+    val = value(parts[-1].delta)
+    attention = tuple(node.name for b in parts for node in _self_attention(b, flow))
+    return Site(
+        f"{block.name}.delta", "block", index, tuple(b.delta.name for b in parts), block.stream_in.name,
+        block.stream_out.name, attention, tuple(val.shape), val.dtype, axis, count({n for b in parts for n in b.nodes}),
+        reason,
+    )  # fmt: skip
+
+
+def _self_attention(branch: Branch, flow: Dataflow) -> list[fx.Node]:
+    return [n for n in branch.attention if isinstance(n.args[1], fx.Node) and flow.depends(n.args[1], branch.origin)]
+
+
+def _why_not(target: fx.Node, axis: Axis, parts: Iterable[tuple[Branch, fx.Node]], flow: Dataflow) -> str:
+    """Why the tokens of `target` cannot be computed alone, "" if they can."""
+    for branch, origin in parts:
+        if target is branch.delta:
+            axes, reason = follow(target, axis, origin, flow)
+            reason = reason or _keys_reason(branch, axis, origin, flow)
+            if reason or axes - {axis}:
+                return reason or "the tokens change their order on the way from the stream"
+    return "" if axis.plain else "the stream's tokens share their dimension with something else"
+
+
+def _keys_reason(branch: Branch, axis: Axis, origin: fx.Node, flow: Dataflow) -> str:
+    for node in _self_attention(branch, flow):
+        for operand in node.args[1:3]:
+            assert isinstance(operand, fx.Node)
+            axes, reason = follow(operand, Axis(len(shape(operand)) - 2), origin, flow)
+            if reason or axes != {axis}:
+                return reason or f"keys of attention '{node.name}' do not follow the stream's tokens"
+    return ""
+
+
+def find_grid(stream: Stream, axis: Axis) -> tuple[int, ...]:
+    """The image grid: the dimensions that a view merges into, or splits from, the token axis; () if none is found."""
+    first, last = stream.blocks[0].stream_in, stream.blocks[-1].stream_out
+    return _grid_above(first, axis) or _grid_below(last, axis)
+
+
+def _grid_above(node: fx.Node, axis: Axis) -> tuple[int, ...]:
+    todo, seen = [(node, axis)], set()
+    while todo:
+        here, at = todo.pop()
+        if here in seen or here.op != "call_function":
+            continue
+        seen.add(here)
+        try:
+            wanted = narrowing(here, at, 1).operands
+        except NotTokenLocal:
+            if here.target in (aten.view.default, aten.reshape.default) and at.plain:
+                source = here.args[0]
+                assert isinstance(source, fx.Node)
+                return _split(shape(source), math.prod(shape(here)[: at.dim]), shape(here)[at.dim])
+            continue
+        todo += [(operand, wanted[path]) for path, operand in operands(here) if path in wanted]
+    return ()
+
+
+def _grid_below(node: fx.Node, axis: Axis) -> tuple[int, ...]:
+    """Walk down through values that keep the token axis where it is, to the view that splits it."""
+    tokens, todo, seen = shape(node)[axis.dim], [node], set()
+    while todo:
+        here = todo.pop(0)
+        for user in here.users:
+            if user in seen:
+                continue
+            seen.add(user)
+            sizes = shape(user)
+            if len(sizes) > axis.dim and sizes[axis.dim] == tokens:
+                todo.append(user)
+            elif user.target in (aten.view.default, aten.reshape.default):
+                return _split(sizes, math.prod(shape(here)[: axis.dim]), tokens)
+    return ()
+
+
+def _split(sizes: tuple[int, ...], before: int, tokens: int) -> tuple[int, ...]:
+    """The run of dimensions in `sizes` that starts after `before` elements and multiplies to `tokens`."""
+    for start in range(len(sizes)):
+        if math.prod(sizes[:start]) == before:
+            for stop in range(start + 1, len(sizes) + 1):
+                if math.prod(sizes[start:stop]) == tokens:
+                    found = tuple(s for s in sizes[start:stop] if s > 1)
+                    return found if len(found) > 1 else ()
+    return ()

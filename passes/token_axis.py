@@ -1,0 +1,307 @@
+"""Which dimension of a value counts tokens, op by op: the rules that let a gather move above an op.
+
+A rule answers one local question. Given a node and the token axis of its output, which operands carry the tokens too,
+along which axis, such that the node computed on those operands' kept tokens alone gives its own kept tokens? Operands
+that the answer leaves out are used whole. A rule that cannot answer raises `NotTokenLocal` with the reason, and the
+sites behind the node are then not prunable.
+
+Rules for the tensor operators that are marked pointwise are generic; the other families are below. `rule` registers
+one for a custom operator::
+
+    @tcc.passes.token_axis.rule(torch.ops.mylib.swiglu.default)
+    def _swiglu(node, axis, size):
+        return Narrowing({(0,): axis, (1,): axis})
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from tcc.passes.graph import shape, value
+from tcc.passes.tokens import Axis
+
+__all__ = ["Narrowing", "NotTokenLocal", "Path", "narrowing", "operands", "rule"]
+
+#: Where an operand stands in a call: a position, a keyword, or either followed by an index into a list.
+Path = tuple[int | str, ...]
+aten = torch.ops.aten
+
+
+class NotTokenLocal(Exception):  # noqa: N818 - an answer, not a failure
+    """The node's kept tokens need more than the kept tokens of its operands; the message says why."""
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """What computing a node for the kept tokens only needs.
+
+    Attributes:
+        operands: the operands to restrict to the kept tokens, with their token axis. The others are used whole.
+        literals: literal arguments (target shapes) with their value for `size` kept tokens.
+    """
+
+    operands: dict[Path, Axis]
+    literals: dict[Path, Any] = field(default_factory=dict)
+
+
+Rule = Callable[[fx.Node, Axis, int], Narrowing]
+_RULES: dict[Any, Rule] = {}
+
+
+def rule(*targets: Any) -> Callable[[Rule], Rule]:
+    """Register a rule for operators: `rule(node, axis, size) -> Narrowing`.
+
+    Args:
+        targets: operators (`torch.ops.aten.linear.default`) that the rule answers for.
+
+    The rule gets the node, the token axis of its output and the number of kept tokens, and raises `NotTokenLocal`
+    where the node mixes tokens.
+    """
+
+    def register(function: Rule) -> Rule:
+        for target in targets:
+            _RULES[target] = function
+        return function
+
+    return register
+
+
+def narrowing(node: fx.Node, axis: Axis, size: int) -> Narrowing:
+    """How `node` is computed for `size` kept tokens along `axis` of its output.
+
+    Raises:
+        NotTokenLocal: the node mixes tokens, or no rule is known for its operator.
+    """
+    found = _RULES.get(node.target)
+    if found is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        found = _pointwise
+    if found is None:
+        raise NotTokenLocal(f"no token rule for {node.target} (register one with tcc.passes.token_axis.rule)")
+    return found(node, axis, size)
+
+
+def operands(node: fx.Node) -> Iterator[tuple[Path, fx.Node]]:
+    """The node operands of a call, with their paths."""
+    for key, arg in [*enumerate(node.args), *node.kwargs.items()]:
+        if isinstance(arg, fx.Node):
+            yield (key,), arg
+        elif isinstance(arg, (list, tuple)):
+            for i, item in enumerate(arg):
+                if isinstance(item, fx.Node):
+                    yield (key, i), item
+
+
+def _arg(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _dim(index: int, rank: int) -> int:
+    return index % rank if rank else 0
+
+
+def _refuse_own(node: fx.Node, axis: Axis, dims: set[int], verb: str) -> None:
+    if axis.dim in dims:
+        raise NotTokenLocal(f"{node.target} {verb} the token axis")
+
+
+def _resized(sizes: tuple[int, ...], axis: Axis, size: int) -> list[int]:
+    new = list(sizes)
+    new[axis.dim] = axis.outer * size * axis.inner
+    return new
+
+
+@rule(aten._to_copy.default, aten.clone.default, aten.contiguous.default, aten.alias.default, aten.dropout.default)
+def _pointwise(node: fx.Node, axis: Axis, size: int) -> Narrowing:
+    """Broadcasting: an operand carries the tokens where its aligned dimension is not of size 1."""
+    rank, found = len(shape(node)), {}
+    for path, operand in operands(node):
+        sizes = shape(operand)
+        dim = axis.dim - (rank - len(sizes))
+        if dim >= 0 and sizes[dim] != 1:
+            found[path] = Axis(dim, axis.outer, axis.inner)
+    return Narrowing(found)
+
+
+@rule(aten.linear.default)
+def _linear(node: fx.Node, axis: Axis, size: int) -> Narrowing:
+    _refuse_own(node, axis, {len(shape(node)) - 1}, "mixes")
+    return Narrowing({(0,): axis})
+
+
+@rule(aten.mm.default, aten.bmm.default, aten.matmul.default, aten.addmm.default, aten.baddbmm.default)
+def _matmul(node: fx.Node, axis: Axis, size: int) -> Narrowing:
+    rank = len(shape(node))
+    first = 1 if node.target in (aten.addmm.default, aten.baddbmm.default) else 0
+    found: dict[Path, Axis] = {}
+    for path, side in (((first,), rank - 1), ((first + 1,), rank - 2)):
+        sizes = shape(node.args[path[0]])  # type: ignore[arg-type, index]
+        dim = axis.dim - (rank - len(sizes))
+        if axis.dim != side and dim >= 0 and sizes[dim] != 1:
+            found[path] = Axis(dim, axis.outer, axis.inner)
+    if first:
+        bias = _pointwise(node, axis, size).operands.get((0,))
+        found |= {(0,): bias} if bias else {}
+    return Narrowing(found)
+
+
+@rule(aten.layer_norm.default, aten.rms_norm.default)
+def _norm(node: fx.Node, axis: Axis, size: int) -> Narrowing:
+    rank = len(shape(node))
+    _refuse_own(node, axis, set(range(rank - len(node.args[1]), rank)), "normalises over")  # type: ignore[arg-type]
+    return Narrowing({(0,): axis})
+
+
+@rule(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten.cumsum.default, aten.flip.default,
+      aten.roll.default)  # fmt: skip
+def _along_dim(node: fx.Node, axis: Axis, size: int) -> Narrowing:
+    """Operators that mix one dimension, the last positional of (x, ..., dim)."""
+    where = node.args[2] if node.target == aten.roll.default else node.args[1]
+    dims = [where] if isinstance(where, int) else list(where)  # type: ignore[arg-type, call-overload]
+    _refuse_own(node, axis, {_dim(d, len(shape(node))) for d in dims}, "mixes")
+    return Narrowing({(0,): axis})
+
+
+@rule(aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.var.correction)
+def _reduce(node: fx.Node, axis: Axis, size: int) -> Narrowing:
+    rank = len(shape(node.args[0]))  # type: ignore[arg-type]
+    dims = _arg(node, 1, "dim")
+    if not dims:
+        raise NotTokenLocal(f"{node.target} reduces over all dimensions")
+    gone = {_dim(d, rank) for d in ([dims] if isinstance(dims, int) else dims)}
+    if len(shape(node)) == rank:
+        _refuse_own(node, axis, gone, "reduces over")
+        return Narrowing({(0,): axis})
+    kept = [d for d in range(rank) if d not in gone]
+    return Narrowing({(0,): Axis(kept[axis.dim], axis.outer, axis.inner)})
+
+
+@rule(aten.transpose.int, aten.permute.default, aten.t.default)
+def _permute(node: fx.Node, axis: Axis, size: int) -> Narrowing:
+    rank = len(shape(node))
+    order = list(range(rank))
+    if node.target == aten.permute.default:
+        order = [_dim(d, rank) for d in node.args[1]]  # type: ignore[union-attr, arg-type]
+    else:
+        a, b = (0, 1) if node.target == aten.t.default else (_dim(node.args[1], rank), _dim(node.args[2], rank))  # type: ignore[arg-type]
+        order[a], order[b] = order[b], order[a]
+    return Narrowing({(0,): Axis(order[axis.dim], axis.outer, axis.inner)})
+
+
+@rule(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.select.int, aten.unbind.int)
+def _add_or_drop_dims(node: fx.Node, axis: Axis, size: int) -> Narrowing:
+    rank = len(shape(node.args[0]))  # type: ignore[arg-type]
+    where = _arg(node, 1, "dim", 0)
+    if node.target == aten.unsqueeze.default:
+        new = _dim(where, rank + 1)
+        _refuse_own(node, axis, {new}, "makes")
+        dim = axis.dim - (axis.dim > new)
+    else:
+        dims = {_dim(d, rank) for d in ([where] if isinstance(where, int) else where)}
+        if node.target in (aten.squeeze.dim, aten.squeeze.dims):
+            dims = {d for d in dims if shape(node.args[0])[d] == 1}  # type: ignore[arg-type]
+        dim = [d for d in range(rank) if d not in dims][axis.dim]
+    return Narrowing({(0,): Axis(dim, axis.outer, axis.inner)})
+
+
+@rule(aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default,
+      aten.index_select.default, aten.constant_pad_nd.default)  # fmt: skip
+def _cut(node: fx.Node, axis: Axis, size: int) -> Narrowing:
+    """Operators that cut along one dimension and leave the others alone."""
+    rank = len(shape(node.args[0]))  # type: ignore[arg-type]
+    if node.target == aten.constant_pad_nd.default:
+        pads = list(node.args[1])  # type: ignore[arg-type]
+        cut = {rank - 1 - i // 2 for i, pad in enumerate(pads) if pad}
+    else:
+        at = 1 if node.target in (aten.slice.Tensor, aten.index_select.default) else 2
+        cut = {_dim(_arg(node, at, "dim", 0), rank)}
+    _refuse_own(node, axis, cut, "cuts")
+    return Narrowing({(0,): axis})
+
+
+@rule(operator.getitem)
+def _getitem(node: fx.Node, axis: Axis, size: int) -> Narrowing:
+    return Narrowing({(0,): axis})
+
+
+@rule(aten.cat.default, aten.stack.default)
+def _join(node: fx.Node, axis: Axis, size: int) -> Narrowing:
+    new = _dim(_arg(node, 1, "dim", 0), len(shape(node)))
+    _refuse_own(node, axis, {new}, "joins along")
+    dim = axis.dim - (axis.dim > new if node.target == aten.stack.default else 0)
+    return Narrowing({path: Axis(dim, axis.outer, axis.inner) for path, _ in operands(node)})
+
+
+@rule(aten.expand.default)
+def _expand(node: fx.Node, axis: Axis, size: int) -> Narrowing:
+    return Narrowing(_pointwise(node, axis, size).operands, {(1,): _resized(shape(node), axis, size)})
+
+
+@rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+def _view(node: fx.Node, axis: Axis, size: int) -> Narrowing:
+    """A view keeps the row-major order, so the tokens are found by how many elements come before them."""
+    sizes, source = shape(node), shape(node.args[0])  # type: ignore[arg-type]
+    tokens = sizes[axis.dim] // (axis.outer * axis.inner)
+    before = math.prod(sizes[: axis.dim]) * axis.outer
+    for dim, extent in enumerate(source):
+        prefix = math.prod(source[:dim])
+        outer = before // prefix if prefix else 0
+        if outer and before % prefix == 0 and extent % (outer * tokens) == 0 and extent >= tokens > 1:
+            found = Axis(dim, outer, extent // (outer * tokens))
+            return Narrowing({(0,): found}, {(1,): _resized(sizes, axis, size)})
+    raise NotTokenLocal(f"{node.target} {list(source)} -> {list(sizes)} merges or splits the token axis")
+
+
+@rule(aten.repeat.default)
+def _repeat(node: fx.Node, axis: Axis, size: int) -> Narrowing:
+    times = list(node.args[1])  # type: ignore[arg-type]
+    if times[axis.dim] != 1:
+        raise NotTokenLocal(f"{node.target} repeats the token axis")
+    dim = axis.dim - (len(times) - len(shape(node.args[0])))  # type: ignore[arg-type]
+    return Narrowing({(0,): Axis(dim, axis.outer, axis.inner)})
+
+
+@rule(aten.repeat_interleave.self_int)
+def _repeat_interleave(node: fx.Node, axis: Axis, size: int) -> Narrowing:
+    dim = _arg(node, 2, "dim")
+    if dim is None:
+        raise NotTokenLocal(f"{node.target} flattens the token axis")
+    _refuse_own(node, axis, {_dim(dim, len(shape(node)))}, "repeats")
+    return Narrowing({(0,): axis})
+
+
+@rule(aten.embedding.default)
+def _embedding(node: fx.Node, axis: Axis, size: int) -> Narrowing:
+    _refuse_own(node, axis, {len(shape(node)) - 1}, "makes")
+    return Narrowing({(1,): axis})
+
+
+@rule(aten.scaled_dot_product_attention.default)
+def _attention(node: fx.Node, axis: Axis, size: int) -> Narrowing:
+    """Queries are token-local: keys and values are used whole."""
+    rank = len(shape(node))
+    mask = _arg(node, 3, "attn_mask")
+    mask_path: Path = (3,) if len(node.args) > 3 else ("attn_mask",)
+    _refuse_own(node, axis, {rank - 1}, "makes")
+    found: dict[Path, Axis] = {(0,): axis}
+    if axis.dim == rank - 2:
+        if _arg(node, 5, "is_causal", False):
+            raise NotTokenLocal("causal attention depends on the positions of the tokens")
+    else:
+        found |= {(1,): axis, (2,): axis}
+    if isinstance(mask, fx.Node):
+        dim = axis.dim - (rank - len(shape(mask)))
+        if dim >= 0 and shape(mask)[dim] != 1:
+            found[mask_path] = Axis(dim, axis.outer, axis.inner)
+    return Narrowing(found)
+
+
+def token_count(node: fx.Node, axis: Axis) -> int:
+    """How many tokens the value of `node` holds along `axis`."""
+    return int(value(node).shape[axis.dim]) // (axis.outer * axis.inner)

@@ -1,0 +1,249 @@
+"""From a model and its inputs to one functional FX graph.
+
+The only module that touches the exported program's inner form.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils import _pytree as pytree  # no public pytree module in torch 2.11-2.13
+
+from tcc.errors import CallError, CaptureError
+from tcc.passes.base import run_passes
+from tcc.passes.graph import graph_hash, shape, value
+from tcc.passes.normalize import Normalize
+
+__all__ = ["Captured", "InputSpec", "capture"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One tensor input: what a call must look like.
+
+    Attributes:
+        name: its name in the graph, close to the forward's parameter name.
+        shape: its shape.
+        dtype: its dtype.
+        device: its device.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def differs(self, tensor: Any) -> str | None:
+        """What is wrong with `tensor` for this input, or None."""
+        if not isinstance(tensor, torch.Tensor):
+            return f"is {tensor!r}, expected a tensor"
+        if tuple(tensor.shape) != self.shape:
+            return f"has shape {list(tensor.shape)}, expected {list(self.shape)}"
+        if tensor.dtype != self.dtype:
+            return f"has dtype {tensor.dtype}, expected {self.dtype}"
+        if tensor.device != self.device:
+            return f"is on {tensor.device}, expected {self.device}"
+        return None
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model as one functional graph.
+
+    Attributes:
+        gm: placeholders are the tensor inputs in call order, weights are `get_attr` nodes that share the model's
+            tensors, the output is a flat tuple.
+        inputs: the tensor inputs.
+        constants: the flattened inputs that are not tensors, by position; fixed at capture.
+        in_spec: the structure of `(args, kwargs)`.
+        out_spec: the structure of the result.
+        signature: the signature that calls are bound to, or None where the source was an ExportedProgram.
+        hash: content hash of the graph (operators, shapes, dtypes; not the weights).
+    """
+
+    gm: fx.GraphModule
+    inputs: tuple[InputSpec, ...]
+    constants: Mapping[int, Any]
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    signature: inspect.Signature | None
+    hash: str
+
+    def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+        """The tensor inputs of a call, in the graph's order.
+
+        Raises:
+            CallError: the call's structure, a constant, a shape, a dtype or a device differs from the capture.
+        """
+        leaves, spec = pytree.tree_flatten(_bind(self.signature, args, kwargs))
+        if spec != self.in_spec:
+            raise CallError(
+                "the call's arguments are structured differently from the capture "
+                f"(now {spec}, captured {self.in_spec}): pass the same arguments, or compile again"
+            )
+        tensors = []
+        for position, leaf in enumerate(leaves):
+            if position not in self.constants:
+                tensors.append(leaf)
+            elif not _same_constant(leaf, self.constants[position]):
+                raise CallError(
+                    f"argument leaf {position} is {leaf!r} but was {self.constants[position]!r} at capture: values that "
+                    "are not tensors are compiled in; pass a tensor if it changes from call to call"
+                )
+        for spec_, tensor in zip(self.inputs, tensors, strict=True):
+            problem = spec_.differs(tensor)
+            if problem:
+                raise CallError(f"input '{spec_.name}' {problem}: a compiled model runs the shapes it was captured with")
+        return tensors
+
+    def unflatten(self, outputs: list[Any]) -> Any:
+        """The model's own output structure from the graph's flat outputs."""
+        return pytree.tree_unflatten(outputs, self.out_spec)
+
+
+def capture(model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
+    """Capture `model` called with `args` and `kwargs` as one functional graph.
+
+    Args:
+        model: a module in eval mode, or an `ExportedProgram` (then `args` and `kwargs` are its example inputs).
+        args: positional inputs; every tensor's shape is fixed by this.
+        kwargs: keyword inputs.
+
+    Raises:
+        CaptureError: `torch.export` refused the model, or its graph changes the model's state.
+    """
+    signature = None
+    if isinstance(model, ExportedProgram):
+        program = model
+    else:
+        signature = inspect.signature(model.forward)
+        program = _export(model, *_bind(signature, args, kwargs))
+    program = _decomposed(program)
+    gm, constants = _unlift(program)
+    run_passes(gm, [Normalize()], label="capture")
+    inputs = tuple(
+        InputSpec(str(n.target), shape(n), value(n).dtype, value(n).device)
+        for n in gm.graph.nodes
+        if n.op == "placeholder"
+    )
+    spec = program.call_spec
+    return Captured(gm, inputs, constants, spec.in_spec, spec.out_spec, signature, graph_hash(gm.graph))
+
+
+def _bind(
+    signature: inspect.Signature | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """One form for every way of writing the same call: defaults applied, keywords made positional where they can be."""
+    if signature is None:
+        return args, kwargs
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise CallError(f"the call does not fit the model's forward: {error}") from error
+    bound.apply_defaults()
+    return bound.args, bound.kwargs
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
+    if model.training:
+        raise CaptureError("the model is in training mode (dropout would be captured): call model.eval() first")
+    try:
+        with torch.no_grad():
+            return torch.export.export(model, args, kwargs, strict=False)
+    except Exception as error:
+        raise CaptureError(_explain(model, error)) from error
+
+
+def _explain(model: nn.Module, error: Exception) -> str:
+    text = str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    what = lines[0] if lines else type(error).__name__
+    place = _source_of(error)
+    return (
+        f"torch.export could not capture {type(model).__name__}: {what}{place}. "
+        "The forward must not branch on tensor values (`if x.sum() > 0`, `.item()`, `.tolist()`): make such values "
+        "plain Python arguments, or compute both sides and choose with torch.where"
+    )
+
+
+def _source_of(error: BaseException) -> str:
+    """The innermost line outside torch that the error passed through."""
+    place, trace = "", error.__traceback__
+    while trace is not None:
+        name = trace.tb_frame.f_code.co_filename
+        if "/torch/" not in name and name != __file__ and not name.startswith("<"):
+            place = f" (at {name}:{trace.tb_lineno})"
+        trace = trace.tb_next
+    return place
+
+
+def _decomposed(program: ExportedProgram) -> ExportedProgram:
+    """Functional form with an *empty* table: `linear`, `layer_norm` and attention stay whole."""
+    program = program.run_decompositions({})
+    changed = [
+        spec.target
+        for spec in program.graph_signature.output_specs
+        if spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION)
+    ]
+    if changed:
+        raise CaptureError(
+            f"the model writes to {', '.join(map(str, changed))} while it runs, so steps are not repeatable: "
+            "return the new value instead of storing it"
+        )
+    return program
+
+
+def _unlift(program: ExportedProgram) -> tuple[fx.GraphModule, dict[int, Any]]:
+    """A graph module whose weights are attributes, and the constant inputs by flat position."""
+    root, graph = nn.Module(), fx.Graph()
+    names: dict[fx.Node, fx.Node] = {}
+    specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+    constants: dict[int, Any] = {}
+    position = 0
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and specs[node.name].kind != InputKind.USER_INPUT:
+            names[node] = _weight(root, graph, node, _tensor_of(program, specs[node.name]))
+            continue
+        if node.op == "placeholder":
+            position += 1
+            if not isinstance(node.meta.get("val"), torch.Tensor):
+                constants[position - 1] = node.meta.get("val")
+                continue
+        if node.op == "get_attr":
+            setattr(root, str(node.target), getattr(program.graph_module, str(node.target)))
+        if node.op == "output":
+            graph.output(tuple(fx.map_arg(tuple(node.args[0]), names.__getitem__)))
+            continue
+        names[node] = graph.node_copy(node, names.__getitem__)
+    return fx.GraphModule(root, graph), constants
+
+
+def _tensor_of(program: ExportedProgram, spec: Any) -> torch.Tensor:
+    name = spec.target
+    found = program.state_dict.get(name)
+    return program.constants[name] if found is None else found
+
+
+def _weight(root: nn.Module, graph: fx.Graph, node: fx.Node, tensor: torch.Tensor) -> fx.Node:
+    name = node.name.replace(".", "_")
+    if isinstance(tensor, nn.Parameter):
+        root.register_parameter(name, tensor)
+    else:
+        root.register_buffer(name, tensor)
+    new = graph.get_attr(name)
+    new.meta["val"] = node.meta["val"]
+    return new
+
+
+def _same_constant(now: Any, then: Any) -> bool:
+    return bool(type(now) is type(then) and now == then)
