@@ -1,0 +1,281 @@
+"""Put a step's actions into the graph: slots as inputs and outputs, and the tokens that are updated.
+
+What comes out is correct and slow: updated sites are still computed for all tokens, then gathered. The passes after
+this one move the gathers to where they save work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from tcc.passes.base import Pass
+from tcc.passes.graph import emit, fake_mode_of, output_values, shape, value
+from tcc.passes.sites import Site
+from tcc.passes.tokens import gather_tokens, scatter_tokens
+from tcc.plan import Action, Compute, Hold, Reuse, Skip, Update
+
+__all__ = ["Entry", "InsertSlots", "history"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one kind of step does at one span of sites.
+
+    Attributes:
+        sites: sites that are added to the stream one after the other and share one slot (the sum), or a single site.
+        action: the action; a token set is named by the number of its input (`"0"`, `"1"`, ...).
+        depth: how many computed values the span keeps (1, or forecast order + 1).
+        coefficients: the number of the coefficient input that a forecast reads.
+    """
+
+    sites: tuple[Site, ...]
+    action: Action
+    depth: int = 1
+    coefficients: int = 0
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Slot names of the newest value: one, or K and V."""
+        if len(self.sites) == 1:
+            return self.sites[0].slots
+        return (f"{self.sites[0].name}+{len(self.sites) - 1}",)
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """Names of the graph values whose sum is kept."""
+        return tuple(name for site in self.sites for name in site.values)
+
+
+def history(slot: str, age: int) -> str:
+    """The slot that keeps the value computed `age` computations before the newest."""
+    return f"{slot}~{age}" if age else slot
+
+
+@dataclass(frozen=True)
+class InsertSlots(Pass):
+    """Insert the slots and actions of one kind of step.
+
+    Before: `x1 = x0 + f(x0)` and the action `update(T, kept)` for `f`'s delta
+    After:  `x1 = scatter(x0 + slot, gather(x0 + f(x0), T), T)`, keys and values in `f` gathered to `T`, and an output
+            `scatter(slot, gather(f(x0), T), T)`
+
+    1. compute: the value becomes an output.
+    2. reuse, hold: the slot stands in for the value. A forecast is a linear combination of the history slots.
+    3. update: as above; `current` leaves keys and values alone, `cached` is an update of the `kv` site.
+    4. skip: zero stands in for the value.
+    """
+
+    exact: ClassVar[bool] = False
+    entries: tuple[Entry, ...]
+    token_counts: tuple[int, ...] = ()
+    num_tokens: int = 0
+
+    def run(self, gm: fx.GraphModule) -> int:
+        """Edit `gm`; see the class."""
+        edit = _Edit(gm)
+        for number, count in enumerate(self.token_counts):
+            edit.add_tokens(number, count, self.num_tokens)
+        for entry in self.entries:
+            edit.apply(entry)
+        if edit.count:
+            edit.finish()
+        return edit.count
+
+
+@dataclass
+class _Edit:
+    """One run of the pass over one graph."""
+
+    gm: fx.GraphModule
+    count: int = 0
+    inputs: dict[str, fx.Node] = field(default_factory=dict)
+    stores: dict[str, fx.Node] = field(default_factory=dict)
+    moved: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.graph = self.gm.graph
+        self.nodes = {node.name: node for node in self.graph.nodes}
+        self.first = next(n for n in self.graph.nodes if n.op != "placeholder")
+        self.old = set(self.graph.nodes)
+        self.restricted: set[tuple[fx.Node, str]] = set()
+
+    def apply(self, entry: Entry) -> None:
+        action = entry.action
+        if isinstance(action, Update) and action.attention == "kept":
+            self._restrict_keys(entry, str(action.tokens))
+        if entry.sites[0].kind == "kv":
+            self._apply_each(entry)
+        elif entry.sites[0].stream_out:
+            self._apply_to_stream(entry)
+        else:
+            self._apply_each(entry)
+
+    def finish(self) -> None:
+        """Append the stored values to the output, in slot order."""
+        output = self.graph.output_node()
+        names = sorted(self.stores)
+        output.args = ((*output_values(self.graph), *(self._now(self.stores[name]) for name in names)),)
+        self.gm.meta["stores"] = tuple(names)
+
+    def _apply_each(self, entry: Entry) -> None:
+        """Sites whose values are replaced one by one: `out`, `kv`, `stream`."""
+        site = entry.sites[0]
+        for name, slot in zip(site.values, site.slots, strict=True):
+            node = self._now(self.nodes[name])
+            if isinstance(entry.action, Compute):
+                self._store(entry, slot, node)
+                continue
+            with self.graph.inserting_after(node):
+                new = self._stand_in(entry, slot, node)
+            self._replace(node, new)
+            if isinstance(entry.action, Update):
+                self._store(entry, slot, new)
+
+    def _apply_to_stream(self, entry: Entry) -> None:
+        """Sites that are added to the stream: the sum after the addition is what changes."""
+        first, last = entry.sites[0], entry.sites[-1]
+        before, after = self._now(self.nodes[first.stream_in]), self.nodes[last.stream_out]
+        slot, action = entry.slots[0], entry.action
+        with self.graph.inserting_after(after):
+            if isinstance(action, Compute):
+                self._store(entry, slot, self._sum(entry))
+                return
+            if isinstance(action, Skip):
+                new = before
+            elif isinstance(action, Update):
+                new = self._updated_stream(entry, before, after)
+            else:
+                new = self._call(aten.add.Tensor, before, self._stand_in(entry, slot, after), like=after)
+        self._replace(after, new)
+
+    def _updated_stream(self, entry: Entry, before: fx.Node, after: fx.Node) -> fx.Node:
+        assert isinstance(entry.action, Update)
+        kept, place = self._tokens(str(entry.action.tokens))
+        slot, dim = self._slot(entry, entry.slots[0], after), entry.sites[0].axis.dim
+        delta = self._call(gather_tokens, self._sum(entry), kept, dim, like=after)
+        self._store(entry, entry.slots[0], self._call(scatter_tokens, slot, delta, kept, place, dim, like=after))
+        base = self._call(aten.add.Tensor, before, slot, like=after)
+        rows = self._call(gather_tokens, after, kept, dim, like=after)
+        return self._call(scatter_tokens, base, rows, kept, place, dim, like=after)
+
+    def _stand_in(self, entry: Entry, slot: str, node: fx.Node) -> fx.Node:
+        """What stands in for the computed value `node`; inserted at the graph's insertion point."""
+        action = entry.action
+        if isinstance(action, Skip):
+            val = value(node)
+            fill = {"dtype": val.dtype, "device": val.device}
+            return self._call(aten.full.default, list(val.shape), 0, like=node, **fill)
+        if isinstance(action, Update):
+            kept, place = self._tokens(str(action.tokens))
+            dim = entry.sites[0].axis.dim
+            rows = self._call(gather_tokens, node, kept, dim, like=node)
+            return self._call(scatter_tokens, self._slot(entry, slot, node), rows, kept, place, dim, like=node)
+        if isinstance(action, Reuse) and action.order:
+            return self._forecast(entry, slot, node)
+        assert isinstance(action, (Reuse, Hold))
+        return self._slot(entry, slot, node)
+
+    def _forecast(self, entry: Entry, slot: str, node: fx.Node) -> fx.Node:
+        assert isinstance(entry.action, Reuse)
+        size = (entry.action.order + 1,)
+        weights = self._input(f"coefficients_{entry.coefficients}", size, torch.float32, value(node).device)
+        total: fx.Node | None = None
+        for age in range(size[0]):
+            weight = self._call(aten.select.int, weights, 0, age, like=node)
+            term = self._call(aten.mul.Tensor, self._slot(entry, history(slot, age), node), weight, like=node)
+            total = term if total is None else self._call(aten.add.Tensor, total, term, like=node)
+        assert total is not None
+        return total
+
+    def _restrict_keys(self, entry: Entry, tokens: str) -> None:
+        """Attention `kept`: the keys, the values and the mask's columns of the kept tokens alone."""
+        kept, _ = self._tokens(tokens)
+        for name in (name for site in entry.sites for name in site.attention):
+            node = self.nodes[name]
+            if (node, tokens) in self.restricted:
+                continue
+            self.restricted.add((node, tokens))
+            self.count += 1
+            total = shape(node.args[1])[-2]  # type: ignore[arg-type]
+            for position, dim in ((1, -2), (2, -2), (3, -1)):
+                operand = node.args[position] if len(node.args) > position else None
+                if isinstance(operand, fx.Node) and shape(operand)[dim] == total:
+                    with self.graph.inserting_before(node):
+                        new = self._call(gather_tokens, operand, kept, len(shape(operand)) + dim, like=node)
+                    node.update_arg(position, new)
+            mask = node.kwargs.get("attn_mask")
+            if isinstance(mask, fx.Node) and shape(mask)[-1] == total:
+                with self.graph.inserting_before(node):
+                    new = self._call(gather_tokens, mask, kept, len(shape(mask)) - 1, like=node)
+                node.update_kwarg("attn_mask", new)
+
+    def _sum(self, entry: Entry) -> fx.Node:
+        terms = [self._now(self.nodes[name]) for name in entry.values]
+        total = terms[0]
+        for term in terms[1:]:
+            total = self._call(aten.add.Tensor, total, term, like=term)
+        return total
+
+    def _store(self, entry: Entry, slot: str, node: fx.Node) -> None:
+        """Make `node` the slot's next value; on compute, older values move up by one."""
+        self.count += 1
+        self.stores[slot] = node
+        for age in range(1, entry.depth):
+            self.stores[history(slot, age)] = self._slot(entry, history(slot, age - 1), node)
+
+    def _slot(self, entry: Entry, slot: str, like: fx.Node) -> fx.Node:
+        val = value(like)
+        node = self._input(f"slot:{slot}", tuple(val.shape), val.dtype, val.device)
+        node.meta["slot"] = slot
+        return node
+
+    def _tokens(self, number: str) -> tuple[fx.Node, fx.Node]:
+        kept, place = self.inputs[f"kept_{number}"], self.inputs[f"place_{number}"]
+        return kept, place
+
+    def add_tokens(self, number: int, kept: int, total: int) -> None:
+        """Make the two inputs that describe a token set: the kept positions, and the place of every token."""
+        device = value(self.first).device if "val" in self.first.meta else torch.device("cpu")
+        self._input(f"kept_{number}", (kept,), torch.int64, device)
+        self._input(f"place_{number}", (total,), torch.int64, device)
+
+    def _input(self, name: str, sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> fx.Node:
+        if name not in self.inputs:
+            with self.graph.inserting_before(self.first):
+                node = self.graph.placeholder(_identifier(name))
+            with fake_mode_of(self.graph):
+                node.meta["val"] = torch.empty(sizes, dtype=dtype, device=device)
+            node.meta["input"] = name
+            self.inputs[name] = node
+        return self.inputs[name]
+
+    def _replace(self, node: fx.Node, new: fx.Node) -> None:
+        """Let `new` take the place of `node` for everyone but what `new` is made from."""
+        made = {new}
+        todo = [new]
+        while todo:
+            for source in todo.pop().all_input_nodes:
+                if source not in made and source not in self.old:
+                    made.add(source)
+                    todo.append(source)
+        node.replace_all_uses_with(new, delete_user_cb=lambda user: user not in made)
+        self.moved[node] = new
+        self.count += 1
+
+    def _now(self, node: fx.Node) -> fx.Node:
+        while node in self.moved:
+            node = self.moved[node]
+        return node
+
+    def _call(self, target: Any, *args: Any, like: fx.Node, **kwargs: Any) -> fx.Node:
+        return emit(self.graph, target, args, kwargs, like=like)
+
+
+def _identifier(name: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in name)

@@ -1,0 +1,77 @@
+"""Make the slots buffers that are written in place, for backends that run in this process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from tcc.passes.base import Pass
+from tcc.passes.graph import emit, fake_mode_of, output_values, value
+
+__all__ = ["WriteSlots"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class WriteSlots(Pass):
+    """Turn stored outputs into writes to the slot inputs; the outputs left are the model's own.
+
+    Before: `return y, slot_a_new`
+    After:  `copy_(slot_a, slot_a_new); return y`
+
+    1. Older values of a history are written before the newer ones that they are read from.
+    2. A model output that is a slot itself, or a view of one, is cloned: the next step would overwrite it.
+    """
+
+    def run(self, gm: fx.GraphModule) -> int:
+        """Edit `gm`; see the class."""
+        stores: tuple[str, ...] = gm.meta.get("stores", ())
+        values = output_values(gm.graph)
+        own = values[: len(values) - len(stores)]
+        output = gm.graph.output_node()
+        with gm.graph.inserting_before(output):
+            own, edits = _without_aliases(gm.graph, own)
+            for name, val in sorted(zip(stores, values[len(own) :], strict=True), reverse=True):
+                emit(gm.graph, aten.copy_.default, (_slot(gm.graph, name, val), val))
+        if edits or stores:
+            output.args = (tuple(own),)
+            gm.meta["stores"] = ()
+        return edits + len(stores)
+
+
+def _without_aliases(graph: fx.Graph, values: tuple[fx.Node, ...]) -> tuple[tuple[fx.Node, ...], int]:
+    new = tuple(
+        emit(graph, aten.clone.default, (val,)) if isinstance(val, fx.Node) and _views_a_slot(val) else val
+        for val in values
+    )
+    return new, sum(a is not b for a, b in zip(new, values, strict=True))
+
+
+def _views_a_slot(node: fx.Node) -> bool:
+    """Whether `node` is a slot input, or reaches one through operators that return a view of their input."""
+    while node.op == "call_function" and _is_view(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return "slot" in node.meta
+
+
+def _is_view(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    returns = schema.returns if schema is not None else ()
+    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def _slot(graph: fx.Graph, name: str, val: fx.Node) -> fx.Node:
+    for node in graph.nodes:
+        if node.meta.get("slot") == name:
+            return node
+    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    with graph.inserting_after(last):
+        node = graph.placeholder("slot_" + "".join(c if c.isalnum() else "_" for c in name))
+    with fake_mode_of(graph):
+        like = value(val)
+        node.meta["val"] = torch.empty(tuple(like.shape), dtype=like.dtype, device=like.device)
+    node.meta |= {"slot": name, "input": f"slot:{name}"}
+    return node

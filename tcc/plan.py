@@ -1,0 +1,324 @@
+"""The cache plan: which sites are recomputed, partly recomputed or reused at which denoising step.
+
+A plan is data. It is checked when it is made, checked again against a model before anything compiles, and saved as
+one safetensors file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+
+from tcc.errors import PlanError
+
+__all__ = [
+    "Action",
+    "Attention",
+    "CachePlan",
+    "Compute",
+    "Hold",
+    "ModelKey",
+    "Reuse",
+    "Schedule",
+    "Skip",
+    "TopK",
+    "Update",
+]
+
+Attention = Literal["kept", "current", "cached"]
+_SITE_KINDS = ("out", "delta", "stream", "skip", "kv")
+
+
+@dataclass(frozen=True)
+class Compute:
+    """The site is computed and stored."""
+
+    letter: ClassVar[str] = "I"
+
+
+@dataclass(frozen=True)
+class TopK:
+    """A dynamic token set: the `count` tokens of each sample with the highest score, chosen in the graph.
+
+    Attributes:
+        score: the name of the score.
+        count: how many tokens are kept.
+    """
+
+    score: str
+    count: int
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise PlanError(f"TopK(count={self.count}): at least one token must be kept")
+
+
+@dataclass(frozen=True)
+class Update:
+    """Some tokens are recomputed and stored; the others keep their stored value.
+
+    Attributes:
+        tokens: the name of a token set of the plan, or a dynamic set.
+        attention: what the kept queries see: `kept` (the kept tokens alone), `current` (keys and values of all
+            tokens, computed now) or `cached` (keys and values from the branch's `kv` slot, whose kept rows are
+            refreshed first).
+    """
+
+    letter: ClassVar[str] = "U"
+    tokens: str | TopK
+    attention: Attention = "kept"
+
+    def __post_init__(self) -> None:
+        if self.attention not in get_args(Attention):
+            raise PlanError(f"Update(attention={self.attention!r}): use one of {', '.join(get_args(Attention))}")
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """The stored value stands in for the site.
+
+    Attributes:
+        order: 0 for the stored value itself; m > 0 for a fixed linear combination of the last m + 1 computed values.
+        coefficients: its m + 1 weights, newest value first.
+    """
+
+    letter: ClassVar[str] = "R"
+    order: int = 0
+    coefficients: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        expected = self.order + 1 if self.order else 0
+        if self.order < 0 or len(self.coefficients) != expected:
+            raise PlanError(
+                f"Reuse(order={self.order}) takes {expected} coefficients (newest first), got {len(self.coefficients)}"
+            )
+        if not all(map(_finite, self.coefficients)):
+            raise PlanError(f"Reuse(order={self.order}): the coefficients must be finite, got {self.coefficients}")
+
+
+@dataclass(frozen=True)
+class Hold:
+    """Like reuse, on a stream or a skip: what only fed it is not computed at all."""
+
+    letter: ClassVar[str] = "H"
+
+
+@dataclass(frozen=True)
+class Skip:
+    """The site is zero, and nothing is stored: the branch is dropped."""
+
+    letter: ClassVar[str] = "-"
+
+
+Action = Compute | Update | Reuse | Hold | Skip
+COMPUTE = Compute()
+
+
+@dataclass(frozen=True)
+class ModelKey:
+    """The model a plan was made for.
+
+    Attributes:
+        graph_hash: content hash of the captured graph.
+        inputs: name and shape of every tensor input, in order.
+        num_tokens: the tokens of the stream.
+    """
+
+    graph_hash: str
+    inputs: tuple[tuple[str, tuple[int, ...]], ...]
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The kind of every step: `I` where all sites are computed, `P` where some are not."""
+
+    letters: str
+
+    def __str__(self) -> str:
+        return self.letters
+
+    @property
+    def i_steps(self) -> tuple[int, ...]:
+        """The steps that compute everything."""
+        return tuple(i for i, letter in enumerate(self.letters) if letter == "I")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a plan costs on the model it was made for.
+
+    Attributes:
+        full_macs: MACs of one uncached step, for one image and one guidance branch.
+        step_macs: MACs of every step of the plan, likewise.
+        slot_bytes: the bytes of all slots, for the captured batch.
+    """
+
+    full_macs: int
+    step_macs: tuple[int, ...]
+    slot_bytes: int
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """The table step x site -> action, with the token sets it names.
+
+    Sites that the plan does not name are computed at every step and never stored. A named site is computed and stored
+    at every step that gives it no other action.
+
+    Attributes:
+        num_steps: the denoising steps of one run, numbered 0.. in execution order.
+        actions: `{(step, site): action}`.
+        tokens: `{name: [k] int64}`, sorted positions in the stream.
+        model: the model it was made for, or None for a plan written by hand.
+        policy: the policy that made it, with its options, for the record.
+        cost: what it costs, where a policy has counted it.
+
+    Raises:
+        PlanError: a contradiction, with the step and the site.
+    """
+
+    num_steps: int
+    actions: Mapping[tuple[int, str], Action]
+    tokens: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    model: ModelKey | None = None
+    policy: Mapping[str, Any] = field(default_factory=dict)
+    cost: Cost | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise PlanError(f"a plan needs at least one step, got num_steps={self.num_steps}")
+        for name, kept in self.tokens.items():
+            _check_tokens(name, kept)
+        for (step, site), action in self.actions.items():
+            self._check_action(step, site, action)
+        for site in self.sites:
+            self._check_reads(site)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites that the plan names, in the order of their first mention."""
+        return tuple(dict.fromkeys(site for _, site in self.actions))
+
+    def action(self, step: int, site: str) -> Action:
+        """The action at `step` for `site`."""
+        return self.actions.get((step, site), COMPUTE)
+
+    def at(self, step: int) -> dict[str, Action]:
+        """The action of every named site at `step`."""
+        return {site: self.action(step, site) for site in self.sites}
+
+    def column(self, site: str) -> Iterator[tuple[int, Action]]:
+        """The actions of `site`, step by step."""
+        return ((step, self.action(step, site)) for step in range(self.num_steps))
+
+    @property
+    def schedule(self) -> Schedule:
+        """The steps as a line of I and P."""
+        mixed = {step for (step, _), action in self.actions.items() if not isinstance(action, Compute)}
+        return Schedule("".join("P" if step in mixed else "I" for step in range(self.num_steps)))
+
+    @property
+    def macs(self) -> int:
+        """MACs of the whole run, per image and guidance branch.
+
+        Raises:
+            PlanError: the plan has not been counted on a model (policies do it; else `tcc.inspect(...).count(plan)`).
+        """
+        return sum(self._cost().step_macs)
+
+    @property
+    def bound(self) -> float:
+        """The speedup that the MACs allow: uncached MACs / planned MACs. A bound, not a speedup."""
+        return self._cost().full_macs * self.num_steps / max(1, self.macs)
+
+    @property
+    def slot_bytes(self) -> int:
+        """The bytes of all slots, for the captured batch."""
+        return self._cost().slot_bytes
+
+    def save(self, path: str) -> None:
+        """Write the plan as one safetensors file: a JSON header and the token sets."""
+        from tcc.plan_file import save  # here: plan_file builds plans
+
+        save(self, path)
+
+    @staticmethod
+    def load(path: str) -> CachePlan:
+        """Read a plan written by `save`.
+
+        Raises:
+            PlanError: the file is truncated, altered, or not a plan.
+        """
+        from tcc.plan_file import load
+
+        return load(path)
+
+    def summary(self) -> str:
+        """A few lines about the plan: schedule, actions, token sets, cost."""
+        from tcc.plan_picture import summary
+
+        return summary(self)
+
+    def plot(self, path: str) -> None:
+        """Draw steps x sites with the action of each as a PNG (or any format matplotlib writes)."""
+        from tcc.plan_picture import plot
+
+        plot(self, path)
+
+    def _cost(self) -> Cost:
+        if self.cost is None:
+            raise PlanError("the plan has no cost yet: count it with info.count(plan), where info = tcc.inspect(model, ...)")
+        return self.cost
+
+    def _check_action(self, step: int, site: str, action: Action) -> None:
+        where = f"step {step}, site '{site}'"
+        if not 0 <= step < self.num_steps:
+            raise PlanError(f"{where}: the plan has steps 0..{self.num_steps - 1}")
+        kind = site.rsplit(".", 1)[-1].split("@")[0]
+        if kind not in _SITE_KINDS or "." not in site:
+            raise PlanError(f"{where}: not a site name; sites end in {', '.join('.' + k for k in _SITE_KINDS)}")
+        if isinstance(action, Hold) != (kind in ("stream", "skip")) and not isinstance(action, Compute):
+            allowed = "compute or hold" if kind in ("stream", "skip") else "compute, update, reuse or skip"
+            raise PlanError(f"{where}: {type(action).__name__.lower()} is not for this kind of site; use {allowed}")
+        if kind == "kv" and isinstance(action, Skip):
+            raise PlanError(f"{where}: keys and values cannot be skipped; skip the branch's delta")
+        if isinstance(action, Update) and isinstance(action.tokens, str) and action.tokens not in self.tokens:
+            known = ", ".join(self.tokens) or "none"
+            raise PlanError(f"{where}: unknown token set '{action.tokens}' (the plan has: {known})")
+
+    def _check_reads(self, site: str) -> None:
+        """Every value read was stored earlier in the same run."""
+        stored = 0
+        updates = [step for step, action in self.column(site) if isinstance(action, Update)]
+        for step, action in self.column(site):
+            if isinstance(action, Compute):
+                stored += 1
+                continue
+            if isinstance(action, Skip):
+                continue
+            need = action.order + 1 if isinstance(action, Reuse) else 1
+            if need > 1 and updates:
+                raise PlanError(
+                    f"step {step}, site '{site}': a forecast combines computed values, but step {updates[0]} updates only "
+                    "some tokens of the site: compute it there, or reuse with order=0"
+                )
+            if stored < need:
+                raise PlanError(
+                    f"step {step}, site '{site}': {type(action).__name__.lower()} reads {need} stored value(s), but "
+                    f"{stored} were computed before it in the run: compute the site at {need - stored} earlier step(s)"
+                )
+
+
+def _finite(x: float) -> bool:
+    return x == x and abs(x) != float("inf")
+
+
+def _check_tokens(name: str, kept: torch.Tensor) -> None:
+    if kept.dim() != 1 or kept.dtype != torch.int64 or kept.numel() == 0:
+        raise PlanError(f"token set '{name}': expected a non-empty 1-D int64 tensor, got {kept.dtype} {list(kept.shape)}")
+    if int(kept[0]) < 0 or bool((kept[1:] <= kept[:-1]).any()):
+        raise PlanError(f"token set '{name}': positions must be >= 0, sorted and distinct")

@@ -1,0 +1,112 @@
+"""A plan as one safetensors file: the table as JSON in the header, the token sets as tensors.
+
+Nothing in the file is executed. A checksum over header and tensors tells a file that was cut or altered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from tcc.errors import PlanError, TccError
+from tcc.plan import Action, CachePlan, Compute, Cost, Hold, ModelKey, Reuse, Skip, TopK, Update
+
+__all__ = ["load", "save"]
+
+FORMAT = "tcc-plan-1"
+_KINDS: dict[str, type[Any]] = {c.__name__.lower(): c for c in (Compute, Update, Reuse, Hold, Skip)}
+
+
+def save(plan: CachePlan, path: str) -> None:
+    """Write `plan` to `path`."""
+    kinds: list[dict[str, Any]] = []
+    rows: list[list[Any]] = []
+    for (step, site), action in plan.actions.items():
+        entry = _encode(action)
+        if entry not in kinds:
+            kinds.append(entry)
+        rows.append([step, site, kinds.index(entry)])
+    body = {
+        "num_steps": plan.num_steps,
+        "kinds": kinds,
+        "actions": rows,
+        "tokens": list(plan.tokens),
+        "model": None if plan.model is None else asdict(plan.model),
+        "policy": dict(plan.policy),
+        "cost": None if plan.cost is None else asdict(plan.cost),
+    }
+    tensors = {f"tokens.{i}": kept.contiguous() for i, kept in enumerate(plan.tokens.values())}
+    text = json.dumps(body, sort_keys=True)
+    # safetensors refuses an empty file of tensors on some versions: one empty tensor marks the format
+    tensors["format"] = torch.zeros(0, dtype=torch.int64)
+    save_file(tensors, path, metadata={"format": FORMAT, "plan": text, "sha256": _digest(text, tensors)})
+
+
+def load(path: str) -> CachePlan:
+    """Read the plan in `path`.
+
+    Raises:
+        PlanError: the file cannot be read, is no plan, or does not match its checksum.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError, ValueError) as error:
+        raise PlanError(f"{path}: cannot be read as a plan ({error}): the file is truncated, altered or not a plan") from error
+    if meta.get("format") != FORMAT:
+        raise PlanError(f"{path}: not a plan of format {FORMAT} (found {meta.get('format')!r}): make it anew with `tcc plan`")
+    text = meta.get("plan", "")
+    if _digest(text, tensors) != meta.get("sha256"):
+        raise PlanError(f"{path}: the content does not match its checksum: the file was altered; make the plan anew")
+    try:
+        return _decode(json.loads(text), tensors)
+    except TccError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise PlanError(f"{path}: the plan's table is malformed ({type(error).__name__}: {error})") from error
+
+
+def _decode(body: dict[str, Any], tensors: dict[str, torch.Tensor]) -> CachePlan:
+    kinds = [_action(entry) for entry in body["kinds"]]
+    model, cost = body["model"], body["cost"]
+    if model is not None:
+        inputs = tuple((name, tuple(sizes)) for name, sizes in model["inputs"])
+        model = ModelKey(model["graph_hash"], inputs, model["num_tokens"])
+    if cost is not None:
+        cost = Cost(cost["full_macs"], tuple(cost["step_macs"]), cost["slot_bytes"])
+    return CachePlan(
+        num_steps=body["num_steps"],
+        actions={(step, site): kinds[kind] for step, site, kind in body["actions"]},
+        tokens={name: tensors[f"tokens.{i}"] for i, name in enumerate(body["tokens"])},
+        model=model,
+        policy=body["policy"],
+        cost=cost,
+    )
+
+
+def _encode(action: Action) -> dict[str, Any]:
+    return {"kind": type(action).__name__.lower(), **asdict(action)}
+
+
+def _action(entry: dict[str, Any]) -> Action:
+    fields = {key: val for key, val in entry.items() if key != "kind"}
+    if isinstance(fields.get("tokens"), dict):
+        fields["tokens"] = TopK(**fields["tokens"])
+    if "coefficients" in fields:
+        fields["coefficients"] = tuple(fields["coefficients"])
+    action: Action = _KINDS[entry["kind"]](**fields)
+    return action
+
+
+def _digest(text: str, tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].numpy().tobytes())
+    return digest.hexdigest()
