@@ -131,7 +131,8 @@ class _Edit:
             if isinstance(entry.action, Compute):
                 self._store(entry, slot, node)
                 continue
-            with self.graph.inserting_after(node):
+            # before the next node, not after this one: several calls then stand in the order they are made
+            with self.graph.inserting_before(node.next):
                 new = self._stand_in(entry, slot, node)
             self._replace(node, new)
             if isinstance(entry.action, Update):
@@ -142,7 +143,7 @@ class _Edit:
         first, last = entry.sites[0], entry.sites[-1]
         before, after = self._now(self.nodes[first.stream_in]), self.nodes[last.stream_out]
         slot, action = entry.slots[0], entry.action
-        with self.graph.inserting_after(after):
+        with self.graph.inserting_before(after.next):
             if isinstance(action, Compute):
                 self._store(entry, slot, self._sum(entry))
                 return

@@ -8,11 +8,11 @@ from typing import Any
 from torch import fx
 
 from tcc.passes.base import Pass
-from tcc.passes.graph import emit, shape
-from tcc.passes.token_axis import NotTokenLocal, Path, narrowing, operands
+from tcc.passes.graph import emit, shape, value
+from tcc.passes.token_axis import Narrowing, NotTokenLocal, Path, narrowing, operands
 from tcc.passes.tokens import Axis, gather_tokens, scatter_tokens
 
-__all__ = ["PruneTokens"]
+__all__ = ["PruneTokens", "Whole"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class PruneTokens(Pass):
 
     def run(self, gm: fx.GraphModule) -> int:
         """Edit `gm`; see the class."""
-        whole = _Whole(gm.graph)
+        whole = Whole(gm.graph)
         runs: dict[fx.Node, _Narrower] = {}
         edits = 0
         for node in list(gm.graph.nodes):
@@ -46,7 +46,7 @@ class PruneTokens(Pass):
         return edits
 
 
-class _Whole:
+class Whole:
     """The values that are needed for all tokens whatever the gathers do."""
 
     def __init__(self, graph: fx.Graph) -> None:
@@ -72,7 +72,7 @@ class _Narrower:
 
     graph: fx.Graph
     kept: fx.Node
-    whole: _Whole
+    whole: Whole
     done: dict[tuple[fx.Node, Axis], fx.Node] = field(default_factory=dict)
 
     def narrow(self, node: fx.Node, axis: Axis) -> fx.Node:
@@ -85,14 +85,8 @@ class _Narrower:
     def _narrow(self, node: fx.Node, axis: Axis) -> fx.Node:
         if node.target is scatter_tokens and node.args[2] is self.kept and Axis(node.args[4]) == axis:  # type: ignore[arg-type]
             return node.args[1]  # type: ignore[return-value]
-        if node in self.whole.nodes or node.op != "call_function" or node.target is gather_tokens:
-            return self._gather(node, axis)
-        size = shape(self.kept)[0]
-        try:
-            found = narrowing(node, axis, size)
-        except NotTokenLocal:
-            return self._gather(node, axis)
-        if not found.operands:
+        found = self._way_up(node, axis)
+        if found is None:
             return self._gather(node, axis)
         for path, operand in operands(node):
             if path not in found.operands:
@@ -101,6 +95,21 @@ class _Narrower:
         args, kwargs = _substitute(node, {**new, **found.literals})
         with self.graph.inserting_after(node):
             return emit(self.graph, node.target, args, kwargs, like=node)  # type: ignore[arg-type]
+
+    def _way_up(self, node: fx.Node, axis: Axis) -> Narrowing | None:
+        """How `node` is computed for the kept tokens alone, or None where the gather must stop at `node`."""
+        if node in self.whole.nodes or node.op != "call_function" or node.target is gather_tokens:
+            return None
+        try:
+            found = narrowing(node, axis, shape(self.kept)[0])
+        except NotTokenLocal:
+            return None
+        if not found.operands:
+            return None
+        for path, operand in operands(node):  # a list of tensors cannot be gathered: stop at its elements
+            if path in found.operands and isinstance(value(operand), (list, tuple)):
+                return found if self._way_up(operand, found.operands[path]) else None
+        return found
 
     def _gather(self, node: fx.Node, axis: Axis) -> fx.Node:
         """The gather stops here: `node` is needed for all tokens."""

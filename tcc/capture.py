@@ -209,16 +209,17 @@ def _unlift(program: ExportedProgram) -> tuple[fx.GraphModule, dict[int, Any]]:
     names: dict[fx.Node, fx.Node] = {}
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     constants: dict[int, Any] = {}
-    position = 0
+    users = [n for n in program.graph.nodes if n.op == "placeholder" and specs[n.name].kind == InputKind.USER_INPUT]
+    for position, node in enumerate(users):  # the model's inputs first, then its weights
+        if isinstance(node.meta.get("val"), torch.Tensor):
+            names[node] = graph.node_copy(node)
+        else:
+            constants[position] = node.meta.get("val")
     for node in program.graph.nodes:
-        if node.op == "placeholder" and specs[node.name].kind != InputKind.USER_INPUT:
-            names[node] = _weight(root, graph, node, _tensor_of(program, specs[node.name]))
-            continue
         if node.op == "placeholder":
-            position += 1
-            if not isinstance(node.meta.get("val"), torch.Tensor):
-                constants[position - 1] = node.meta.get("val")
-                continue
+            if specs[node.name].kind != InputKind.USER_INPUT:
+                names[node] = _weight(root, graph, node, _tensor_of(program, specs[node.name]))
+            continue
         if node.op == "get_attr":
             setattr(root, str(node.target), getattr(program.graph_module, str(node.target)))
         if node.op == "output":

@@ -1,0 +1,45 @@
+"""The ordered list of passes that turns the captured graph into one step variant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tcc.passes.base import Pass
+from tcc.passes.drop_dead_stores import DropDeadStores
+from tcc.passes.insert_slots import Entry, InsertSlots
+from tcc.passes.lower_tokens import LowerTokens
+from tcc.passes.merge_runs import MergeRuns
+from tcc.passes.prune_tokens import PruneTokens
+from tcc.passes.split_projections import SplitProjections
+
+__all__ = ["StepKind", "variant_passes"]
+
+
+@dataclass(frozen=True)
+class StepKind:
+    """Everything that decides the graph of a step; steps of one kind share a variant.
+
+    Attributes:
+        entries: the actions.
+        live: the slots that the step must store.
+        token_counts: the size of every token set that the actions name by number.
+        num_tokens: the tokens of the stream.
+    """
+
+    entries: tuple[Entry, ...]
+    live: frozenset[str]
+    token_counts: tuple[int, ...]
+    num_tokens: int
+
+
+def variant_passes(kind: StepKind) -> list[Pass]:
+    """The passes for one kind of step, in order."""
+    return [
+        InsertSlots(kind.entries, kind.token_counts, kind.num_tokens),  # first: names of sites are names of this graph
+        DropDeadStores(kind.live),  # before pruning: a dead store would keep whole values alive
+        MergeRuns(),  # before pruning: gathers that cancel need not move
+        SplitProjections(),  # before pruning: a fused projection is one value, needed whole for its keys
+        PruneTokens(),
+        MergeRuns(),  # gathers that pruning has brought next to a scatter
+        LowerTokens(),  # last: the passes above look for the token operators
+    ]

@@ -1,0 +1,118 @@
+"""`tcc.inspect`: what tcc sees in a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rich.table import Table
+from torch import nn
+from torch.export import ExportedProgram
+
+from tcc.capture import Captured, capture
+from tcc.passes.sites import Analysis, Site, analyse
+from tcc.plan import CachePlan, ModelKey
+from tcc.program import build_program
+
+__all__ = ["ModelInfo", "inspect"]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A captured and analysed model.
+
+    Attributes:
+        captured: its graph.
+        analysis: its stream, blocks, sites, token axis and grid.
+    """
+
+    captured: Captured
+    analysis: Analysis
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Block names, in order."""
+        return self.analysis.blocks
+
+    @property
+    def sites(self) -> dict[str, Site]:
+        """Every site by name, in graph order."""
+        return self.analysis.sites
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """The grid of the image tokens, (h, w) or (t, h, w); () where none was found."""
+        return self.analysis.grid
+
+    @property
+    def num_tokens(self) -> int:
+        """The tokens of the stream."""
+        return self.analysis.num_tokens
+
+    @property
+    def batch(self) -> int:
+        """The batch that the model was captured with (guidance branches counted)."""
+        return self.analysis.stream_shape[0]
+
+    @property
+    def macs(self) -> int:
+        """MACs of one step, for one image and one guidance branch."""
+        return self.analysis.macs // self.batch
+
+    @property
+    def key(self) -> ModelKey:
+        """What ties a plan to this model."""
+        inputs = tuple((spec.name, spec.shape) for spec in self.captured.inputs)
+        return ModelKey(self.captured.hash, inputs, self.num_tokens)
+
+    def count(self, plan: CachePlan) -> CachePlan:
+        """`plan`, tied to this model and with its MACs and slot bytes counted on the rewritten graphs.
+
+        Raises:
+            PlanError: the plan does not fit the model.
+        """
+        program = build_program(self.captured, self.analysis, plan, check=False)
+        return replace(plan, model=self.key, cost=program.cost(self.analysis))
+
+    def table(self) -> Table:
+        """The sites as a table: shape, MACs per image, slot bytes, prunable or why not."""
+        grid = " x ".join(map(str, self.grid)) or "not found"
+        table = Table(
+            title=f"{len(self.blocks)} blocks, {self.num_tokens} tokens (grid {grid}), batch {self.batch}, "
+            f"{self.macs / 1e9:.4g} GMAC per image and step"
+        )
+        for column, justify in (("site", "left"), ("shape", "left"), ("MMAC", "right"), ("slot KiB", "right")):
+            table.add_column(column, justify=justify)  # type: ignore[arg-type]
+        table.add_column("tokens prunable")
+        for site in self.sites.values():
+            shape = " x ".join(map(str, site.shape)) + (" (K and V)" if site.kind == "kv" else "")
+            macs = f"{site.macs / self.batch / 1e6:.3f}" if site.macs else ""
+            prunable = "yes" if site.prunable else f"no: {site.reason}"
+            table.add_row(site.name, shape, macs, f"{site.bytes / 1024:.1f}", prunable)
+        return table
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The table's content for programs."""
+        return [
+            {
+                "site": site.name,
+                "kind": site.kind,
+                "shape": list(site.shape),
+                "macs": site.macs // self.batch,
+                "bytes": site.bytes,
+                "prunable": site.prunable,
+                "reason": site.reason,
+            }
+            for site in self.sites.values()
+        ]
+
+
+def inspect(model: nn.Module | ExportedProgram, *args: Any, **kwargs: Any) -> ModelInfo:
+    """Capture and analyse `model` called with `args` and `kwargs`.
+
+    Raises:
+        CaptureError: `torch.export` refuses the model.
+        AnalysisError: the graph has no recognisable residual stream.
+    """
+    captured = capture(model, args, kwargs)
+    return ModelInfo(captured, analyse(captured.gm.graph))

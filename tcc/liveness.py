@@ -1,0 +1,95 @@
+"""Which stores of a plan are read later, token by token, and which sites can share one summed slot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from tcc.checks import forecast_depth
+from tcc.passes.insert_slots import history
+from tcc.passes.sites import Analysis, Site
+from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, Update
+
+__all__ = ["find_spans", "live_stores"]
+
+Span = tuple[Site, ...]
+
+
+def find_spans(plan: CachePlan, analysis: Analysis) -> list[Span]:
+    """Group the plan's sites so that neighbours on the stream which are always treated alike share one slot.
+
+    The slot then keeps the sum of what they add to the stream (*merge runs*, *merge reused spans*). Two neighbours are
+    merged where they have the same action at every step and nothing between them reads or replaces the stream of the
+    dropped tokens: no attention `current`, no held stream, no key stored while the span is not computed.
+    """
+    spans: list[Span] = []
+    for site in (s for s in analysis.sites.values() if s.name in plan.sites):
+        if spans and _mergeable(plan, analysis, spans[-1], site):
+            spans[-1] = (*spans[-1], site)
+        else:
+            spans.append((site,))
+    return _kv_last(spans)
+
+
+def _kv_last(spans: list[Span]) -> list[Span]:
+    return sorted(spans, key=lambda span: span[0].kind == "kv")
+
+
+def _mergeable(plan: CachePlan, analysis: Analysis, span: Span, site: Site) -> bool:
+    last = span[-1]
+    if not (last.stream_out and last.stream_out == site.stream_in):
+        return False
+    column = [action for _, action in plan.column(site.name)]
+    if column != [action for _, action in plan.column(last.name)]:
+        return False
+    if any(isinstance(a, Update) and a.attention == "current" for a in column):
+        return False
+    between = [s for s in analysis.sites.values() if s.name in plan.sites and s.kind == "stream"]
+    if any(s.values[0] == site.stream_in for s in between):
+        return False
+    return not _stores_keys_inside(plan, analysis, (*span, site), column)
+
+
+def _stores_keys_inside(plan: CachePlan, analysis: Analysis, span: Span, column: Sequence[Action]) -> bool:
+    """Whether some key of the span is stored for all tokens at a step that does not compute the span."""
+    blocks = {site.block for site in span}
+    keys = [s.name for s in analysis.sites.values() if s.kind == "kv" and s.block in blocks and s.name in plan.sites]
+    return any(
+        isinstance(plan.action(step, name), Compute) and not isinstance(action, Compute)
+        for name in keys
+        for step, action in enumerate(column)
+    )
+
+
+def live_stores(plan: CachePlan, span: Span, num_tokens: int) -> list[frozenset[int]]:
+    """For every step, the ages of the span's history that the step must store.
+
+    Age 0 is the newest value; on compute, the value of age a moves to age a + 1. A store is live where a later step
+    reads one of the stored tokens before they are written again.
+    """
+    name = span[0].name
+    depth = forecast_depth(plan, name)
+    everything, nothing = torch.ones(num_tokens, dtype=torch.bool), torch.zeros(num_tokens, dtype=torch.bool)
+    live = [nothing] * depth
+    stores: list[frozenset[int]] = []
+    for _, action in reversed(list(plan.column(name))):
+        store: set[int] = set()
+        if isinstance(action, Compute):
+            store = {age for age in range(depth) if bool(live[age].any())}
+            live = [*live[1:], nothing]
+        elif isinstance(action, Update):
+            kept = nothing.clone()
+            kept[plan.tokens[str(action.tokens)]] = True
+            store = {0} if bool((live[0] & kept).any()) else set()
+            live = [~kept, *live[1:]]
+        elif isinstance(action, (Reuse, Hold)):
+            order = action.order if isinstance(action, Reuse) else 0
+            live = [everything if age <= order else live[age] for age in range(depth)]
+        stores.append(frozenset(store))
+    return stores[::-1]
+
+
+def slot_names(slots: Sequence[str], ages: frozenset[int]) -> list[str]:
+    """The slots that keep the values of the given ages."""
+    return [history(slot, age) for slot in slots for age in sorted(ages)]

@@ -1,0 +1,362 @@
+"""The diffusion transformer of Peebles & Xie ("Scalable Diffusion Models with Transformers", 2023), written for export.
+
+Parameter names and shapes are those of the public DiT checkpoints, so their state dicts load with ``strict=True``.
+The forward is straight-line code (no branch on data, no Python state), so ``torch.export`` captures it whole.
+
+Shape legend used below: B batch, C channels, H/W image or latent size, S tokens, D width, P patch size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tcc.errors import ModelError
+
+# (depth, width, heads) of the four published sizes; each exists with patch 2, 4 and 8.
+SIZES: dict[str, tuple[int, int, int]] = {
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+}
+PATCHES = (2, 4, 8)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DiTConfig:
+    """Everything that is needed to rebuild a DiT before its weights are loaded.
+
+    Attributes:
+        input_size: (H, W) of the image or latent.
+        patch_size: side P of a square patch; one patch is one token.
+        in_channels: channels C of the input.
+        hidden_size: width D of the residual stream.
+        depth: number of blocks.
+        num_heads: attention heads; must divide ``hidden_size``.
+        mlp_ratio: hidden width of the MLP over D.
+        class_dropout_prob: training-time share of labels replaced by the null class; above 0 adds the null row.
+        num_classes: number of classes, the null class not counted.
+        learn_sigma: whether the output has C more channels for the learned-range variance.
+    """
+
+    input_size: tuple[int, int]
+    patch_size: int
+    in_channels: int
+    hidden_size: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float
+    class_dropout_prob: float
+    num_classes: int
+    learn_sigma: bool
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that cannot be built, naming the offender and the remedy."""
+        height, width = self.input_size
+        if height % self.patch_size or width % self.patch_size:
+            raise ModelError(
+                f"input_size {height}x{width} is not a multiple of patch_size {self.patch_size}: "
+                "pad the input or choose another patch size"
+            )
+        if self.hidden_size % self.num_heads:
+            raise ModelError(f"num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}")
+        if self.hidden_size % 4:
+            raise ModelError(
+                f"hidden_size {self.hidden_size} must be a multiple of 4 for 2-D sin-cos positions"
+            )
+        if not 0.0 <= self.class_dropout_prob <= 1.0:
+            raise ModelError(f"class_dropout_prob must lie in [0, 1], got {self.class_dropout_prob}")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Token grid (rows, columns)."""
+        return self.input_size[0] // self.patch_size, self.input_size[1] // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens S."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output: C, or 2C with learned sigma."""
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def null_class(self) -> int | None:
+        """Label of the unconditional row, or None if the model has none."""
+        return self.num_classes if self.class_dropout_prob > 0 else None
+
+    def to_json(self) -> str:
+        """Serialise to one line of JSON."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> DiTConfig:
+        """Inverse of :meth:`to_json`."""
+        fields: dict[str, Any] = json.loads(text)
+        height, width = fields.pop("input_size")
+        return cls(input_size=(height, width), **fields)
+
+
+def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
+    """Fixed 2-D sin-cos position embedding, as in the public DiT and MAE code.
+
+    The first half of the channels encodes the column, the second half the row; each half is ``[sin, cos]`` of the
+    coordinate times ``10000 ** (-k / (D/4))``.
+
+    Args:
+        width: channels D, a multiple of 4.
+        grid: (rows, columns) of the token grid.
+
+    Returns:
+        float32 ``[1, rows * columns, D]``, tokens in row-major order.
+    """
+    rows, columns = grid
+    omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    row = torch.arange(rows, dtype=torch.float64).repeat_interleave(columns)
+    column = torch.arange(columns, dtype=torch.float64).repeat(rows)
+    halves = [f(coordinate[:, None] * omega) for coordinate in (column, row) for f in (torch.sin, torch.cos)]
+    return torch.cat(halves, dim=1)[None].float()
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Shift and scale every token alike: x ``[B, S, D]``, shift and scale ``[B, D]``."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class PatchEmbed(nn.Module):
+    """Image ``[B, C, H, W]`` to tokens ``[B, S, D]`` by a convolution with stride P."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the tokens in row-major order."""
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """Noise level ``[B]`` to ``[B, D]``: 256 cos|sin features (max period 10000), then Linear-SiLU-Linear."""
+
+    def __init__(self, hidden_size: int, num_features: int = 256) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.mlp = nn.Sequential(
+            nn.Linear(num_features, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Embed integer or fractional timesteps."""
+        half = self.num_features // 2
+        frequencies = torch.exp(
+            -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+        )
+        angles = t[:, None].float() * frequencies[None]
+        features = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
+        return self.mlp(features.to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Class label ``[B]`` to ``[B, D]``; with dropout > 0 the last row is the null class of classifier-free guidance."""
+
+    def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + int(dropout_prob > 0), hidden_size)
+        self.num_classes = num_classes
+        self.dropout_prob = dropout_prob
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """Embed labels; in training mode each is replaced by the null class with probability ``dropout_prob``."""
+        if self.training and self.dropout_prob > 0:
+            drop = torch.rand(labels.shape, device=labels.device) < self.dropout_prob
+            labels = torch.where(drop, self.num_classes, labels)
+        return self.embedding_table(labels)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over ``[B, S, D]`` with one fused qkv projection."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = hidden_size // num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend over all tokens."""
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, S, head_dim]
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
+
+
+class Mlp(nn.Module):
+    """Linear, tanh-GELU, Linear over ``[B, S, D]``."""
+
+    def __init__(self, hidden_size: int, inner_size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, inner_size)
+        self.fc2 = nn.Linear(inner_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform every token on its own."""
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class DiTBlock(nn.Module):
+    """Attention and MLP branches, each modulated and gated by the conditioning (adaLN-Zero)."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Map the stream x ``[B, S, D]`` under the conditioning c ``[B, D]``."""
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(
+            6, dim=1
+        )
+        x = x + gate_attn.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
+        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+
+
+class FinalLayer(nn.Module):
+    """Modulated LayerNorm and the linear head: ``[B, S, D]`` to ``[B, S, P * P * C_out]``."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Read the patches off the stream."""
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class DiT(nn.Module):
+    """A class-conditional diffusion transformer that predicts the noise (and, with learned sigma, the variance).
+
+    Args:
+        input_size: side of a square input, or (H, W).
+        patch_size: side P of a patch.
+        in_channels: channels C of the input.
+        hidden_size: width D.
+        depth: number of blocks.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the MLP over D.
+        class_dropout_prob: share of labels dropped in training; above 0 adds the null row to the label table.
+        num_classes: number of classes.
+        learn_sigma: output 2C channels, the second half being the variance interpolation.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_size: int | tuple[int, int] = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        class_dropout_prob: float = 0.1,
+        num_classes: int = 1000,
+        learn_sigma: bool = True,
+    ) -> None:
+        super().__init__()
+        self.config = config = DiTConfig(
+            input_size=(input_size, input_size) if isinstance(input_size, int) else tuple(input_size),
+            patch_size=patch_size,
+            in_channels=in_channels,
+            hidden_size=hidden_size,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            class_dropout_prob=class_dropout_prob,
+            num_classes=num_classes,
+            learn_sigma=learn_sigma,
+        )
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        self.pos_embed = nn.Parameter(sincos_positions(hidden_size, config.grid), requires_grad=False)
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size, config.out_channels)
+        self.initialize_weights()
+
+    @classmethod
+    def from_name(cls, name: str, **overrides: Any) -> DiT:
+        """Build a published size, e.g. ``DiT.from_name("DiT-XL/2", input_size=32)``.
+
+        Args:
+            name: ``DiT-<S|B|L|XL>/<2|4|8>``.
+            **overrides: any constructor argument, e.g. ``input_size``, ``learn_sigma``, ``num_classes``.
+        """
+        names = {f"DiT-{size}/{patch}": (size, patch) for size in SIZES for patch in PATCHES}
+        if name not in names:
+            raise ModelError(f"unknown DiT size {name!r}; choose one of {', '.join(names)}")
+        size, patch = names[name]
+        depth, width, heads = SIZES[size]
+        return cls(
+            **{"patch_size": patch, "depth": depth, "hidden_size": width, "num_heads": heads, **overrides}
+        )
+
+    @classmethod
+    def from_config(cls, config: DiTConfig) -> DiT:
+        """Build the model that a config describes."""
+        return cls(**dataclasses.asdict(config))
+
+    def initialize_weights(self) -> None:
+        """Initialise as the paper does: Xavier linears, and zero gates and head (adaLN-Zero), so the output is 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.config.hidden_size, -1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        for table in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(table.weight, std=0.02)
+        zeroed = [block.adaLN_modulation[1] for block in self.blocks]
+        for linear in (*zeroed, self.final_layer.adaLN_modulation[1], self.final_layer.linear):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def unpatchify(self, x: Tensor) -> Tensor:
+        """Put patches ``[B, S, P * P * C_out]`` back together: ``[B, C_out, H, W]``."""
+        rows, columns = self.config.grid
+        patch, channels = self.config.patch_size, self.config.out_channels
+        x = x.reshape(x.shape[0], rows, columns, patch, patch, channels).permute(0, 5, 1, 3, 2, 4)
+        return x.reshape(x.shape[0], channels, rows * patch, columns * patch)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Predict the noise.
+
+        Args:
+            x: noisy input ``[B, C, H, W]``.
+            t: timesteps ``[B]``, integer or float, in the training range (0..999).
+            y: class labels ``[B]``, int64; the null class is ``config.null_class``.
+
+        Returns:
+            ``[B, C_out, H, W]``.
+        """
+        x = self.x_embedder(x) + self.pos_embed
+        c = self.t_embedder(t) + self.y_embedder(y)
+        for block in self.blocks:
+            x = block(x, c)
+        return self.unpatchify(self.final_layer(x, c))

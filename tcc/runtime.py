@@ -1,0 +1,177 @@
+"""Running a program: compiled variants, slots, and the step counter of a session."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from tcc.errors import CallError
+from tcc.passes.base import run_passes
+from tcc.passes.graph import value
+from tcc.passes.write_slots import WriteSlots
+from tcc.program import Program, Variant
+
+__all__ = ["Backend", "Executable", "Session", "lower"]
+
+logger = logging.getLogger(__name__)
+Runner = Callable[..., Sequence[torch.Tensor]]
+
+#: `backend(gm, example_inputs)` returns a function of the same inputs: the protocol of `torch.compile` backends.
+Backend = Callable[[fx.GraphModule, list[torch.Tensor]], Runner]
+
+
+@dataclass(frozen=True)
+class Executable:
+    """A program whose variants are compiled.
+
+    Attributes:
+        program: the program.
+        runners: one function per variant, called with the model's inputs and then `extras`.
+        extras: per variant, the names of the inputs after the model's own, in order.
+        compile_seconds: what compiling took, per variant.
+    """
+
+    program: Program
+    runners: tuple[Runner, ...]
+    extras: tuple[tuple[str, ...], ...]
+    compile_seconds: tuple[float, ...]
+
+
+def lower(
+    program: Program,
+    backend: str | Backend = "inductor",
+    options: dict[str, Any] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Executable:
+    """Compile every variant of `program`.
+
+    Args:
+        program: the program.
+        backend: `inductor`, `eager`, another name that `torch.compile` knows, or a function with its protocol.
+        options: Inductor options.
+        progress: called with a line before each variant is compiled.
+    """
+    compile_one = _backend(backend, options or {})
+    runners, extras, seconds = [], [], []
+    for number, variant in enumerate(program.variants):
+        if progress:
+            progress(f"compiling variant {number + 1}/{len(program.variants)}")
+        start = time.perf_counter()
+        runner, names = _compile(variant, compile_one)
+        runners.append(runner)
+        extras.append(names)
+        seconds.append(time.perf_counter() - start)
+        logger.info("variant %d compiled in %.1f s", number, seconds[-1])
+    return Executable(program, tuple(runners), tuple(extras), tuple(seconds))
+
+
+def _compile(variant: Variant, compile_one: Backend) -> tuple[Runner, tuple[str, ...]]:
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(variant.gm.graph, {}))
+    gm = fx.GraphModule(variant.gm, graph)
+    gm.meta["stores"] = variant.stores
+    run_passes(gm, [WriteSlots()], label="lower")
+    inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    names = tuple(n.meta["input"] for n in inputs if "input" in n.meta)
+    with torch.no_grad():
+        return compile_one(gm, [_example(value(n)) for n in inputs]), names
+
+
+def _example(val: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(tuple(val.shape), dtype=val.dtype, device=val.device)
+
+
+def _backend(backend: str | Backend, options: dict[str, Any]) -> Backend:
+    if callable(backend):
+        return backend
+    if backend == "eager":
+        return lambda gm, _: gm.forward
+    if backend == "inductor":
+        return lambda gm, examples: _inductor(gm, examples, options)
+    from torch._dynamo import lookup_backend  # no public way to fetch a backend by name (torch 2.11-2.13)
+
+    found: Backend = lookup_backend(backend)
+    return found
+
+
+def _inductor(gm: fx.GraphModule, examples: list[torch.Tensor], options: dict[str, Any]) -> Runner:
+    """Inductor without Dynamo in front: the graph is whole already, so nothing can break, guard or recompile."""
+    import torch._inductor  # imported here: it is slow, and other backends do not need it
+
+    compiled: Runner = torch._inductor.compile(gm, examples, options=options or None)
+    return compiled
+
+
+class Session:
+    """One run at a time through a program: its own slots and its own step counter.
+
+    Call it like the model, once per step. After the last step it starts again by itself.
+    """
+
+    def __init__(self, executable: Executable) -> None:
+        self._executable = executable
+        self._captured = executable.program.captured
+        self._slots = {
+            f"slot:{slot.name}": torch.zeros(slot.shape, dtype=slot.dtype, device=slot.device)
+            for slot in executable.program.slots
+        }
+        self._steps = [self._bind(step) for step in range(len(executable.program.bindings))]
+        self.step = 0
+
+    def _bind(self, step: int) -> tuple[Runner, list[torch.Tensor]]:
+        """The function and the extra inputs of `step`, looked up once so that a step only calls."""
+        binding = self._executable.program.bindings[step]
+        device = self._captured.inputs[0].device
+        extras = [
+            self._slots[name] if name in self._slots else binding.tensors[name].to(device)
+            for name in self._executable.extras[binding.variant]
+        ]
+        return self._executable.runners[binding.variant], extras
+
+    @property
+    def num_steps(self) -> int:
+        """The steps of one run."""
+        return len(self._steps)
+
+    @property
+    def slot_bytes(self) -> int:
+        """The bytes of this session's slots."""
+        return sum(t.numel() * t.element_size() for t in self._slots.values())
+
+    def reset(self) -> None:
+        """Start a new run: the next call is step 0."""
+        self.step = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the next step.
+
+        Raises:
+            CallError: the call differs from the captured one in structure, shape, dtype or device.
+        """
+        tensors = self._captured.flatten(args, kwargs)
+        runner, extras = self._steps[self.step]
+        with torch.no_grad():
+            outputs = runner(*tensors, *extras)
+        self.step = (self.step + 1) % len(self._steps)
+        return self._captured.unflatten(list(outputs))
+
+    def run_step(self, step: int, *args: Any, **kwargs: Any) -> Any:
+        """Run step `step`, which must be the next one (or 0, which starts a new run).
+
+        Raises:
+            CallError: `step` is not the next step.
+        """
+        if step == 0:
+            self.reset()
+        if step != self.step:
+            raise CallError(
+                f"step {step} was called but the next step is {self.step} of {self.num_steps}: a plan's steps run in order. "
+                "Call reset() to start a new run, and new_session() for a second run at the same time"
+            )
+        return self(*args, **kwargs)
