@@ -1,6 +1,6 @@
 """Train the reference model: a class-conditional DiT on Fashion-MNIST.
 
-    python benchmarks/train_reference.py --data FOLDER --out RUN [--init WEIGHTS] [--minutes 90 | --steps 20000]
+    python benchmarks/train_reference.py --data FOLDER --out RUN [--init WEIGHTS] [--minutes 90]
 
 Writes into RUN, and continues from there when started again after a kill:
     checkpoint.safetensors   model, average, optimiser and progress (replaced atomically)
@@ -20,13 +20,13 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.image
 import safetensors.torch
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors import safe_open
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -52,10 +52,10 @@ class Settings:
         batch: images per step.
         lr: peak learning rate.
         ema: decay of the averaged weights.
-        min_snr: gamma of the min-SNR loss weight (Hang et al. 2023, eq. 7 for noise prediction); 0 weighs all alike.
+        min_snr: gamma of the min-SNR loss weight (Hang et al. 2023, for noise prediction); 0: none.
         steps: length of the schedule in steps; 0 for none.
-        minutes: length of the schedule in minutes of training; 0 for none. The share of the schedule that is done
-            is the larger of the two.
+        minutes: length of the schedule in minutes of training; 0 for none. With both, whichever is reached
+            first ends the schedule.
         seed: seeds everything.
         bf16: run the model under bfloat16 autocast.
     """
@@ -93,7 +93,9 @@ class Settings:
 class Trainer:
     """A run: the model, its average, the optimiser, and how far they have come."""
 
-    def __init__(self, settings: Settings, images: Tensor, labels: Tensor, *, device: str, fast: bool) -> None:
+    def __init__(
+        self, settings: Settings, images: Tensor, labels: Tensor, *, device: str, fast: bool
+    ) -> None:
         torch.manual_seed(settings.seed)
         self.settings = settings
         self.images, self.labels = images.to(device), labels.to(device)
@@ -139,7 +141,9 @@ class Trainer:
         t = (strata / len(x0) * DIFFUSION.num_train_steps).long().to(x0.device)
         noise = torch.randn(x0.shape).to(x0.device)
         with self._attention():
-            loss = self.loss_of(DIFFUSION.add_noise(x0, t, noise), t, self.labels[picked], noise, self._weight(t))
+            loss = self.loss_of(
+                DIFFUSION.add_noise(x0, t, noise), t, self.labels[picked], noise, self._weight(t)
+            )
             loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimiser.step()
@@ -180,9 +184,13 @@ class Trainer:
             progress = json.loads(file.metadata()["progress"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         stored, asked = progress["settings"], dataclasses.asdict(self.settings)
-        changed = [f"{name} {stored.get(name)} -> {asked[name]}" for name in asked if stored.get(name) != asked[name]]
+        changed = [
+            f"{name} {stored.get(name)} -> {asked[name]}" for name in asked if stored.get(name) != asked[name]
+        ]
         if changed:
-            raise ValueError(f"{path} is of a run with other settings ({', '.join(changed)}): choose another --out")
+            raise ValueError(
+                f"{path} is of a run with other settings ({', '.join(changed)}): choose another --out"
+            )
         self.model.load_state_dict(_under("model.", tensors))
         self.average.load_state_dict(_under("average.", tensors))
         state: dict[int, dict[str, Tensor]] = {}
@@ -230,64 +238,95 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def sample_sheet(model: DiT, path: Path, *, rows: int = 4, num_steps: int = 50, cfg_scale: float = 2.0) -> None:
-    """Draw a sheet of samples, one class per column, from one fixed noise; twice the pixels each way."""
+def sample_sheet(
+    model: DiT, path: Path, *, rows: int = 4, num_steps: int = 50, cfg_scale: float = 2.0
+) -> None:
+    """Draw a sheet of samples, one class per column, from one fixed noise; each pixel drawn 3x3."""
     classes, size = model.config.num_classes, model.config.input_size[0]
     device = next(model.parameters()).device
     noise = torch.randn(rows * classes, 1, size, size, generator=torch.Generator().manual_seed(1))
     labels = torch.arange(classes).repeat(rows)
-    images = sample(model, noise.to(device), labels.to(device), num_steps=num_steps, cfg_scale=cfg_scale).cpu()
+    images = sample(
+        model, noise.to(device), labels.to(device), num_steps=num_steps, cfg_scale=cfg_scale
+    ).cpu()
     sheet = images.view(rows, classes, size, size).permute(0, 2, 1, 3).reshape(rows * size, classes * size)
     sheet = sheet.repeat_interleave(3, dim=0).repeat_interleave(3, dim=1)
     matplotlib.image.imsave(path, sheet.numpy(), cmap="gray", vmin=-1, vmax=1)
 
 
-@contextlib.contextmanager
-def reporting(trainer: Trainer, log: Path) -> Iterator[Callable[[str], None]]:
-    """Yield a function that reports a line: above a progress bar on a terminal, plain elsewhere, always to the log."""
-    bar = Progress(
-        TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[line]}"),
-        disable=not sys.stdout.isatty(),
-    )
-    with bar, log.open("a") as file:
-        task = bar.add_task("training", total=100, line="")
+class Report(contextlib.AbstractContextManager["Report"]):
+    """Tells how a run goes: a progress bar on a terminal, plain lines elsewhere, and always a log file."""
 
-        def report(line: str) -> None:
-            file.write(line + "\n")
-            file.flush()
-            share = trainer.settings.share_done(trainer.step, trainer.seconds)
-            bar.update(task, completed=round(100 * share), line=line)
-            if bar.disable:
-                print(line, flush=True)
+    def __init__(self, trainer: Trainer, log: Path) -> None:
+        self.trainer = trainer
+        self.file = log.open("a")
+        self.bar = Progress(
+            *(TextColumn("step {task.fields[step]}"), BarColumn(), TextColumn("{task.percentage:.0f} %")),
+            *(TimeElapsedColumn(), TextColumn("{task.fields[line]}")),
+            disable=not sys.stdout.isatty(),
+        )
+        self.task = self.bar.add_task("training", total=1.0, line="", step=trainer.step)
 
-        yield report
+    def __enter__(self) -> Report:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+        self.file.close()
+
+    def tick(self) -> None:
+        """Move the bar."""
+        share = self.trainer.settings.share_done(self.trainer.step, self.trainer.seconds)
+        self.bar.update(self.task, completed=share, step=self.trainer.step)
+
+    def line(self, text: str) -> None:
+        """Report one line."""
+        self.file.write(text + "\n")
+        self.file.flush()
+        self.bar.update(self.task, line=text)
+        if self.bar.disable:
+            print(text, flush=True)
 
 
-def train(trainer: Trainer, out: Path, test: tuple[Tensor, Tensor], *, log_every: int, save_every: int, sheet_every: int) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Every:
+    """After how many steps to report, to save, and to draw a sheet of samples."""
+
+    log: int
+    save: int
+    sheet: int
+
+
+def train(trainer: Trainer, out: Path, test: tuple[Tensor, Tensor], every: Every) -> None:
     """Run the schedule to its end, reporting, saving and drawing on the way."""
-    with reporting(trainer, out / "log.txt") as report:
-        losses: list[Tensor] = []
+    losses: list[Tensor] = []
+    with Report(trainer, out / "log.txt") as report:
         while not trainer.done:
             losses.append(trainer.train_step())
-            if trainer.step % log_every == 0 or trainer.done:
+            report.tick()
+            if trainer.step % every.log == 0 or trainer.done:
                 share = trainer.settings.share_done(trainer.step, trainer.seconds)
-                pace = trainer.seconds / trainer.step
-                report(
-                    f"step {trainer.step}  {share:5.1%}  loss {torch.stack(losses).mean().item():.4f}"
-                    f"  {trainer.seconds / 60:.1f} min  {pace:.3f} s/step"
+                report.line(
+                    f"step {trainer.step}  {share:.1%}  loss {torch.stack(losses).mean().item():.4f}  "
+                    f"{trainer.seconds / 60:.1f} min  {trainer.seconds / trainer.step:.3f} s/step"
                 )
                 losses.clear()
-            if trainer.step % save_every == 0 or trainer.done:
+            if trainer.step % every.save == 0 or trainer.done:
                 trainer.save(out)
-            if trainer.step % sheet_every == 0 or trainer.done:
+            if trainer.step % every.sheet == 0 or trainer.done:
                 sample_sheet(trainer.average, out / f"samples_{trainer.step:06d}.png")
-                report(f"step {trainer.step}  test loss of the average {trainer.test_loss(*test):.5f}")
+                report.line(f"step {trainer.step}  test loss of the average {trainer.test_loss(*test):.5f}")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line; every field of Settings is an option."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/fashion-mnist"), help="folder of IDX files")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", type=Path, default=Path("../shared/data/fashion-mnist"), help="folder of IDX files"
+    )
     parser.add_argument("--out", type=Path, default=Path("train_reference_out"), help="folder of the run")
     parser.add_argument("--init", type=Path, help="weights to start from")
     parser.add_argument("--device", default="cpu")
@@ -310,7 +349,9 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     torch.set_num_threads(args.threads)
     try:
-        settings = Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)})
+        settings = Settings(
+            **{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
+        )
         images, labels = fashion_mnist.load(args.data, "train")
         test_images, test_labels = fashion_mnist.load(args.data, "test")
         trainer = Trainer(settings, images, labels, device=args.device, fast=args.compile)
@@ -322,8 +363,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"train_reference: {error}", file=sys.stderr)
         return 2
-    every = {"log_every": args.log_every, "save_every": args.save_every, "sheet_every": args.sheet_every}
-    train(trainer, args.out, (test_images[:1000], test_labels[:1000]), **every)
+    every = Every(log=args.log_every, save=args.save_every, sheet=args.sheet_every)
+    train(trainer, args.out, (test_images[:1000], test_labels[:1000]), every)
     return 0
 
 

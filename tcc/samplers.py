@@ -1,10 +1,10 @@
 """DDIM and DDPM sampling with classifier-free guidance, one model call per step.
 
-The model is called as ``model(x, t, y)`` with the same shapes and dtypes at every step, so a compiled plan can stand
-in for it. Steps are numbered in execution order, noisiest first.
+The model is called as ``model(x, t, y)`` with the same shapes and dtypes at every step, so a compiled plan
+can stand in for it. Steps are numbered in execution order, noisiest first.
 
-Sources: DDPM is Ho et al. 2020, DDIM is Song et al. 2021, IDDPM is Nichol & Dhariwal 2021 (respacing and learned
-variance), classifier-free guidance is Ho & Salimans 2022. Numbers agree with the public DiT code.
+Sources: DDPM is Ho et al. 2020, DDIM is Song et al. 2021, IDDPM is Nichol & Dhariwal 2021 (respacing and
+learned variance), classifier-free guidance is Ho & Salimans 2022. Numbers agree with the public DiT code.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Diffusion:
         """Choose the timesteps to visit, noisiest first.
 
         Args:
-            num_steps: ``N`` (or ``"N"``) for N points spread evenly over the whole range, both ends included and
+            num_steps: ``N`` (or ``"N"``) for N points spread evenly over the range, both ends included and
                 rounded (IDDPM); ``"ddimN"`` for the integer stride that gives N points from 0 upwards (DDIM).
 
         Returns:
@@ -111,7 +111,7 @@ class Step:
 
 
 def predict_x0(x: Tensor, eps: Tensor, step: Step, clip: bool) -> Tensor:
-    """The image that x and the predicted noise imply, ``[B, C, H, W]`` (DDIM eq. 9), clamped to [-1, 1] on demand."""
+    """The image ``[B, C, H, W]`` that x and the predicted noise imply (DDIM eq. 9), clamped on demand."""
     x0 = (x - math.sqrt(1 - step.alpha_bar) * eps) / math.sqrt(step.alpha_bar)
     return x0.clamp(-1, 1) if clip else x0
 
@@ -147,8 +147,8 @@ def ddpm_step(
         step: the step's constants.
         noise: unit Gaussian, same shape; not read at the last step.
         clip: clamp the implied image to [-1, 1].
-        variance: the model's variance channels, same shape: interpolates between the logarithms of the posterior
-            variance (-1) and beta (+1) (IDDPM eq. 15). None: the posterior variance.
+        variance: the model's variance channels, same shape: interpolates between the logarithms of the
+            posterior variance (-1) and beta (+1) (IDDPM eq. 15). None: the posterior variance.
     """
     bar, after = step.alpha_bar, step.alpha_bar_next
     beta = 1 - bar / after
@@ -170,8 +170,8 @@ def guide(output: Tensor, scale: float, channels: int, guidance_channels: Guidan
         output: the model's output ``[2B, C_out, H, W]``, conditional half first.
         scale: guidance scale; 1 is no guidance.
         channels: input channels C; the noise is the first C output channels.
-        guidance_channels: ``all`` guides all C; ``first-three`` guides only channels 0-2 and leaves the others
-            conditional, as the public DiT sampler does.
+        guidance_channels: ``all`` guides all C; ``first-three`` guides only channels 0-2 and leaves the
+            others conditional, as the public DiT sampler does.
 
     Returns:
         ``[B, C_out, H, W]``; the variance channels are the conditional half's.
@@ -202,8 +202,8 @@ def sample(
     """Turn noise into images, calling the model exactly once per step.
 
     Args:
-        model: called as ``model(x, t, y)`` and returns ``[N, C or 2C, H, W]``; ``reset()`` is called first if it has
-            that method. ``N`` is B, or 2B under guidance (conditional half first); ``t`` is int64 ``[N]``.
+        model: called as ``model(x, t, y)`` and returns ``[N, C or 2C, H, W]``; ``reset()`` is called first if
+            it has that method. ``N`` is B, or 2B under guidance (conditional half first); ``t`` is int64.
         noise: unit Gaussian ``[B, C, H, W]``.
         labels: class labels int64 ``[B]``.
         num_steps: see :meth:`Diffusion.timesteps`.
@@ -234,15 +234,13 @@ def sample(
         output = model(torch.cat([x, x]) if guided else x, t, y)
         if guided:
             output = guide(output, cfg_scale, channels, guidance_channels)
-        eps, variance = output[:, :channels], output[:, channels:]
+        eps, variance = output[:, :channels], output[:, channels:] if output.shape[1] > channels else None
         random = sampler == "ddpm" or eta > 0
         fresh = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype) if random else None
         if sampler == "ddim":
             x = ddim_step(x, eps, step, noise=fresh, eta=eta, clip=clip)
         else:
-            x = ddpm_step(
-                x, eps, step, noise=fresh, clip=clip, variance=variance if variance.shape[1] else None
-            )
+            x = ddpm_step(x, eps, step, noise=fresh, clip=clip, variance=variance)
         if progress is not None:
             progress(done, len(steps))
     return x

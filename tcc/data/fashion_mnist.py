@@ -39,9 +39,7 @@ def load(folder: str | Path, split: str = "train", size: int = 32) -> tuple[Tens
     images = torch.from_numpy(read_idx(_find(folder, f"{_PREFIX[split]}-images-idx3-ubyte")).copy())
     labels = torch.from_numpy(read_idx(_find(folder, f"{_PREFIX[split]}-labels-idx1-ubyte")).astype(np.int64))
     if len(images) != len(labels):
-        raise ValueError(
-            f"{folder} has {len(images)} {split} images but {len(labels)} labels: fetch it again"
-        )
+        raise ValueError(f"{folder} has {len(images)} {split} images, {len(labels)} labels: fetch it again")
     before, after = (size - images.shape[-1]) // 2, (size - images.shape[-1] + 1) // 2
     return F.pad(images[:, None], (before, after, before, after)), labels
 

@@ -1,7 +1,8 @@
-"""The diffusion transformer of Peebles & Xie ("Scalable Diffusion Models with Transformers", 2023), written for export.
+"""The diffusion transformer of Peebles & Xie ("Scalable Diffusion Models with Transformers", 2023).
 
-Parameter names and shapes are those of the public DiT checkpoints, so their state dicts load with ``strict=True``.
-The forward is straight-line code (no branch on data, no Python state), so ``torch.export`` captures it whole.
+Parameter names and shapes are those of the public DiT checkpoints, so their state dicts load with
+``strict=True``. The forward is straight-line code (no branch on data, no Python state), so ``torch.export``
+captures it whole.
 
 Shape legend used below: B batch, C channels, H/W image or latent size, S tokens, D width, P patch size.
 """
@@ -41,7 +42,7 @@ class DiTConfig:
         depth: number of blocks.
         num_heads: attention heads; must divide ``hidden_size``.
         mlp_ratio: hidden width of the MLP over D.
-        class_dropout_prob: training-time share of labels replaced by the null class; above 0 adds the null row.
+        class_dropout_prob: share of labels replaced by the null class in training; above 0 adds the null row.
         num_classes: number of classes, the null class not counted.
         learn_sigma: whether the output has C more channels for the learned-range variance.
     """
@@ -68,9 +69,7 @@ class DiTConfig:
         if self.hidden_size % self.num_heads:
             raise ModelError(f"num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}")
         if self.hidden_size % 4:
-            raise ModelError(
-                f"hidden_size {self.hidden_size} must be a multiple of 4 for 2-D sin-cos positions"
-            )
+            raise ModelError(f"hidden_size {self.hidden_size} is not a multiple of 4, as 2-D positions need")
         if not 0.0 <= self.class_dropout_prob <= 1.0:
             raise ModelError(f"class_dropout_prob must lie in [0, 1], got {self.class_dropout_prob}")
 
@@ -109,8 +108,8 @@ class DiTConfig:
 def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
     """Fixed 2-D sin-cos position embedding, as in the public DiT and MAE code.
 
-    The first half of the channels encodes the column, the second half the row; each half is ``[sin, cos]`` of the
-    coordinate times ``10000 ** (-k / (D/4))``.
+    The first half of the channels encodes the column, the second half the row; each half is ``[sin, cos]`` of
+    the coordinate times ``10000 ** (-k / (D/4))``.
 
     Args:
         width: channels D, a multiple of 4.
@@ -166,7 +165,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Class label ``[B]`` to ``[B, D]``; with dropout > 0 the last row is the null class of classifier-free guidance."""
+    """Class label ``[B]`` to ``[B, D]``; with dropout > 0 the last row is the null class of guidance."""
 
     def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float) -> None:
         super().__init__()
@@ -175,7 +174,7 @@ class LabelEmbedder(nn.Module):
         self.dropout_prob = dropout_prob
 
     def forward(self, labels: Tensor) -> Tensor:
-        """Embed labels; in training mode each is replaced by the null class with probability ``dropout_prob``."""
+        """Embed labels; in training mode each becomes the null class with probability ``dropout_prob``."""
         if self.training and self.dropout_prob > 0:
             drop = torch.rand(labels.shape, device=labels.device) < self.dropout_prob
             labels = torch.where(drop, self.num_classes, labels)
@@ -250,7 +249,7 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """A class-conditional diffusion transformer that predicts the noise (and, with learned sigma, the variance).
+    """A class-conditional diffusion transformer that predicts the noise, and with learned sigma the variance.
 
     Args:
         input_size: side of a square input, or (H, W).
@@ -323,7 +322,7 @@ class DiT(nn.Module):
         return cls(**dataclasses.asdict(config))
 
     def initialize_weights(self) -> None:
-        """Initialise as the paper does: Xavier linears, and zero gates and head (adaLN-Zero), so the output is 0."""
+        """Initialise as the paper does: Xavier linears, zero gates and head (adaLN-Zero): output 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

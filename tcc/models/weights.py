@@ -1,7 +1,7 @@
-"""Reading and writing DiT weights: published ``.pt`` files, ``.safetensors`` files, and the model shipped with tcc.
+"""DiT weights: published ``.pt`` files, ``.safetensors`` files, and the model shipped with tcc.
 
-Nothing here unpickles arbitrary objects. Files written by :func:`save_weights` carry the model's configuration in
-their header, so :func:`load_dit` needs no arguments for them.
+Nothing here unpickles arbitrary objects. Files written by :func:`save_weights` carry the model's
+configuration in their header, so :func:`load_dit` needs no arguments for them.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ State = dict[str, Tensor]
 def reference_model() -> DiT:
     """Return the model shipped with tcc, on the CPU, in float32 and eval mode.
 
-    A class-conditional DiT trained on Fashion-MNIST: 1 channel, 32x32 pixels in [-1, 1], patch 4, 64 tokens, width
-    128, 12 blocks, 10 classes and the null class 10, noise prediction under 1000 linear betas.
+    A class-conditional DiT trained on Fashion-MNIST: 1 channel, 32x32 pixels in [-1, 1], patch 4, 64 tokens,
+    width 128, 12 blocks, 10 classes and the null class 10, noise prediction under 1000 linear betas.
     """
     with resources.as_file(resources.files("tcc.data") / REFERENCE_FILE) as path:
         return load_dit(path)
@@ -92,7 +92,7 @@ def read_state(path: str | os.PathLike[str]) -> tuple[State, dict[str, str]]:
     """Read a state dict and its header without building a model.
 
     Args:
-        path: a ``.safetensors`` or ``.pt`` file; of a training checkpoint the EMA weights are taken, else ``model``.
+        path: a ``.safetensors`` or ``.pt`` file; of a training checkpoint ``ema`` is taken, else ``model``.
 
     Returns:
         The tensors by name, and the header (empty for ``.pt``).
@@ -108,13 +108,14 @@ def read_state(path: str | os.PathLike[str]) -> tuple[State, dict[str, str]]:
                 f"{path} is not a readable safetensors file ({error}): fetch it again"
             ) from error
     try:
-        # Published training checkpoints carry their command line as a Namespace: plain attributes, safe to allow.
+        # Published training checkpoints carry their command line as a Namespace: plain attributes, harmless.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ModelError(
-            f"{path} is not a plain PyTorch weight file: it is damaged, or holds pickled objects, which tcc refuses "
-            "to run. Save the state dict alone with torch.save(model.state_dict(), ...), or use safetensors"
+            f"{path} is not a plain PyTorch weight file: it is damaged, or holds pickled "
+            "objects, which tcc refuses to run. Save the bare state dict with "
+            "torch.save(model.state_dict(), path), or use safetensors"
         ) from error
     return _unwrap(content, path), {}
 
@@ -124,8 +125,8 @@ def infer_config(state: State, num_heads: int | None = None) -> DiTConfig:
 
     Args:
         state: tensors by public DiT names.
-        num_heads: attention heads; shapes do not tell them, so by default they come from the published size with
-            the same depth and width.
+        num_heads: attention heads; shapes do not tell them, so by default they come from the published size
+            with the same depth and width.
     """
     try:
         width, channels, patch, _ = state["x_embedder.proj.weight"].shape
@@ -156,7 +157,7 @@ def infer_config(state: State, num_heads: int | None = None) -> DiTConfig:
 
 
 def _unwrap(content: object, path: str | os.PathLike[str]) -> State:
-    """Take the state dict out of a training checkpoint (``ema`` first, then ``model``), or return it as it is."""
+    """Take the state dict out of a training checkpoint (``ema``, else ``model``), or return it as it is."""
     if isinstance(content, dict):
         for wrapper in ("ema", "model"):
             if isinstance(content.get(wrapper), dict):
