@@ -140,7 +140,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the tokens in row-major order."""
-        return self.proj(x).flatten(2).transpose(1, 2)
+        patches: Tensor = self.proj(x)  # [B, D, H / P, W / P]
+        return patches.flatten(2).transpose(1, 2)
 
 
 class TimestepEmbedder(nn.Module):
@@ -161,7 +162,8 @@ class TimestepEmbedder(nn.Module):
         )
         angles = t[:, None].float() * frequencies[None]
         features = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        embedded: Tensor = self.mlp(features.to(next(self.mlp.parameters()).dtype))
+        return embedded
 
 
 class LabelEmbedder(nn.Module):
@@ -178,7 +180,8 @@ class LabelEmbedder(nn.Module):
         if self.training and self.dropout_prob > 0:
             drop = torch.rand(labels.shape, device=labels.device) < self.dropout_prob
             labels = torch.where(drop, self.num_classes, labels)
-        return self.embedding_table(labels)
+        embedded: Tensor = self.embedding_table(labels)
+        return embedded
 
 
 class Attention(nn.Module):
@@ -197,7 +200,8 @@ class Attention(nn.Module):
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, S, head_dim]
         out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
+        projected: Tensor = self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
+        return projected
 
 
 class Mlp(nn.Module):
@@ -210,7 +214,8 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform every token on its own."""
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return out
 
 
 class DiTBlock(nn.Module):
@@ -226,11 +231,11 @@ class DiTBlock(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Map the stream x ``[B, S, D]`` under the conditioning c ``[B, D]``."""
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(
-            6, dim=1
-        )
+        modulation: Tensor = self.adaLN_modulation(c)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
         x = x + gate_attn.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
-        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        x = x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        return x
 
 
 class FinalLayer(nn.Module):
@@ -245,7 +250,8 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Read the patches off the stream."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        patches: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
+        return patches
 
 
 class DiT(nn.Module):
@@ -280,7 +286,7 @@ class DiT(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config = DiTConfig(
-            input_size=(input_size, input_size) if isinstance(input_size, int) else tuple(input_size),
+            input_size=(input_size, input_size) if isinstance(input_size, int) else input_size,
             patch_size=patch_size,
             in_channels=in_channels,
             hidden_size=hidden_size,
@@ -312,9 +318,8 @@ class DiT(nn.Module):
             raise ModelError(f"unknown DiT size {name!r}; choose one of {', '.join(names)}")
         size, patch = names[name]
         depth, width, heads = SIZES[size]
-        return cls(
-            **{"patch_size": patch, "depth": depth, "hidden_size": width, "num_heads": heads, **overrides}
-        )
+        sizes = {"patch_size": patch, "depth": depth, "hidden_size": width, "num_heads": heads}
+        return cls(**{**sizes, **overrides})
 
     @classmethod
     def from_config(cls, config: DiTConfig) -> DiT:
@@ -323,18 +328,13 @@ class DiT(nn.Module):
 
     def initialize_weights(self) -> None:
         """Initialise as the paper does: Xavier linears, zero gates and head (adaLN-Zero): output 0."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.config.hidden_size, -1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        for table in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(table.weight, std=0.02)
-        zeroed = [block.adaLN_modulation[1] for block in self.blocks]
-        for linear in (*zeroed, self.final_layer.adaLN_modulation[1], self.final_layer.linear):
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        for name, parameter in self.named_parameters():
+            if "adaLN_modulation" in name or "final_layer" in name or name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif name.startswith(("t_embedder", "y_embedder")):
+                nn.init.normal_(parameter, std=0.02)
+            elif name != "pos_embed":
+                nn.init.xavier_uniform_(parameter.view(len(parameter), -1))  # the convolution as a linear map
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """Put patches ``[B, S, P * P * C_out]`` back together: ``[B, C_out, H, W]``."""

@@ -78,9 +78,8 @@ def save_weights(model: DiT, path: str | os.PathLike[str], dtype: torch.dtype = 
         path: where to.
         dtype: storage type of the trained tensors; the fixed positions are kept in float32.
     """
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     tensors = {
-        name: tensor.detach().to("cpu", dtype if name in trained else torch.float32).contiguous()
+        name: tensor.detach().to("cpu", torch.float32 if name == "pos_embed" else dtype).contiguous()
         for name, tensor in model.state_dict().items()
     }
     partial = Path(f"{os.fspath(path)}.partial")
