@@ -293,8 +293,8 @@ def test_wrong_shapes_say_which_model_fits(tmp_path: Path) -> None:
     torch.save(DiT.from_name("DiT-S/8", input_size=16).state_dict(), tmp_path / "w.pt")
     message = (
         r"w\.pt does not fit this model: pos_embed is \[1, 4, 384\] in the file and "
-        r"\[1, 16, 32\] in the model \(and \d+ more\)\. It fits DiT\.from_name\(\"DiT-S/8\", input_size=16, in_channels=4, "
-        r"num_classes=1000, learn_sigma=True\)"
+        r"\[1, 16, 32\] in the model \(and \d+ more\)\. It fits DiT\.from_name\(\"DiT-S/8\", "
+        r"input_size=16, in_channels=4, num_classes=1000, learn_sigma=True\)"
     )
     with pytest.raises(ModelError, match=message):
         load_weights(tiny(), tmp_path / "w.pt")
