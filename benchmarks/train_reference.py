@@ -93,9 +93,7 @@ class Settings:
 class Trainer:
     """A run: the model, its average, the optimiser, and how far they have come."""
 
-    def __init__(
-        self, settings: Settings, images: Tensor, labels: Tensor, *, device: str, fast: bool
-    ) -> None:
+    def __init__(self, settings: Settings, images: Tensor, labels: Tensor, *, device: str, fast: bool) -> None:
         torch.manual_seed(settings.seed)
         self.settings = settings
         self.images, self.labels = images.to(device), labels.to(device)
@@ -141,9 +139,7 @@ class Trainer:
         t = (strata / len(x0) * DIFFUSION.num_train_steps).long().to(x0.device)
         noise = torch.randn(x0.shape).to(x0.device)
         with self._attention():
-            loss = self.loss_of(
-                DIFFUSION.add_noise(x0, t, noise), t, self.labels[picked], noise, self._weight(t)
-            )
+            loss = self.loss_of(DIFFUSION.add_noise(x0, t, noise), t, self.labels[picked], noise, self._weight(t))
             loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimiser.step()
@@ -184,13 +180,9 @@ class Trainer:
             progress = json.loads(file.metadata()["progress"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         stored, asked = progress["settings"], dataclasses.asdict(self.settings)
-        changed = [
-            f"{name} {stored.get(name)} -> {asked[name]}" for name in asked if stored.get(name) != asked[name]
-        ]
+        changed = [f"{name} {stored.get(name)} -> {asked[name]}" for name in asked if stored.get(name) != asked[name]]
         if changed:
-            raise ValueError(
-                f"{path} is of a run with other settings ({', '.join(changed)}): choose another --out"
-            )
+            raise ValueError(f"{path} is of a run with other settings ({', '.join(changed)}): choose another --out")
         self.model.load_state_dict(_under("model.", tensors))
         self.average.load_state_dict(_under("average.", tensors))
         state: dict[int, dict[str, Tensor]] = {}
@@ -238,17 +230,13 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def sample_sheet(
-    model: DiT, path: Path, *, rows: int = 4, num_steps: int = 50, cfg_scale: float = 2.0
-) -> None:
+def sample_sheet(model: DiT, path: Path, *, rows: int = 4, num_steps: int = 50, cfg_scale: float = 2.0) -> None:
     """Draw a sheet of samples, one class per column, from one fixed noise; each pixel drawn 3x3."""
     classes, size = model.config.num_classes, model.config.input_size[0]
     device = next(model.parameters()).device
     noise = torch.randn(rows * classes, 1, size, size, generator=torch.Generator().manual_seed(1))
     labels = torch.arange(classes).repeat(rows)
-    images = sample(
-        model, noise.to(device), labels.to(device), num_steps=num_steps, cfg_scale=cfg_scale
-    ).cpu()
+    images = sample(model, noise.to(device), labels.to(device), num_steps=num_steps, cfg_scale=cfg_scale).cpu()
     sheet = images.view(rows, classes, size, size).permute(0, 2, 1, 3).reshape(rows * size, classes * size)
     sheet = sheet.repeat_interleave(3, dim=0).repeat_interleave(3, dim=1)
     matplotlib.image.imsave(path, sheet.numpy(), cmap="gray", vmin=-1, vmax=1)
@@ -321,12 +309,8 @@ def train(trainer: Trainer, out: Path, test: tuple[Tensor, Tensor], every: Every
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line; every field of Settings is an option."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--data", type=Path, default=Path("../shared/data/fashion-mnist"), help="folder of IDX files"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/fashion-mnist"), help="folder of IDX files")
     parser.add_argument("--out", type=Path, default=Path("train_reference_out"), help="folder of the run")
     parser.add_argument("--init", type=Path, help="weights to start from")
     parser.add_argument("--device", default="cpu")
@@ -349,9 +333,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     torch.set_num_threads(args.threads)
     try:
-        settings = Settings(
-            **{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
-        )
+        settings = Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)})
         images, labels = fashion_mnist.load(args.data, "train")
         test_images, test_labels = fashion_mnist.load(args.data, "test")
         trainer = Trainer(settings, images, labels, device=args.device, fast=args.compile)

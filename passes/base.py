@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from tcc.passes import dump
+from tcc.passes.graph import evaluate, fake_mode_of, graph_text, source_line
 from torch import fx
 
 from tcc.errors import PassError, TccError, VerificationError
-from tcc.passes import dump
-from tcc.passes.graph import evaluate, fake_mode_of, graph_text, source_line
 
 __all__ = ["Pass", "PassRecord", "run_passes", "verify"]
 
@@ -51,7 +51,9 @@ class PassRecord:
     seconds: float
 
 
-def run_passes(gm: fx.GraphModule, passes: Sequence[Pass], *, label: str = "graph", check: bool = True) -> list[PassRecord]:
+def run_passes(
+    gm: fx.GraphModule, passes: Sequence[Pass], *, label: str = "graph", check: bool = True
+) -> list[PassRecord]:
     """Run `passes` in order on `gm`, in place.
 
     Args:
@@ -145,5 +147,7 @@ def _facts(val: torch.Tensor) -> tuple[tuple[int, ...], torch.dtype, torch.devic
 def _report(node: fx.Node, where: str, rule: str, what: str, around: int = 5) -> str:
     lines = graph_text(node.graph).splitlines()
     at = list(node.graph.nodes).index(node)
-    near = "\n".join(("> " if i == at else "  ") + lines[i] for i in range(max(0, at - around), min(len(lines), at + around + 1)))
+    near = "\n".join(
+        ("> " if i == at else "  ") + lines[i] for i in range(max(0, at - around), min(len(lines), at + around + 1))
+    )
     return f"after {where}, rule '{rule}' is broken at node '{node.name}': {what}\n  {source_line(node)}\n{near}"

@@ -6,9 +6,8 @@ import os
 import re
 from pathlib import Path
 
-from torch import fx
-
 from tcc.passes.graph import graph_text
+from torch import fx
 
 __all__ = ["write"]
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import fx
-
 from tcc.passes.base import Pass
 from tcc.passes.graph import emit, fake_mode_of, output_values, shape, value
 from tcc.passes.sites import Site
 from tcc.passes.tokens import gather_tokens, scatter_tokens
+from torch import fx
+
 from tcc.plan import Action, Compute, Hold, Reuse, Skip, Update
 
 __all__ = ["Entry", "InsertSlots", "history"]

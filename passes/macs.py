@@ -11,9 +11,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import fx
-
 from tcc.passes.graph import shape
+from torch import fx
 
 __all__ = ["count", "node_macs"]
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import fx
-
 from tcc.passes.base import Pass
 from tcc.passes.graph import value
+from torch import fx
 
 __all__ = ["Normalize"]
 

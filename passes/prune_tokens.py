@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx
-
 from tcc.passes.base import Pass
 from tcc.passes.graph import emit, shape, value
 from tcc.passes.token_axis import Narrowing, NotTokenLocal, Path, narrowing, operands
 from tcc.passes.tokens import Axis, gather_tokens, scatter_tokens
+from torch import fx
 
 __all__ = ["PruneTokens", "Whole"]
 
@@ -91,7 +90,11 @@ class _Narrower:
         for path, operand in operands(node):
             if path not in found.operands:
                 self.whole.add(operand)
-        new = {path: self.narrow(operand, found.operands[path]) for path, operand in operands(node) if path in found.operands}
+        new = {
+            path: self.narrow(operand, found.operands[path])
+            for path, operand in operands(node)
+            if path in found.operands
+        }
         args, kwargs = _substitute(node, {**new, **found.literals})
         with self.graph.inserting_after(node):
             return emit(self.graph, node.target, args, kwargs, like=node)  # type: ignore[arg-type]

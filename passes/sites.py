@@ -10,13 +10,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import fx
-
 from tcc.passes.graph import shape, source_line, value
 from tcc.passes.macs import count
 from tcc.passes.streams import Block, Branch, Dataflow, Stream, find_stream
 from tcc.passes.token_axis import NotTokenLocal, narrowing, operands
 from tcc.passes.tokens import Axis
+from torch import fx
 
 __all__ = ["Analysis", "Site", "analyse", "find_grid", "follow"]
 
@@ -217,9 +216,7 @@ def _kv_site(prefix: str, index: int, node: fx.Node, branch: Branch, axis: Axis,
 
 def _block_delta(block: Block, index: int, axis: Axis, flow: Dataflow) -> Site:
     parts = [branch for _, branch in block.branches]
-    reason = next(
-        (r for b in parts if (r := _why_not(b.delta, axis, [(p, block.stream_in) for p in parts], flow))), ""
-    )
+    reason = next((r for b in parts if (r := _why_not(b.delta, axis, [(p, block.stream_in) for p in parts], flow))), "")
     val = value(parts[-1].delta)
     attention = tuple(node.name for b in parts for node in _self_attention(b, flow))
     return Site(

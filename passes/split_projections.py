@@ -7,12 +7,11 @@ import operator
 from dataclasses import dataclass
 
 import torch
-from torch import fx
-
 from tcc.passes.base import Pass
 from tcc.passes.graph import emit, shape
 from tcc.passes.prune_tokens import Whole
 from tcc.passes.tokens import gather_tokens, scatter_tokens
+from torch import fx
 
 __all__ = ["SplitProjections"]
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import networkx as nx
 import torch
+from tcc.passes.graph import module_path, shape, value
+from tcc.passes.macs import node_macs
 from torch import fx
 
 from tcc.errors import AnalysisError
-from tcc.passes.graph import module_path, shape, value
-from tcc.passes.macs import node_macs
 
 __all__ = ["Block", "Branch", "Dataflow", "Stream", "find_stream"]
 

@@ -22,10 +22,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
-
 from tcc.passes.graph import shape, value
 from tcc.passes.tokens import Axis
+from torch import fx
 
 __all__ = ["Narrowing", "NotTokenLocal", "Path", "narrowing", "operands", "rule"]
 

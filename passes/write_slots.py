@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import fx
-
 from tcc.passes.base import Pass
 from tcc.passes.graph import emit, fake_mode_of, output_values, value
+from torch import fx
 
 __all__ = ["WriteSlots"]
 

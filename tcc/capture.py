@@ -103,7 +103,9 @@ class Captured:
         for spec_, tensor in zip(self.inputs, tensors, strict=True):
             problem = spec_.differs(tensor)
             if problem:
-                raise CallError(f"input '{spec_.name}' {problem}: a compiled model runs the shapes it was captured with")
+                raise CallError(
+                    f"input '{spec_.name}' {problem}: a compiled model runs the shapes it was captured with"
+                )
         return tensors
 
     def unflatten(self, outputs: list[Any]) -> Any:

@@ -271,7 +271,9 @@ class CachePlan:
 
     def _cost(self) -> Cost:
         if self.cost is None:
-            raise PlanError("the plan has no cost yet: count it with info.count(plan), where info = tcc.inspect(model, ...)")
+            raise PlanError(
+                "the plan has no cost yet: count it with info.count(plan), where info = tcc.inspect(model, ...)"
+            )
         return self.cost
 
     def _check_action(self, step: int, site: str, action: Action) -> None:
@@ -319,6 +321,8 @@ def _finite(x: float) -> bool:
 
 def _check_tokens(name: str, kept: torch.Tensor) -> None:
     if kept.dim() != 1 or kept.dtype != torch.int64 or kept.numel() == 0:
-        raise PlanError(f"token set '{name}': expected a non-empty 1-D int64 tensor, got {kept.dtype} {list(kept.shape)}")
+        raise PlanError(
+            f"token set '{name}': expected a non-empty 1-D int64 tensor, got {kept.dtype} {list(kept.shape)}"
+        )
     if int(kept[0]) < 0 or bool((kept[1:] <= kept[:-1]).any()):
         raise PlanError(f"token set '{name}': positions must be >= 0, sorted and distinct")

@@ -59,9 +59,13 @@ def load(path: str) -> CachePlan:
             meta = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError, ValueError) as error:
-        raise PlanError(f"{path}: cannot be read as a plan ({error}): the file is truncated, altered or not a plan") from error
+        raise PlanError(
+            f"{path}: cannot be read as a plan ({error}): the file is truncated, altered or not a plan"
+        ) from error
     if meta.get("format") != FORMAT:
-        raise PlanError(f"{path}: not a plan of format {FORMAT} (found {meta.get('format')!r}): make it anew with `tcc plan`")
+        raise PlanError(
+            f"{path}: not a plan of format {FORMAT} (found {meta.get('format')!r}): make it anew with `tcc plan`"
+        )
     text = meta.get("plan", "")
     if _digest(text, tensors) != meta.get("sha256"):
         raise PlanError(f"{path}: the content does not match its checksum: the file was altered; make the plan anew")

@@ -242,5 +242,7 @@ def _delta_sites(info: ModelInfo, blocks: Sequence[int], level: str) -> list[str
     names = [name for name, site in info.sites.items() if site.kind == kind and site.block in blocks]
     for name in names:
         if not info.sites[name].prunable:
-            raise PlanError(f"site '{name}' cannot be pruned: {info.sites[name].reason}. Leave its block out of `blocks`")
+            raise PlanError(
+                f"site '{name}' cannot be pruned: {info.sites[name].reason}. Leave its block out of `blocks`"
+            )
     return names

@@ -118,7 +118,8 @@ def build_program(
             progress(f"rewriting variant {number + 1}/{len(distinct)}")
         variants.append(_build_variant(captured.gm, kind, f"variant{number}", check))
     bindings = tuple(
-        Binding(distinct.index(kind), _tensors(plan, analysis, table)) for kind, table in zip(kinds, tables, strict=True)
+        Binding(distinct.index(kind), _tensors(plan, analysis, table))
+        for kind, table in zip(kinds, tables, strict=True)
     )
     return Program(captured, tuple(variants), bindings, _slots(variants))
 
@@ -138,9 +139,7 @@ def _step_kinds(plan: CachePlan, analysis: Analysis) -> tuple[list[StepKind], li
     for step in range(plan.num_steps):
         entries, table = _entries(plan, spans, step)
         live = frozenset(
-            name
-            for entry, ages in zip(entries, stores, strict=True)
-            for name in slot_names(entry.slots, ages[step])
+            name for entry, ages in zip(entries, stores, strict=True) for name in slot_names(entry.slots, ages[step])
         )
         counts = tuple(plan.tokens[name].numel() for name in table.tokens)
         kinds.append(StepKind(entries, live, counts, analysis.num_tokens))

@@ -111,7 +111,12 @@ class Reference:
     def _attend(self, name: str, actions: dict[Site, Action], args: Any, kwargs: Any) -> torch.Tensor:
         """Attention, with the keys of dropped tokens masked out where the plan says `kept`."""
         for site, action in actions.items():
-            if isinstance(action, Update) and action.attention == "kept" and name in site.attention and site.kind != "kv":
+            if (
+                isinstance(action, Update)
+                and action.attention == "kept"
+                and name in site.attention
+                and site.kind != "kv"
+            ):
                 key = args[1]
                 visible = self._mask(action, key.dim() - 2, key).flatten()
                 bias = torch.zeros(1, visible.numel(), dtype=key.dtype, device=key.device)
@@ -119,7 +124,9 @@ class Reference:
                 given = args[3] if len(args) > 3 else kwargs.get("attn_mask")
                 if given is not None:
                     if given.dtype == torch.bool:
-                        given = torch.zeros(given.shape, dtype=key.dtype, device=key.device).masked_fill(~given, -torch.inf)
+                        given = torch.zeros(given.shape, dtype=key.dtype, device=key.device).masked_fill(
+                            ~given, -torch.inf
+                        )
                     bias = bias + given
                 args = (*args[:3], bias, *args[4:])
                 kwargs = {k: v for k, v in kwargs.items() if k != "attn_mask"}

@@ -256,7 +256,5 @@ def _null_class(model: Model, null_class: int | None) -> int:
     if null_class is None:
         null_class = getattr(getattr(model, "config", None), "null_class", None)
     if null_class is None:
-        raise ValueError(
-            "guidance needs a null class, and the model names none: pass null_class, or cfg_scale=1"
-        )
+        raise ValueError("guidance needs a null class, and the model names none: pass null_class, or cfg_scale=1")
     return null_class

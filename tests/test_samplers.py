@@ -135,8 +135,7 @@ def test_ddpm_step_draws_from_the_exact_posterior() -> None:
     ratio = step.alpha_bar / step.alpha_bar_next
     precision = ratio / (1 - ratio) + 1 / (1 - step.alpha_bar_next)
     mean = (
-        math.sqrt(ratio) / (1 - ratio) * x.numpy()
-        + math.sqrt(step.alpha_bar_next) / (1 - step.alpha_bar_next) * x0
+        math.sqrt(ratio) / (1 - ratio) * x.numpy() + math.sqrt(step.alpha_bar_next) / (1 - step.alpha_bar_next) * x0
     ) / precision
 
     still = ddpm_step(x, eps, step, noise=torch.zeros_like(x), clip=False)
@@ -159,9 +158,7 @@ def test_learned_variance_lies_between_posterior_and_beta(value: float, kind: st
     still = ddpm_step(x, x, step, noise=torch.zeros_like(x), **options)
     moved = ddpm_step(x, x, step, noise=torch.ones_like(x), **options)
 
-    torch.testing.assert_close(
-        moved - still, torch.full_like(x, variances[kind] ** 0.5), rtol=1e-3, atol=1e-5
-    )
+    torch.testing.assert_close(moved - still, torch.full_like(x, variances[kind] ** 0.5), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("clip", [True, False])

@@ -221,7 +221,4 @@ def test_other_settings_cannot_resume(
     assert run(script, data, tmp_path / "out", "--steps 2") == 0
 
     assert run(script, data, tmp_path / "out", "--steps 4 --lr 0.5") == 2
-    assert (
-        "run with other settings (lr 0.001 -> 0.5, steps 2 -> 4): choose another --out"
-        in capsys.readouterr().err
-    )
+    assert "run with other settings (lr 0.001 -> 0.5, steps 2 -> 4): choose another --out" in capsys.readouterr().err

@@ -150,16 +150,12 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, hidden_size: int, num_features: int = 256) -> None:
         super().__init__()
         self.num_features = num_features
-        self.mlp = nn.Sequential(
-            nn.Linear(num_features, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        self.mlp = nn.Sequential(nn.Linear(num_features, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor) -> Tensor:
         """Embed integer or fractional timesteps."""
         half = self.num_features // 2
-        frequencies = torch.exp(
-            -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t.device) / half
-        )
+        frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
         angles = t[:, None].float() * frequencies[None]
         features = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
         embedded: Tensor = self.mlp(features.to(next(self.mlp.parameters()).dtype))

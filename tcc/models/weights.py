@@ -47,9 +47,7 @@ def load_dit(path: str | os.PathLike[str], *, num_heads: int | None = None) -> D
         The model in float32 and eval mode, on the CPU.
     """
     state, header = read_state(path)
-    config = (
-        DiTConfig.from_json(header[CONFIG_KEY]) if CONFIG_KEY in header else infer_config(state, num_heads)
-    )
+    config = DiTConfig.from_json(header[CONFIG_KEY]) if CONFIG_KEY in header else infer_config(state, num_heads)
     model = DiT.from_config(config)
     _load_strict(model, state, path)
     return model.eval()
@@ -103,9 +101,7 @@ def read_state(path: str | os.PathLike[str]) -> tuple[State, dict[str, str]]:
             with safetensors.safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
         except safetensors.SafetensorError as error:
-            raise ModelError(
-                f"{path} is not a readable safetensors file ({error}): fetch it again"
-            ) from error
+            raise ModelError(f"{path} is not a readable safetensors file ({error}): fetch it again") from error
     try:
         # Published training checkpoints carry their command line as a Namespace: plain attributes, harmless.
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -163,9 +159,7 @@ def _unwrap(content: object, path: str | os.PathLike[str]) -> State:
                 content = content[wrapper]
                 break
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ModelError(
-            f"{path} holds no state dict: expected tensors by name, alone or under 'ema' or 'model'"
-        )
+        raise ModelError(f"{path} holds no state dict: expected tensors by name, alone or under 'ema' or 'model'")
     return content
 
 
