@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from tcc.passes import dump
-from tcc.passes.graph import evaluate, fake_mode_of, graph_text, source_line
 from torch import fx
 
 from tcc.errors import PassError, TccError, VerificationError
+from tcc.passes import dump
+from tcc.passes.graph import evaluate, fake_mode_of, graph_text, source_line
 
 __all__ = ["Pass", "PassRecord", "run_passes", "verify"]
 
@@ -70,12 +70,13 @@ def run_passes(
         VerificationError: the graph broke a rule after a pass.
     """
     records: list[PassRecord] = []
+    _drop_dead(gm)  # before the first pass, so that it is not blamed for dead code that came with the graph
     dump.write(label, 0, "captured", gm.graph)
     for number, item in enumerate(passes, start=1):
         before, text = len(gm.graph.nodes), graph_text(gm.graph) if check else ""
         start = time.perf_counter()
         edits = _run_one(gm, item, [r.name for r in records])
-        gm.graph.eliminate_dead_code(is_impure_node=_has_effect)
+        _drop_dead(gm)
         gm.recompile()
         if check:
             _check_count(item, edits, text, graph_text(gm.graph))
@@ -97,6 +98,10 @@ def _run_one(gm: fx.GraphModule, item: Pass, ran_before: list[str]) -> int:
             f"{item.name} failed (passes before it: {before}): {type(error).__name__}: {error}. "
             "This is a defect of the pass: set TCC_DUMP=<folder> to keep the graphs, and report it."
         ) from error
+
+
+def _drop_dead(gm: fx.GraphModule) -> None:
+    gm.graph.eliminate_dead_code(is_impure_node=_has_effect)
 
 
 def _has_effect(node: fx.Node) -> bool:

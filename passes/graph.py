@@ -76,11 +76,12 @@ def output_values(graph: fx.Graph) -> tuple[Any, ...]:
 
 
 def source_line(node: fx.Node) -> str:
-    """The user's source line that made `node`, or the module path where no line is on record."""
+    """The user's source line that made `node` (the innermost outside torch), or its module path where none is known."""
     trace = node.meta.get("stack_trace") or ""
     places = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
+    own = [place for place in places if "/torch/" not in place]
     if places:
-        return places[-1]
+        return (own or places)[-1]
     return f"module {module_path(node) or '(top)'}"
 
 
