@@ -1,0 +1,1 @@
+"""One test file per pass, and one per analysis."""
