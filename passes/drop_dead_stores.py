@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import fx
+
 from tcc.passes.base import Pass
 from tcc.passes.graph import output_values
-from torch import fx
 
 __all__ = ["DropDeadStores"]
 

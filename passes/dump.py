@@ -6,8 +6,9 @@ import os
 import re
 from pathlib import Path
 
-from tcc.passes.graph import graph_text
 from torch import fx
+
+from tcc.passes.graph import graph_text
 
 __all__ = ["write"]
 

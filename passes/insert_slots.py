@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from torch import fx
+
 from tcc.passes.base import Pass
 from tcc.passes.graph import emit, fake_mode_of, output_values, shape, value
 from tcc.passes.sites import Site
 from tcc.passes.tokens import gather_tokens, scatter_tokens
-from torch import fx
-
 from tcc.plan import Action, Compute, Hold, Reuse, Skip, Update
 
 __all__ = ["Entry", "InsertSlots", "history"]
@@ -106,12 +106,10 @@ class _Edit:
         self.restricted: set[tuple[fx.Node, str]] = set()
 
     def apply(self, entry: Entry) -> None:
-        action = entry.action
-        if isinstance(action, Update) and action.attention == "kept":
+        action, keys = entry.action, entry.sites[0].kind == "kv"
+        if isinstance(action, Update) and action.attention == "kept" and not keys:
             self._restrict_keys(entry, str(action.tokens))
-        if entry.sites[0].kind == "kv":
-            self._apply_each(entry)
-        elif entry.sites[0].stream_out:
+        if entry.sites[0].stream_out:
             self._apply_to_stream(entry)
         else:
             self._apply_each(entry)
@@ -203,7 +201,7 @@ class _Edit:
                 continue
             self.restricted.add((node, tokens))
             self.count += 1
-            total = shape(node.args[1])[-2]  # type: ignore[arg-type]
+            total = shape(node.args[1])[-2]
             for position, dim in ((1, -2), (2, -2), (3, -1)):
                 operand = node.args[position] if len(node.args) > position else None
                 if isinstance(operand, fx.Node) and shape(operand)[dim] == total:

@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from tcc.passes.graph import shape
 from torch import fx
+
+from tcc.passes.graph import shape
 
 __all__ = ["count", "node_macs"]
 

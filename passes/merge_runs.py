@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import fx
+
 from tcc.passes.base import Pass
 from tcc.passes.graph import emit
 from tcc.passes.tokens import gather_tokens, scatter_tokens
-from torch import fx
 
 __all__ = ["MergeRuns"]
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import fx
+
 from tcc.passes.base import Pass
 from tcc.passes.graph import value
-from torch import fx
 
 __all__ = ["Normalize"]
 
@@ -45,7 +46,7 @@ def _is_identity(node: fx.Node) -> bool:
     if node.target in _SAME:
         return True
     if node.target is aten.dropout.default:
-        return node.args[2] is False or node.args[1] == 0
+        return node.args[2] is False or bool(node.args[1] == 0)
     if node.target in (aten._to_copy.default, aten.clone.default):
         return _same_tensor(value(node.args[0]), value(node))
     return False

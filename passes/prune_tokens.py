@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import fx
+
 from tcc.passes.base import Pass
 from tcc.passes.graph import emit, shape, value
 from tcc.passes.token_axis import Narrowing, NotTokenLocal, Path, narrowing, operands
 from tcc.passes.tokens import Axis, gather_tokens, scatter_tokens
-from torch import fx
 
 __all__ = ["PruneTokens", "Whole"]
 
@@ -53,6 +54,7 @@ class Whole:
         self.add(graph.output_node())
 
     def add(self, node: fx.Node) -> None:
+        """`node` and everything it is computed from, down to the next gather."""
         todo = [node]
         while todo:
             here = todo.pop()
@@ -127,7 +129,8 @@ class _Narrower:
         raise NotTokenLocal(f"{node.name}: tokens share dimension {axis.dim} at a point where they must be gathered")
 
     def _last_input(self) -> fx.Node:
-        return [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+        inputs: list[fx.Node] = [n for n in self.graph.nodes if n.op == "placeholder"]
+        return inputs[-1]
 
 
 def _substitute(node: fx.Node, changes: dict[Path, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

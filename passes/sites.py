@@ -10,12 +10,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import fx
+
 from tcc.passes.graph import shape, source_line, value
 from tcc.passes.macs import count
 from tcc.passes.streams import Block, Branch, Dataflow, Stream, find_stream
 from tcc.passes.token_axis import NotTokenLocal, narrowing, operands
 from tcc.passes.tokens import Axis
-from torch import fx
 
 __all__ = ["Analysis", "Site", "analyse", "find_grid", "follow"]
 
@@ -204,7 +205,8 @@ def _branch_sites(prefix: str, index: int, branch: Branch, axis: Axis, flow: Dat
 
 def _kv_site(prefix: str, index: int, node: fx.Node, branch: Branch, axis: Axis, flow: Dataflow) -> Site:
     key, val = node.args[1], node.args[2]
-    assert isinstance(key, fx.Node) and isinstance(val, fx.Node)
+    assert isinstance(key, fx.Node)
+    assert isinstance(val, fx.Node)
     where = Axis(len(shape(key)) - 2)
     reason = _keys_reason(branch, axis, branch.origin, flow)
     macs = count(n for n in flow.between(branch.origin, [key, val]))

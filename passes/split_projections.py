@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
+from torch import fx
+
 from tcc.passes.base import Pass
 from tcc.passes.graph import emit, shape
 from tcc.passes.prune_tokens import Whole
 from tcc.passes.tokens import gather_tokens, scatter_tokens
-from torch import fx
 
 __all__ = ["SplitProjections"]
 
@@ -94,7 +96,7 @@ def _chain_to_linear(split: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
 def _rows(split: fx.Node, linear: fx.Node, views: list[fx.Node]) -> list[tuple[int, int]] | None:
     """The weight rows of every part, or None where they are not contiguous."""
     width = shape(linear)[-1]
-    dim = split.args[1] if split.target is aten.unbind.int and len(split.args) > 1 else 0
+    dim = cast("int", split.args[1]) if split.target is aten.unbind.int and len(split.args) > 1 else 0
     if not views:
         sizes = [int(v.shape[-1]) for v in split.meta["val"]]
         along = split.args[2] if len(split.args) > 2 else 0
@@ -105,7 +107,7 @@ def _rows(split: fx.Node, linear: fx.Node, views: list[fx.Node]) -> list[tuple[i
     sizes_after = shape(views[0])
     lead = len(shape(linear)) - 1
     order = list(views[1].args[1]) if len(views) > 1 else list(range(len(sizes_after)))  # type: ignore[arg-type]
-    if order[dim] != lead or math.prod(sizes_after[lead:]) != width or sizes_after[:lead] != shape(linear)[:lead]:  # type: ignore[call-overload]
+    if order[dim] != lead or math.prod(sizes_after[lead:]) != width or sizes_after[:lead] != shape(linear)[:lead]:
         return None
     step = width // sizes_after[lead]
     return [(i * step, (i + 1) * step) for i in range(sizes_after[lead])]

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import networkx as nx
 import torch
-from tcc.passes.graph import module_path, shape, value
-from tcc.passes.macs import node_macs
 from torch import fx
 
 from tcc.errors import AnalysisError
+from tcc.passes.graph import module_path, shape, value
+from tcc.passes.macs import node_macs
 
 __all__ = ["Block", "Branch", "Dataflow", "Stream", "find_stream"]
 
@@ -93,7 +94,7 @@ class Block:
     def continuous(self) -> bool:
         """Whether nothing but the branches changes the stream inside the block."""
         parts = [branch for _, branch in self.branches]
-        return all(b.stream_in is a.add for a, b in zip(parts, parts[1:], strict=False))
+        return all(b.stream_in is a.add for a, b in pairwise(parts))
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ def _operand(node: fx.Node, position: int) -> fx.Node:
 
 
 def _before_gate(delta: fx.Node, origin: fx.Node, flow: Dataflow) -> fx.Node:
-    """The factor of `delta = gate * out` that comes from the stream, where the gate does not and is the same for all tokens."""
+    """The factor of `delta = gate * out` that comes from the stream, where the gate is the same for all tokens."""
     if delta.target is not aten.mul.Tensor:
         return delta
     for gate, out in (delta.args, delta.args[::-1]):
@@ -221,9 +222,7 @@ def _blocks(branches: Sequence[Branch]) -> tuple[Block, ...]:
     for branch in branches:
         path = _block_path(module_path(branch.add))
         same = bool(groups) and groups[-1][0] == path
-        if same and _numbered(path):
-            groups[-1][1].append(branch)
-        elif same and branch.kind != "attn":
+        if same and (_numbered(path) or branch.kind != "attn"):
             groups[-1][1].append(branch)
         else:
             groups.append((path, [branch]))

@@ -22,9 +22,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import fx
+
 from tcc.passes.graph import shape, value
 from tcc.passes.tokens import Axis
-from torch import fx
 
 __all__ = ["Narrowing", "NotTokenLocal", "Path", "narrowing", "operands", "rule"]
 
@@ -88,7 +89,8 @@ def narrowing(node: fx.Node, axis: Axis, size: int) -> Narrowing:
 
 def operands(node: fx.Node) -> Iterator[tuple[Path, fx.Node]]:
     """The node operands of a call, with their paths."""
-    for key, arg in [*enumerate(node.args), *node.kwargs.items()]:
+    arguments: list[tuple[int | str, Any]] = [*enumerate(node.args), *node.kwargs.items()]
+    for key, arg in arguments:
         if isinstance(arg, fx.Node):
             yield (key,), arg
         elif isinstance(arg, (list, tuple)):
@@ -140,7 +142,7 @@ def _matmul(node: fx.Node, axis: Axis, size: int) -> Narrowing:
     first = 1 if node.target in (aten.addmm.default, aten.baddbmm.default) else 0
     found: dict[Path, Axis] = {}
     for path, side in (((first,), rank - 1), ((first + 1,), rank - 2)):
-        sizes = shape(node.args[path[0]])  # type: ignore[arg-type, index]
+        sizes = shape(node.args[path[0]])  # type: ignore[arg-type]
         dim = axis.dim - (rank - len(sizes))
         if axis.dim != side and dim >= 0 and sizes[dim] != 1:
             found[path] = Axis(dim, axis.outer, axis.inner)
@@ -162,7 +164,7 @@ def _norm(node: fx.Node, axis: Axis, size: int) -> Narrowing:
 def _along_dim(node: fx.Node, axis: Axis, size: int) -> Narrowing:
     """Operators that mix one dimension, the last positional of (x, ..., dim)."""
     where = node.args[2] if node.target == aten.roll.default else node.args[1]
-    dims = [where] if isinstance(where, int) else list(where)  # type: ignore[arg-type, call-overload]
+    dims = [where] if isinstance(where, int) else list(where)  # type: ignore[arg-type]
     _refuse_own(node, axis, {_dim(d, len(shape(node))) for d in dims}, "mixes")
     return Narrowing({(0,): axis})
 

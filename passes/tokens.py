@@ -38,7 +38,8 @@ def gather_tokens(x: torch.Tensor, kept: torch.Tensor, dim: int) -> torch.Tensor
         kept: `[k]` int64, the kept token positions.
         dim: the token dimension.
     """
-    return torch.ops.aten.index_select.default(x, dim, kept)
+    gathered: torch.Tensor = torch.ops.aten.index_select.default(x, dim, kept)
+    return gathered
 
 
 def scatter_tokens(
@@ -59,7 +60,8 @@ def scatter_tokens(
     aten = torch.ops.aten
     is_kept = aten.view.default(aten.ge.Scalar(place, 0), broadcast_shape(base.dim(), dim, place.shape[0]))
     spread = aten.index_select.default(rows, dim, aten.clamp.default(place, 0))
-    return aten.where.self(is_kept, spread, base)
+    replaced: torch.Tensor = aten.where.self(is_kept, spread, base)
+    return replaced
 
 
 def broadcast_shape(rank: int, dim: int, size: int) -> list[int]:

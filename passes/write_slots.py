@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import fx
+
 from tcc.passes.base import Pass
 from tcc.passes.graph import emit, fake_mode_of, output_values, value
-from torch import fx
 
 __all__ = ["WriteSlots"]
 
@@ -63,6 +64,7 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def _slot(graph: fx.Graph, name: str, val: fx.Node) -> fx.Node:
+    node: fx.Node
     for node in graph.nodes:
         if node.meta.get("slot") == name:
             return node

@@ -97,8 +97,8 @@ class Captured:
                 tensors.append(leaf)
             elif not _same_constant(leaf, self.constants[position]):
                 raise CallError(
-                    f"argument leaf {position} is {leaf!r} but was {self.constants[position]!r} at capture: values that "
-                    "are not tensors are compiled in; pass a tensor if it changes from call to call"
+                    f"argument leaf {position} is {leaf!r} but was {self.constants[position]!r} at capture: values "
+                    "that are not tensors are compiled in; pass a tensor if it changes from call to call"
                 )
         for spec_, tensor in zip(self.inputs, tensors, strict=True):
             problem = spec_.differs(tensor)
@@ -234,7 +234,8 @@ def _unlift(program: ExportedProgram) -> tuple[fx.GraphModule, dict[int, Any]]:
 def _tensor_of(program: ExportedProgram, spec: Any) -> torch.Tensor:
     name = spec.target
     found = program.state_dict.get(name)
-    return program.constants[name] if found is None else found
+    tensor: torch.Tensor = program.constants[name] if found is None else found
+    return tensor
 
 
 def _weight(root: nn.Module, graph: fx.Graph, node: fx.Node, tensor: torch.Tensor) -> fx.Node:

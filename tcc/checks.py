@@ -56,8 +56,8 @@ def check_sites(plan: CachePlan, analysis: Analysis) -> None:
     for name, kept in plan.tokens.items():
         if int(kept[-1]) >= analysis.num_tokens:
             raise PlanError(
-                f"token set '{name}': position {int(kept[-1])} is out of range, the stream has {analysis.num_tokens} tokens "
-                f"(0..{analysis.num_tokens - 1})"
+                f"token set '{name}': position {int(kept[-1])} is out of range, the stream has "
+                f"{analysis.num_tokens} tokens (0..{analysis.num_tokens - 1})"
             )
     _check_overlaps([analysis.sites[s] for s in plan.sites])
     for step in range(plan.num_steps):
@@ -101,8 +101,8 @@ def _check_update(where: str, analysis: Analysis, site: Site, actions: dict[str,
             raise PlanError(f"{where}: attention 'kept' does not read '{keys.name}', which is {theirs}: use 'cached'")
         if action.attention == "cached" and not _same_rows(theirs, action):
             raise PlanError(
-                f"{where}: attention 'cached' reads '{keys.name}': the plan must update it with the same tokens at this "
-                f"step, and has {theirs or 'no such row'}"
+                f"{where}: attention 'cached' reads '{keys.name}': the plan must update it with the same tokens at "
+                f"this step, and has {theirs or 'no such row'}"
             )
 
 

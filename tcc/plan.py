@@ -305,8 +305,8 @@ class CachePlan:
             need = action.order + 1 if isinstance(action, Reuse) else 1
             if need > 1 and updates:
                 raise PlanError(
-                    f"step {step}, site '{site}': a forecast combines computed values, but step {updates[0]} updates only "
-                    "some tokens of the site: compute it there, or reuse with order=0"
+                    f"step {step}, site '{site}': a forecast combines computed values, but step {updates[0]} updates "
+                    "only some tokens of the site: compute it there, or reuse with order=0"
                 )
             if stored < need:
                 raise PlanError(

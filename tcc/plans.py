@@ -74,8 +74,8 @@ def tprr_steps(num_steps: int, k1: int, k2: int, boundary: float, cycle: Cycle =
     least = 0 if cycle == "p_steps" else 1
     if min(k1, k2) < least or not 0 <= boundary <= 1:
         raise PlanError(
-            f"tprr(k1={k1}, k2={k2}, boundary={boundary}): intervals are at least {least} with cycle='{cycle}', and the "
-            "boundary is a share of the steps, 0..1"
+            f"tprr(k1={k1}, k2={k2}, boundary={boundary}): intervals are at least {least} with cycle='{cycle}', and "
+            "the boundary is a share of the steps, 0..1"
         )
     steps, step = [], 0
     while step < num_steps:
@@ -195,8 +195,8 @@ def _grid2d(info: ModelInfo, cell: int) -> tuple[int, int, int]:
     grid = info.grid
     if len(grid) not in (2, 3) or math.prod(grid) != info.num_tokens:
         raise PlanError(
-            f"the model's token grid is {grid or 'unknown'} for {info.num_tokens} tokens: grid cells need an image grid; "
-            "use tokens='uniform' or 'random'"
+            f"the model's token grid is {grid or 'unknown'} for {info.num_tokens} tokens: grid cells need an image "
+            "grid; use tokens='uniform' or 'random'"
         )
     frames, h, w = (1, *grid) if len(grid) == 2 else grid
     if cell < 1 or h % cell or w % cell:

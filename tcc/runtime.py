@@ -104,7 +104,7 @@ def _inductor(gm: fx.GraphModule, examples: list[torch.Tensor], options: dict[st
     """Inductor without Dynamo in front: the graph is whole already, so nothing can break, guard or recompile."""
     import torch._inductor  # imported here: it is slow, and other backends do not need it
 
-    compiled: Runner = torch._inductor.compile(gm, examples, options=options or None)
+    compiled: Runner = torch._inductor.compile(gm, [*examples], options=options or None)
     return compiled
 
 
@@ -171,7 +171,7 @@ class Session:
             self.reset()
         if step != self.step:
             raise CallError(
-                f"step {step} was called but the next step is {self.step} of {self.num_steps}: a plan's steps run in order. "
-                "Call reset() to start a new run, and new_session() for a second run at the same time"
+                f"step {step} was called but the next step is {self.step} of {self.num_steps}: a plan's steps run in "
+                "order. Call reset() to start a new run, and new_session() for a second run at the same time"
             )
         return self(*args, **kwargs)
