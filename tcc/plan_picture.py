@@ -1,0 +1,198 @@
+"""What a plan looks like: a few lines of text, its facts for programs, and a picture of steps x sites."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from tcc.plan import Action, CachePlan, Reuse, TopK, Update
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["facts", "plot", "summary"]
+
+#: Label and colour of every action, in the order of the legend; lightness differs too, for grey print.
+_LOOKS = {
+    "compute": "#1f3a5f",
+    "update, attention cached": "#7a86c8",
+    "update, attention current": "#3f8fc0",
+    "update, attention kept": "#6bbfb5",
+    "forecast": "#e0a04f",
+    "reuse": "#f5d490",
+    "hold": "#d07c5c",
+    "skip": "#e4e4e4",
+}
+_WIDTH = 100  # characters to a line of the schedule
+
+
+def facts(plan: CachePlan) -> dict[str, Any]:
+    """What `summary` says, for programs: plain values that JSON can hold. MACs and bytes are None while not counted."""
+    cost = plan.cost
+    return {
+        "policy": dict(plan.policy),
+        "num_steps": plan.num_steps,
+        "schedule": str(plan.schedule),
+        "sites": len(plan.sites),
+        "actions": dict(_counts(plan)),
+        "tokens": {
+            name: {"k": kept.numel(), "share": _share(plan, kept.numel())} for name, kept in plan.tokens.items()
+        },
+        "num_tokens": plan.model.num_tokens if plan.model else None,
+        "macs": plan.macs if cost else None,
+        "full_macs": cost.full_macs * plan.num_steps if cost else None,
+        "bound": plan.bound if cost else None,
+        "slot_bytes": plan.slot_bytes if cost else None,
+    }
+
+
+def summary(plan: CachePlan) -> str:
+    """A few lines about `plan`: schedule, actions, token sets, cost."""
+    letters = str(plan.schedule)
+    rows = [("policy", _policy(plan))]
+    rows += [("schedule" if i == 0 else "", letters[i : i + _WIDTH]) for i in range(0, len(letters), _WIDTH)]
+    computed = letters.count("I")
+    rows.append(("steps", f"{plan.num_steps}: {computed} I, {plan.num_steps - computed} P"))
+    counts = ", ".join(f"{count} {name}" for name, count in _counts(plan)) or "every site computed, none stored"
+    rows.append(("actions", f"{counts} ({len(plan.sites)} sites)" if plan.sites else counts))
+    rows += [("tokens" if i == 0 else "", line) for i, line in enumerate(_token_lines(plan))]
+    if plan.cost is None:
+        rows.append(("cost", "not counted yet: info.count(plan), with info = tcc.inspect(model, ...)"))
+    else:
+        full = plan.cost.full_macs * plan.num_steps
+        rows.append(("MACs", f"{_giga(plan.macs)} of {_giga(full)} GMAC per run, image and guidance branch"))
+        rows.append(("bound", f"{plan.bound:.2f}x: the speedup that the MACs allow; measure to know the real one"))
+        rows.append(("slots", f"{_size(plan.slot_bytes)} for the batch it was made for"))
+    return "\n".join(f"{name:<9}{text}" for name, text in rows)
+
+
+def plot(plan: CachePlan, path: str | os.PathLike[str]) -> None:
+    """Draw steps x sites, coloured by action, as a PNG (or any format that matplotlib writes).
+
+    Args:
+        plan: the plan.
+        path: where to; the suffix chooses the format.
+    """
+    from matplotlib.figure import Figure  # here: matplotlib is slow to import, and only this needs it
+
+    sites = plan.sites or ("(no site is cached)",)
+    width = min(24.0, 3.4 + 0.19 * max(plan.num_steps, 24))
+    height = min(30.0, 1.9 + 0.19 * max(len(sites), 3))
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    labels = _draw_cells(axes, plan, sites)
+    _label_axes(axes, plan, sites)
+    _legend(figure, labels)
+    figure.suptitle(_title(plan), fontsize=11, x=0.02, ha="left")
+    figure.savefig(path)
+
+
+def _draw_cells(axes: Axes, plan: CachePlan, sites: tuple[str, ...]) -> list[str]:
+    """Fill the table, one cell for each step and site; returns the labels that occur, in the order of the legend."""
+    from matplotlib.colors import ListedColormap
+
+    table = [[_label(plan.action(step, site)) for step in range(plan.num_steps)] for site in sites]
+    number = {label: i for i, label in enumerate(_LOOKS)}
+    axes.pcolormesh(
+        [[number[label] for label in row] for row in table],
+        cmap=ListedColormap(list(_LOOKS.values())),
+        vmin=-0.5,
+        vmax=len(_LOOKS) - 0.5,
+        edgecolors="white",
+        linewidth=0.6,
+    )
+    return [label for label in _LOOKS if any(label in row for row in table)]
+
+
+def _label_axes(axes: Axes, plan: CachePlan, sites: tuple[str, ...]) -> None:
+    """Step numbers below, I and P above, sites at the left from the first one down."""
+    ticks = range(0, plan.num_steps, 5 if plan.num_steps > 12 else 1)
+    axes.set_xticks([tick + 0.5 for tick in ticks], [str(tick) for tick in ticks], fontsize=8)
+    axes.set_yticks([row + 0.5 for row in range(len(sites))], list(sites), fontsize=7, family="monospace")
+    axes.invert_yaxis()
+    axes.tick_params(length=0)
+    axes.set_xlabel("step (noisiest first)", fontsize=9)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    size = min(8.0, 500 / plan.num_steps)
+    for step, letter in enumerate(str(plan.schedule)):
+        axes.annotate(
+            letter,
+            (step + 0.5, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="center",
+            fontsize=size,
+            family="monospace",
+            color="black" if letter == "I" else "#999999",
+            weight="bold" if letter == "I" else "normal",
+        )
+
+
+def _legend(figure: Figure, labels: list[str]) -> None:
+    from matplotlib.patches import Patch
+
+    patches = [Patch(facecolor=_LOOKS[label], label=label) for label in labels]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False, fontsize=8)
+
+
+def _title(plan: CachePlan) -> str:
+    bound = f"   bound {plan.bound:.2f}x" if plan.cost else ""
+    return "\n".join(textwrap.wrap(_policy(plan), 110)) + bound
+
+
+def _label(action: Action) -> str:
+    """The action's entry in the legend."""
+    if isinstance(action, Update):
+        return f"update, attention {action.attention}"
+    if isinstance(action, Reuse) and action.order:
+        return "forecast"
+    return type(action).__name__.lower()
+
+
+def _counts(plan: CachePlan) -> list[tuple[str, int]]:
+    """How often each action occurs over all steps and named sites, in the order of the legend."""
+    counts = Counter(_label(plan.action(step, site)) for site in plan.sites for step in range(plan.num_steps))
+    return [(label, counts[label]) for label in _LOOKS if counts[label]]
+
+
+def _policy(plan: CachePlan) -> str:
+    options = [f"{key}={_short(option)}" for key, option in plan.policy.items() if key != "name"]
+    name = str(plan.policy.get("name", "written by hand"))
+    return f"{name}({', '.join(options)})" if options else name
+
+
+def _short(option: Any) -> str:
+    """An option's value; a run of consecutive numbers as `first..last`."""
+    if isinstance(option, (list, tuple)) and len(option) > 2 and option == list(range(option[0], option[-1] + 1)):
+        return f"{option[0]}..{option[-1]}"
+    return f"{option:g}" if isinstance(option, float) else str(option)
+
+
+def _token_lines(plan: CachePlan) -> list[str]:
+    """One line for each token set: its name, size and share."""
+    lines = []
+    for name, kept in plan.tokens.items():
+        share = _share(plan, kept.numel())
+        of = f" of {plan.model.num_tokens} ({share:.0%})" if plan.model and share is not None else ""
+        lines.append(f"{name}: {kept.numel()}{of}")
+    dynamic = {a.tokens for a in plan.actions.values() if isinstance(a, Update) and isinstance(a.tokens, TopK)}
+    return lines + [f"top {d.count} by {d.score}, chosen at run time" for d in sorted(dynamic, key=str)]
+
+
+def _share(plan: CachePlan, count: int) -> float | None:
+    return count / plan.model.num_tokens if plan.model else None
+
+
+def _giga(macs: int) -> str:
+    return f"{macs / 1e9:.4g}"
+
+
+def _size(count: int) -> str:
+    if count < 2**20:
+        return f"{count / 2**10:.4g} KiB"
+    return f"{count / 2**20:.4g} MiB" if count < 2**30 else f"{count / 2**30:.4g} GiB"

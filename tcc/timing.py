@@ -1,0 +1,185 @@
+"""Timing that survives a busy machine: interleaved calls in one process, medians.
+
+What is compared is run in turns, so that a drift of the machine meets every candidate alike, and a median per kind of
+step drops the moments when another process had the core.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["Run", "RunTiming", "Timing", "machine", "time_calls", "time_runs"]
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The durations of one call, in seconds."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The median."""
+        return statistics.median(self.samples)
+
+    @property
+    def p90(self) -> float:
+        """The 90th percentile, interpolated."""
+        if len(self.samples) < 2:
+            return self.median
+        return statistics.quantiles(self.samples, n=10, method="inclusive")[-1]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Something that takes a fixed number of steps, to be timed step by step.
+
+    Attributes:
+        kinds: the kind of every step; steps of one kind do the same work.
+        start: begins the run; each `next` of what it returns does one step, and what that yields is kept.
+    """
+
+    kinds: Sequence[Hashable]
+    start: Callable[[], Iterator[Any]]
+
+
+@dataclass(frozen=True)
+class RunTiming:
+    """The durations of one run's steps.
+
+    Attributes:
+        kinds: the kind of every step.
+        rounds: for every round, the seconds of every step.
+        result: what the last step of the last round yielded.
+    """
+
+    kinds: tuple[Hashable, ...]
+    rounds: tuple[tuple[float, ...], ...]
+    result: Any
+
+    @property
+    def by_kind(self) -> dict[Hashable, Timing]:
+        """The durations of each kind of step, over all rounds."""
+        samples: dict[Hashable, list[float]] = {}
+        for seconds in self.rounds:
+            for kind, duration in zip(self.kinds, seconds, strict=True):
+                samples.setdefault(kind, []).append(duration)
+        return {kind: Timing(tuple(found)) for kind, found in samples.items()}
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of a whole run: for every step the median of its kind, summed."""
+        medians = {kind: timing.median for kind, timing in self.by_kind.items()}
+        return sum(medians[kind] for kind in self.kinds)
+
+
+def time_calls(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int = 1,
+    progress: Progress | None = None,
+) -> dict[str, Timing]:
+    """Time every call once per round, in turns; each round starts with another call.
+
+    Args:
+        calls: what to time, by name.
+        rounds: samples per call.
+        warmup: rounds whose times are dropped.
+        progress: called as `progress(rounds_done, all_rounds)`.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for number in range(warmup + rounds):
+        turn = number % len(names) if names else 0
+        for name in names[turn:] + names[:turn]:
+            seconds, _ = _timed(calls[name])
+            if number >= warmup:
+                samples[name].append(seconds)
+        if progress is not None:
+            progress(number + 1, warmup + rounds)
+    return {name: Timing(tuple(found)) for name, found in samples.items()}
+
+
+def time_runs(
+    runs: Mapping[str, Run],
+    *,
+    rounds: int,
+    at_most: float = float("inf"),
+    progress: Progress | None = None,
+) -> dict[str, RunTiming]:
+    """Time runs of many steps, their steps interleaved in proportion: all runs are halfway at the same moment.
+
+    Warm the runs up before: every step counts.
+
+    Args:
+        runs: what to time, by name.
+        rounds: how often every run is run.
+        at_most: seconds after which no further round begins; the first always runs.
+        progress: called as `progress(steps_done, all_steps)`, counted over all runs and rounds.
+    """
+    order = sorted(((i + 0.5) / len(run.kinds), name) for name, run in runs.items() for i in range(len(run.kinds)))
+    samples: dict[str, list[tuple[float, ...]]] = {name: [] for name in runs}
+    results: dict[str, Any] = {}
+    began, done = time.perf_counter(), 0
+    for _ in range(rounds):
+        started = {name: run.start() for name, run in runs.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        for _, name in order:
+            duration, results[name] = _timed(started[name].__next__)
+            seconds[name].append(duration)
+            done += 1
+            if progress is not None:
+                progress(done, rounds * len(order))
+        for name, found in seconds.items():
+            samples[name].append(tuple(found))
+        if time.perf_counter() - began > at_most:
+            break
+    return {name: RunTiming(tuple(run.kinds), tuple(samples[name]), results[name]) for name, run in runs.items()}
+
+
+def machine() -> dict[str, Any]:
+    """What a measurement must be published with: processor, cores, threads, accelerator, versions."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of one call, accelerator work included, and its result."""
+    _synchronize()
+    start = time.perf_counter()
+    result = call()
+    _synchronize()
+    return time.perf_counter() - start, result
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def _processor() -> str:
+    """The processor's name; Linux keeps it in a file, elsewhere the platform tells."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
