@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import fx
@@ -203,10 +202,12 @@ def _tensors(plan: CachePlan, analysis: Analysis, table: _Table) -> dict[str, to
 
 
 def _slots(variants: list[Variant]) -> tuple[SlotSpec, ...]:
-    found: dict[str, Any] = {}
+    """Every slot that a variant writes or reads; an update of all tokens reads one that nobody needs to write."""
+    found: dict[str, torch.Tensor] = {}
     for variant in variants:
         values = output_values(variant.gm.graph)
-        for name, node in zip(variant.stores, values[len(values) - len(variant.stores) :], strict=True):
-            val = value(node)
-            found[name] = SlotSpec(name, tuple(val.shape), val.dtype, val.device)
-    return tuple(found[name] for name in sorted(found))
+        stored = values[len(values) - len(variant.stores) :]
+        found |= {name: value(node) for name, node in zip(variant.stores, stored, strict=True)}
+        reads = [n for n in variant.gm.graph.nodes if n.op == "placeholder" and "slot" in n.meta]
+        found |= {node.meta["slot"]: value(node) for node in reads}
+    return tuple(SlotSpec(name, tuple(val.shape), val.dtype, val.device) for name, val in sorted(found.items()))

@@ -48,6 +48,8 @@ def lower(
     backend: str | Backend = "inductor",
     options: dict[str, Any] | None = None,
     progress: Callable[[str], None] | None = None,
+    *,
+    check: bool = True,
 ) -> Executable:
     """Compile every variant of `program`.
 
@@ -56,6 +58,7 @@ def lower(
         backend: `inductor`, `eager`, another name that `torch.compile` knows, or a function with its protocol.
         options: Inductor options.
         progress: called with a line before each variant is compiled.
+        check: verify the graph after slots have become buffers.
     """
     compile_one = _backend(backend, options or {})
     runners, extras, seconds = [], [], []
@@ -63,7 +66,7 @@ def lower(
         if progress:
             progress(f"compiling variant {number + 1}/{len(program.variants)}")
         start = time.perf_counter()
-        runner, names = _compile(variant, compile_one)
+        runner, names = _compile(variant, compile_one, check)
         runners.append(runner)
         extras.append(names)
         seconds.append(time.perf_counter() - start)
@@ -71,12 +74,12 @@ def lower(
     return Executable(program, tuple(runners), tuple(extras), tuple(seconds))
 
 
-def _compile(variant: Variant, compile_one: Backend) -> tuple[Runner, tuple[str, ...]]:
+def _compile(variant: Variant, compile_one: Backend, check: bool) -> tuple[Runner, tuple[str, ...]]:
     graph = fx.Graph()
     graph.output(graph.graph_copy(variant.gm.graph, {}))
     gm = fx.GraphModule(variant.gm, graph)
     gm.meta["stores"] = variant.stores
-    run_passes(gm, [WriteSlots()], label="lower")
+    run_passes(gm, [WriteSlots()], label="lower", check=check)
     inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
     names = tuple(n.meta["input"] for n in inputs if "input" in n.meta)
     with torch.no_grad():
