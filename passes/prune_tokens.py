@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
 from tcc.passes.base import Pass
@@ -13,6 +14,10 @@ from tcc.passes.token_axis import Narrowing, NotTokenLocal, Path, narrowing, ope
 from tcc.passes.tokens import Axis, gather_tokens, scatter_tokens
 
 __all__ = ["PruneTokens", "Whole"]
+
+aten = torch.ops.aten
+#: Free to compute again: where the tokens share a dimension below them, they may have their own above.
+_VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 
 
 @dataclass(frozen=True)
@@ -103,18 +108,27 @@ class _Narrower:
 
     def _way_up(self, node: fx.Node, axis: Axis) -> Narrowing | None:
         """How `node` is computed for the kept tokens alone, or None where the gather must stop at `node`."""
-        if node in self.whole.nodes or node.op != "call_function" or node.target is gather_tokens:
+        if node.op != "call_function" or node.target is gather_tokens:
+            return None
+        if node in self.whole.nodes and (axis.plain or node.target not in _VIEWS):
             return None
         try:
             found = narrowing(node, axis, shape(self.kept)[0])
         except NotTokenLocal:
             return None
-        if not found.operands:
+        if not found.operands or (axis.plain and self._frees(node, found)):
             return None
         for path, operand in operands(node):  # a list of tensors cannot be gathered: stop at its elements
             if path in found.operands and isinstance(value(operand), (list, tuple)):
                 return found if self._way_up(operand, found.operands[path]) else None
         return found
+
+    def _frees(self, node: fx.Node, found: Narrowing) -> bool:
+        """Whether `node` is a view that gives the tokens of a whole value a dimension of their own."""
+        if node.target not in _VIEWS:
+            return False
+        source: Any = node.args[0]
+        return source in self.whole.nodes and not found.operands[(0,)].plain
 
     def _gather(self, node: fx.Node, axis: Axis) -> fx.Node:
         """The gather stops here: `node` is needed for all tokens."""
@@ -126,7 +140,13 @@ class _Narrower:
 
     def _gather_shared(self, node: fx.Node, axis: Axis) -> fx.Node:
         """Tokens that share their dimension: split it, gather, merge it again."""
-        raise NotTokenLocal(f"{node.name}: tokens share dimension {axis.dim} at a point where they must be gathered")
+        sizes, at, count = list(shape(node)), axis.dim, shape(self.kept)[0]
+        tokens = sizes[at] // (axis.outer * axis.inner)
+        apart = [*sizes[:at], axis.outer, tokens, axis.inner, *sizes[at + 1 :]]
+        merged = [*sizes[:at], axis.outer * count * axis.inner, *sizes[at + 1 :]]
+        rows = emit(self.graph, aten.view.default, (node, apart), like=node)
+        rows = emit(self.graph, gather_tokens, (rows, self.kept, at + 1), like=node)
+        return emit(self.graph, aten.view.default, (rows, merged), like=node)
 
     def _last_input(self) -> fx.Node:
         inputs: list[fx.Node] = [n for n in self.graph.nodes if n.op == "placeholder"]

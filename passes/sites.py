@@ -40,6 +40,7 @@ class Site:
         axis: where the tokens lie in them.
         macs: multiply-accumulates of computing it from the stream, for the captured batch.
         reason: why its tokens cannot be pruned, "" where they can.
+        sole_reader: whether nothing but this site reads the stream value that it is added to.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Site:
     axis: Axis
     macs: int
     reason: str
+    sole_reader: bool = False
 
     @property
     def prunable(self) -> bool:
@@ -195,7 +197,7 @@ def _branch_sites(prefix: str, index: int, branch: Branch, axis: Axis, flow: Dat
         ),
         Site(
             f"{prefix}.delta", "delta", index, (branch.delta.name,), branch.stream_in.name, branch.add.name, names,
-            tuple(delta.shape), delta.dtype, axis, macs, reason,
+            tuple(delta.shape), delta.dtype, axis, macs, reason, _sole_reader(branch.stream_in, branch.add, flow),
         ),
     ]  # fmt: skip
     if len(own) == 1:
@@ -224,8 +226,22 @@ def _block_delta(block: Block, index: int, axis: Axis, flow: Dataflow) -> Site:
     return Site(
         f"{block.name}.delta", "block", index, tuple(b.delta.name for b in parts), block.stream_in.name,
         block.stream_out.name, attention, tuple(val.shape), val.dtype, axis, count({n for b in parts for n in b.nodes}),
-        reason,
+        reason, _sole_reader(block.stream_in, block.stream_out, flow),
     )  # fmt: skip
+
+
+def _sole_reader(stream_in: fx.Node, stream_out: fx.Node, flow: Dataflow) -> bool:
+    """Whether everything computed from `stream_in` reaches the rest of the graph through `stream_out` alone."""
+    todo, seen = list(stream_in.users), {stream_out}
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        if not flow.depends(stream_out, node):
+            return False
+        seen.add(node)
+        todo += node.users
+    return True
 
 
 def _self_attention(branch: Branch, flow: Dataflow) -> list[fx.Node]:

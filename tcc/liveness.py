@@ -21,7 +21,7 @@ def find_spans(plan: CachePlan, analysis: Analysis) -> list[Span]:
 
     The slot then keeps the sum of what they add to the stream (*merge runs*, *merge reused spans*). Two neighbours are
     merged where they have the same action at every step and nothing between them reads or replaces the stream of the
-    dropped tokens: no attention `current`, no held stream, no key stored while the span is not computed.
+    dropped tokens: no attention `current`, no held stream, no key stored while the span is not computed, no long skip.
     """
     spans: list[Span] = []
     for site in (s for s in analysis.sites.values() if s.name in plan.sites):
@@ -38,7 +38,7 @@ def _kv_last(spans: list[Span]) -> list[Span]:
 
 def _mergeable(plan: CachePlan, analysis: Analysis, span: Span, site: Site) -> bool:
     last = span[-1]
-    if not (last.stream_out and last.stream_out == site.stream_in):
+    if not (last.stream_out and last.stream_out == site.stream_in and site.sole_reader):
         return False
     column = [action for _, action in plan.column(site.name)]
     if column != [action for _, action in plan.column(last.name)]:
