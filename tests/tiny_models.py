@@ -11,11 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import tcc
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import tcc
 from tcc.models.dit import DiT
 
 
@@ -125,7 +125,7 @@ def hf_pixart() -> Case:
 
 
 class Attention(nn.Module):
-    """Self-attention over `[B, S, D]` with three projections of its own, and a rotation of queries and keys if asked."""
+    """Self-attention over `[B, S, D]` with three projections of its own."""
 
     def __init__(self, width: int, heads: int = 2, *, flat: bool = False) -> None:
         super().__init__()

@@ -1,0 +1,258 @@
+"""Random valid plans on random tiny models, compiled and compared with the reference interpreter.
+
+`python -m tests.fuzz_plans --examples 5000` runs as many as asked; `tests/test_fuzz.py` runs some in every test run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import torch
+from hypothesis import HealthCheck, Phase
+
+import tcc
+from tcc.passes.sites import Site
+from tcc.plan import Action, Compute, Hold, Reuse, Skip, Update
+from tcc.program import build_program
+from tcc.runtime import Session, lower
+from tests import tiny_models
+from tests.tiny_models import Case, relative_error, tensor_of
+
+#: Both sides compute the same sums in another order; a step has a few hundred roundings of 6e-8.
+TOLERANCE = 2e-5
+MAX_STEPS = 8
+
+#: (name or DiT options): widths 16-32, depth 1-3, 1-2 heads, 4-16 tokens, batch 1-2, with and without learned sigma.
+DITS: tuple[dict[str, Any], ...] = (
+    {"input_size": 8, "hidden_size": 16, "depth": 1, "num_heads": 1, "batch": 1},
+    {"input_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 2, "batch": 2},
+    {"input_size": 4, "hidden_size": 16, "depth": 2, "num_heads": 1, "batch": 2, "learn_sigma": False},
+    {"input_size": (4, 8), "hidden_size": 16, "depth": 3, "num_heads": 2, "batch": 1, "learn_sigma": False},
+    {"input_size": (6, 4), "hidden_size": 32, "depth": 2, "num_heads": 2, "batch": 1},
+    {"input_size": (6, 6), "hidden_size": 16, "depth": 3, "num_heads": 1, "batch": 2},
+)
+STYLES = ("separate", "parallel", "flat", "headless", "long_skip", "rescaled", "conv", "hf_pixart")
+MODELS: tuple[str, ...] = (*(f"dit{i}" for i in range(len(DITS))), *STYLES)
+
+
+@functools.cache
+def model(name: str) -> Case:
+    """The case of that name in `MODELS`, captured once."""
+    if name in STYLES:
+        return tiny_models.case(name)
+    return tiny_models.dit(**DITS[int(name.removeprefix("dit"))])
+
+
+@dataclass(frozen=True)
+class Example:
+    """A model by name, a plan for it, and whether every pass is verified."""
+
+    model: str
+    plan: tcc.CachePlan
+    check: bool
+
+    def __repr__(self) -> str:
+        """The plan as a table: one line per site, one column per step."""
+        lines = [f"model {self.model}, {self.plan.num_steps} steps, check={self.check}"]
+        lines += [f"  {name} = {kept.tolist()}" for name, kept in self.plan.tokens.items()]
+        for site in self.plan.sites:
+            cells = (_cell(action) for _, action in self.plan.column(site))
+            lines.append(f"  {site:24} " + " | ".join(cells))
+        return "\n".join(lines)
+
+
+def _cell(action: Action) -> str:
+    if isinstance(action, Update):
+        return f"update {action.tokens} {action.attention}"
+    if isinstance(action, Reuse) and action.order:
+        return f"reuse {action.coefficients}"
+    return type(action).__name__.lower()
+
+
+class _Draft:
+    """A plan that is drawn block by block and step by step, and is valid at every point."""
+
+    def __init__(self, draw: Callable[[Any], Any], info: tcc.ModelInfo) -> None:
+        self.draw, self.info = draw, info
+        self.num_steps = draw(st.integers(1, MAX_STEPS))
+        self.tokens = self._token_sets()
+        kinds = draw(st.integers(1, 3))
+        self.rows = [0, *(draw(st.integers(0, kinds)) for _ in range(self.num_steps - 1))]
+        self.choices: dict[Any, Any] = {}
+        self.actions: dict[tuple[int, str], Action] = {}
+        self.alike = draw(st.booleans())
+
+    def plan(self) -> tcc.CachePlan:
+        for block in range(len(self.info.blocks) + 1):
+            sites = [s for s in self.info.sites.values() if s.block == block]
+            for site in self._pick_sites(sites, block):
+                self._fill_column(site)
+        return tcc.CachePlan(num_steps=self.num_steps, actions=self.actions, tokens=self.tokens)
+
+    def _token_sets(self) -> dict[str, torch.Tensor]:
+        n = self.info.num_tokens
+        sets = self.draw(st.lists(st.sets(st.integers(0, n - 1), min_size=1), min_size=1, max_size=3))
+        return {f"T{i}": torch.tensor(sorted(kept)) for i, kept in enumerate(sets)}
+
+    def _once(self, key: Any, strategy: st.SearchStrategy[Any]) -> Any:
+        """One draw per key; where all blocks are alike, the key has no block in it."""
+        if key not in self.choices:
+            self.choices[key] = self.draw(strategy)
+        return self.choices[key]
+
+    def _pick_sites(self, sites: list[Site], block: int) -> list[Site]:
+        """Sites of one block that do not overlap, keys first: what the others may do depends on them."""
+        here = 0 if self.alike else block
+        by_kind = {kind: [s for s in sites if s.kind == kind] for kind in ("kv", "stream", "block", "out", "delta")}
+        levels = ["none", "branch", "branch", *(["block", "block"] if by_kind["block"] else [])]
+        picked = [s for s in by_kind["kv"] if self._once(("kv", here), st.booleans())]
+        level = self._once(("level", here), st.sampled_from(levels))
+        if level == "block":
+            picked += by_kind["block"]
+        elif level == "branch":
+            for out, delta in zip(by_kind["out"], by_kind["delta"], strict=True):
+                branch = out.name.rsplit(".", 2)[1]
+                kind = self._once(("branch", here, branch), st.sampled_from(["out", "delta", "delta", "none"]))
+                picked += {"out": [out], "delta": [delta], "none": []}[kind]
+        held = self._once(("stream", block), st.sampled_from([False, False, False, True]))
+        return picked + (by_kind["stream"] if held else [])
+
+    def _fill_column(self, site: Site) -> None:
+        here = site.name if not self.alike else site.name.removeprefix(self._block_name(site))
+        forecasts = self._once(("forecasts", here), st.sampled_from([False, False, True]))
+        stored = 0
+        for step in range(self.num_steps):
+            row = self.rows[step]
+            wanted = self._once((here, row), self._action(site, forecasts)) if row else Compute()
+            action = self._repair(site, step, wanted, stored)
+            stored += isinstance(action, Compute)
+            self.actions[step, site.name] = action
+
+    def _block_name(self, site: Site) -> str:
+        return self.info.blocks[site.block] if site.block < len(self.info.blocks) else "out"
+
+    def _action(self, site: Site, forecasts: bool) -> st.SearchStrategy[Action]:
+        if site.kind == "stream":
+            return st.sampled_from([Compute(), Hold()])
+        options: list[st.SearchStrategy[Action]] = [st.just(Reuse()), st.just(Compute())]
+        if site.kind != "kv":
+            options.append(st.just(Skip()))
+        if forecasts:
+            options.append(_forecasts())
+        elif site.prunable:
+            attention = st.sampled_from(["kept", "kept", "current", "cached"])
+            options.append(st.builds(Update, st.sampled_from(sorted(self.tokens)), attention))
+        return st.one_of(options)
+
+    def _repair(self, site: Site, step: int, action: Action, stored: int) -> Action:
+        """The nearest valid action: nothing is read before it is stored, and attention agrees with the keys."""
+        need = action.order + 1 if isinstance(action, Reuse) else 0 if isinstance(action, (Compute, Skip)) else 1
+        if stored < need:
+            return Compute()
+        if not isinstance(action, Update) or site.kind == "kv" or not site.attention:
+            return action
+        keys = [s for s in self.info.sites.values() if s.kind == "kv" and s.attention[0] in site.attention]
+        theirs = [self.actions.get((step, s.name), Compute()) for s in keys]
+        if action.attention == "kept" and not all(isinstance(t, Compute) for t in theirs):
+            action = Update(action.tokens, "cached")
+        if action.attention == "cached":
+            sets = {t.tokens for t in theirs if isinstance(t, Update)}
+            same = len(sets) == 1 and all(isinstance(t, Update) for t in theirs)
+            return Update(sets.pop(), "cached") if same else Update(action.tokens, "current")
+        return action
+
+
+def _forecasts() -> st.SearchStrategy[Action]:
+    weight = st.floats(-2, 2, width=16)
+
+    def of_order(order: int) -> st.SearchStrategy[Action]:
+        return st.tuples(*[weight] * (order + 1)).map(lambda weights: Reuse(order, weights))
+
+    return st.integers(1, 3).flatmap(of_order)
+
+
+@st.composite
+def examples(draw: Callable[[Any], Any], names: tuple[str, ...] = MODELS) -> Example:
+    """A model out of `names` and a valid plan for it; every pass is verified for about one example in eight."""
+    name = draw(st.sampled_from(names))
+    check = draw(st.sampled_from([False] * 4 + [True] + [False] * 3))  # in the middle: the ends are drawn more often
+    return Example(name, _Draft(draw, model(name).info).plan(), check)
+
+
+def worst_error(example: Example, runs: int = 2) -> tuple[float, int]:
+    """Run the example's plan and the reference `runs` times, without a backend; the largest error and its call."""
+    case = model(example.model)
+    program = build_program(case.info.captured, case.info.analysis, example.plan, check=example.check)
+    session = Session(lower(program, "eager", check=example.check))
+    reference = tcc.Reference(case.model, example.plan, case.info)
+    worst = (0.0, -1)
+    for call in range(runs * example.plan.num_steps):
+        args, kwargs = case.inputs(call)
+        result, expected = (tensor_of(f(*args, **kwargs)) for f in (session, reference))
+        error = relative_error(result, expected)
+        worst = max(worst, (error if error == error else float("inf"), call))
+    return worst
+
+
+def check_example(example: Example) -> None:
+    """Fail where the compiled plan differs from the reference by more than rounding."""
+    error, call = worst_error(example)
+    assert error <= TOLERANCE, f"relative error {error:.3g} at call {call} (allowed {TOLERANCE}):\n{example!r}"
+
+
+def run(count: int, seed: int, names: tuple[str, ...] = MODELS, done: Callable[[], None] = lambda: None) -> None:
+    """Check `count` examples drawn from `seed`; raises what the smallest failing one raised."""
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )
+    @hypothesis.given(examples(names))
+    def attempt(example: Example) -> None:
+        check_example(example)
+        done()
+
+    attempt()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: 0 where all examples agree, 1 with seed and smallest failing plan where one does not."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz_plans", description=__doc__)
+    parser.add_argument("--examples", type=int, default=1000, help="how many plans to try (default 1000)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first round (default 0)")
+    parser.add_argument("--round", type=int, default=250, help="examples per seed (default 250)")
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=MODELS, help="models to draw from")
+    options = parser.parse_args(argv)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task("plans", total=options.examples)
+        for number, start in enumerate(range(0, options.examples, options.round)):
+            count, seed = min(options.round, options.examples - start), options.seed + number
+            progress.update(task, description=f"plans, seed {seed}", completed=start)
+            try:
+                run(count, seed, tuple(options.models), lambda: progress.advance(task))
+            except Exception as error:
+                progress.stop()
+                sys.stderr.write(f"mismatch with --seed {seed} --round {options.round}:\n")
+                sys.stderr.write(f"{type(error).__name__}: {error}\n")
+                sys.stderr.writelines(f"{note}\n" for note in getattr(error, "__notes__", ()))
+                return 1
+    sys.stdout.write(f"{options.examples} plans agree with the reference (seeds {options.seed}..{seed})\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
