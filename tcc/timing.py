@@ -171,7 +171,7 @@ def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def _synchronize() -> None:
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
 
 
