@@ -96,7 +96,7 @@ def tprr(
     keep: float = 0.5,
     attention: Attention = "kept",
     blocks: Sequence[int] | None = None,
-    level: Literal["block", "branch"] = "block",
+    level: Literal["block", "branch", "out"] = "block",
     tokens: Choice | torch.Tensor = "checkerboard",
     cell: int = 2,
     seed: int = 0,
@@ -117,7 +117,8 @@ def tprr(
         keep: keep ratio r in (0, 1]: kept tokens / all tokens on P-steps.
         attention: what kept queries see, see `Update`.
         blocks: indices of the blocks to prune; the others are computed at every step. All, if None.
-        level: `block` keeps one delta per block, `branch` one per residual branch.
+        level: `block` keeps one delta per block, `branch` one per residual branch, `out` every branch's output before
+            its gate, which is then recomputed for all tokens.
         tokens: how tokens are chosen: `uniform` (every 1/r-th), `random` (from `seed`), `checkerboard` (the same count
             in each `cell x cell` cell of the grid), or scores `[S]`: the highest are kept, cell by cell.
         cell: the side of a grid cell, k in the paper.
@@ -236,9 +237,9 @@ def _blocks(info: ModelInfo, blocks: Iterable[int] | None) -> tuple[int, ...]:
 
 
 def _delta_sites(info: ModelInfo, blocks: Sequence[int], level: str) -> list[str]:
-    kind = {"block": "block", "branch": "delta"}.get(level)
+    kind = {"block": "block", "branch": "delta", "out": "out"}.get(level)
     if kind is None:
-        raise PlanError(f"level={level!r}: use 'block' or 'branch'")
+        raise PlanError(f"level={level!r}: use 'block', 'branch' or 'out'")
     names = [name for name, site in info.sites.items() if site.kind == kind and site.block in blocks]
     for name in names:
         if not info.sites[name].prunable:
