@@ -61,7 +61,8 @@ class Reference:
     def _run(self, inputs: list[torch.Tensor]) -> list[Any]:
         assert self._info is not None
         gm = self._info.captured.gm
-        actions = {self._info.sites[name]: action for name, action in self._plan.at(self.step).items()}
+        named = self._plan.at(self.step)  # in the graph's order: a block's change is added before the stream is held
+        actions = {site: named[name] for name, site in self._info.sites.items() if name in named}
         env: dict[str, Any] = {}
         rest = iter(inputs)
         for node in gm.graph.nodes:
