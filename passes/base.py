@@ -79,6 +79,7 @@ def run_passes(
         _drop_dead(gm)
         if check:
             _check_count(item, edits, text, graph_text(gm.graph))
+        if check and (edits or number == 1):  # an unchanged graph has been verified already
             verify(gm, f"{label}: {item.name}")
         records.append(PassRecord(item.name, edits, before, len(gm.graph.nodes), time.perf_counter() - start))
         dump.write(label, number, item.name, gm.graph)

@@ -97,6 +97,7 @@ class _Edit:
     inputs: dict[str, fx.Node] = field(default_factory=dict)
     stores: dict[str, fx.Node] = field(default_factory=dict)
     moved: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    aliases: list[fx.Node] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.graph = self.gm.graph
@@ -120,6 +121,8 @@ class _Edit:
         names = sorted(self.stores)
         output.args = ((*output_values(self.graph), *(self._now(self.stores[name]) for name in names)),)
         self.gm.meta["stores"] = tuple(names)
+        for alias in self.aliases:
+            alias.replace_all_uses_with(alias.all_input_nodes[0])
 
     def _apply_each(self, entry: Entry) -> None:
         """Sites whose values are replaced one by one: `out`, `kv`, `stream`."""
@@ -145,8 +148,9 @@ class _Edit:
             if isinstance(action, Compute):
                 self._store(entry, slot, self._sum(entry))
                 return
-            if isinstance(action, Skip):
-                new = before
+            if isinstance(action, Skip):  # a value of its own: who holds the stream below must not hold it above
+                new = self._call(aten.alias.default, before, like=after)
+                self.aliases.append(new)
             elif isinstance(action, Update):
                 new = self._updated_stream(entry, before, after)
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +59,8 @@ def _views_a_slot(node: fx.Node) -> bool:
 
 
 def _is_view(node: fx.Node) -> bool:
+    if node.target is operator.getitem:  # a part of what a split returned
+        return True
     schema = getattr(node.target, "_schema", None)
     returns = schema.returns if schema is not None else ()
     return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
