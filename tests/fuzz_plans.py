@@ -94,7 +94,10 @@ class _Draft:
             sites = [s for s in self.info.sites.values() if s.block == block]
             for site in self._pick_sites(sites, block):
                 self._fill_column(site)
-        return tcc.CachePlan(num_steps=self.num_steps, actions=self.actions, tokens=self.tokens)
+        rows = list(self.actions.items())
+        if self.draw(st.booleans()):  # the order in which a plan names its sites means nothing
+            rows.reverse()
+        return tcc.CachePlan(num_steps=self.num_steps, actions=dict(rows), tokens=self.tokens)
 
     def _token_sets(self) -> dict[str, torch.Tensor]:
         n = self.info.num_tokens
@@ -121,7 +124,7 @@ class _Draft:
                 branch = out.name.rsplit(".", 2)[1]
                 kind = self._once(("branch", here, branch), st.sampled_from(["out", "delta", "delta", "none"]))
                 picked += {"out": [out], "delta": [delta], "none": []}[kind]
-        held = self._once(("stream", block), st.sampled_from([False, False, False, True]))
+        held = self._once(("stream", block), st.sampled_from([False, True, False]))
         return picked + (by_kind["stream"] if held else [])
 
     def _fill_column(self, site: Site) -> None:
