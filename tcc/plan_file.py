@@ -24,7 +24,11 @@ _KINDS: dict[str, type[Any]] = {c.__name__.lower(): c for c in (Compute, Update,
 
 
 def save(plan: CachePlan, path: str) -> None:
-    """Write `plan` to `path`."""
+    """Write `plan` to `path`.
+
+    Raises:
+        PlanError: the file cannot be written.
+    """
     kinds: list[dict[str, Any]] = []
     rows: list[list[Any]] = []
     for (step, site), action in plan.actions.items():
@@ -42,10 +46,13 @@ def save(plan: CachePlan, path: str) -> None:
         "cost": None if plan.cost is None else asdict(plan.cost),
     }
     tensors = {f"tokens.{i}": kept.contiguous() for i, kept in enumerate(plan.tokens.values())}
-    text = json.dumps(body, sort_keys=True)
+    text = json.dumps(body)  # in this order: a policy's options are shown as they were given
     # safetensors refuses an empty file of tensors on some versions: one empty tensor marks the format
     tensors["format"] = torch.zeros(0, dtype=torch.int64)
-    save_file(tensors, path, metadata={"format": FORMAT, "plan": text, "sha256": _digest(text, tensors)})
+    try:
+        save_file(tensors, path, metadata={"format": FORMAT, "plan": text, "sha256": _digest(text, tensors)})
+    except (SafetensorError, OSError) as error:
+        raise PlanError(f"{path}: the plan cannot be written ({error})") from error
 
 
 def load(path: str) -> CachePlan:

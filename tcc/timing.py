@@ -89,6 +89,7 @@ def time_calls(
     *,
     rounds: int,
     warmup: int = 1,
+    at_most: float = float("inf"),
     progress: Progress | None = None,
 ) -> dict[str, Timing]:
     """Time every call once per round, in turns; each round starts with another call.
@@ -97,11 +98,14 @@ def time_calls(
         calls: what to time, by name.
         rounds: samples per call.
         warmup: rounds whose times are dropped.
+        at_most: seconds after which no further round begins; warm-up and the first round always run.
         progress: called as `progress(rounds_done, all_rounds)`.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
+    names, began = list(calls), time.perf_counter()
     for number in range(warmup + rounds):
+        if number > warmup and time.perf_counter() - began > at_most:
+            break
         turn = number % len(names) if names else 0
         for name in names[turn:] + names[:turn]:
             seconds, _ = _timed(calls[name])

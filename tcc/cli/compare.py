@@ -1,0 +1,203 @@
+"""Methods side by side: the same noise, their steps timed in turns, their images compared with the uncached ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tcc.runtime import Executable, Session
+from tcc.samplers import Diffusion, ddim_step, guide
+from tcc.timing import Run, RunTiming, time_calls, time_runs
+
+__all__ = ["Method", "Row", "Task", "compare", "of_executable", "psnr", "step_seconds"]
+
+Progress = Callable[[int, int], None]
+Model = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every method has to do: turn this noise into images of these classes by DDIM.
+
+    Attributes:
+        noise: `[B, C, H, W]`.
+        labels: `[B]`.
+        null_class: the label of the unconditional half.
+        cfg: the guidance scale; the batch is doubled, whatever it is.
+    """
+
+    noise: Tensor
+    labels: Tensor
+    null_class: int
+    cfg: float
+
+    def inputs(self, x: Tensor, timestep: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The model's inputs for a step: the batch doubled, conditional half first."""
+        y = torch.cat([self.labels, torch.full_like(self.labels, self.null_class)])
+        return torch.cat([x, x]), torch.full((len(y),), timestep, dtype=torch.int64), y
+
+    def denoise(self, model: Model, num_steps: int) -> Iterator[Tensor]:
+        """One DDIM step per value; the last value is the images. The same as `tcc.samplers.sample`, in steps."""
+        x = self.noise
+        for step in Diffusion().steps(num_steps):
+            with torch.no_grad():
+                eps = guide(model(*self.inputs(x, step.timestep)), self.cfg, x.shape[1])[:, : x.shape[1]]
+                x = ddim_step(x, eps, step, noise=None, eta=0.0, clip=True)
+            yield x
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to do the task.
+
+    Attributes:
+        name: its name in the table.
+        open: returns a model whose next call is step 0.
+        kinds: the kind of every step: steps of a kind run the same code.
+        bound: the speedup that its MACs allow against the uncached run.
+        slot_bytes: the bytes of its slots.
+        compile_seconds: what compiling took; 0 where nothing was compiled for it.
+    """
+
+    name: str
+    open: Callable[[], Model]
+    kinds: tuple[Hashable, ...]
+    bound: float = 1.0
+    slot_bytes: int = 0
+    compile_seconds: float = 0.0
+
+    @property
+    def num_steps(self) -> int:
+        """Its denoising steps."""
+        return len(self.kinds)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of a method.
+
+    Attributes:
+        method: the method.
+        seconds: seconds for the batch: medians per kind of step, summed over the steps.
+        speedup: measured, over the baseline.
+        psnr: dB against the reference images, mean over images; infinite where they are identical.
+        images: its images `[B, C, H, W]`.
+        timing: the samples.
+    """
+
+    method: Method
+    seconds: float
+    speedup: float
+    psnr: float
+    images: Tensor
+    timing: RunTiming
+
+    @property
+    def realised_share(self) -> float:
+        """Measured speedup / bound."""
+        return self.speedup / self.method.bound
+
+    def as_dict(self) -> dict[str, Any]:
+        """The row for programs."""
+        by_kind = {str(kind): [t.median, t.p90, len(t.samples)] for kind, t in self.timing.by_kind.items()}
+        return {
+            "method": self.method.name,
+            "steps": self.method.num_steps,
+            "seconds": self.seconds,
+            "speedup": self.speedup,
+            "bound": self.method.bound,
+            "realised_share": self.realised_share,
+            "psnr": self.psnr if math.isfinite(self.psnr) else None,
+            "slot_bytes": self.method.slot_bytes,
+            "compile_seconds": self.method.compile_seconds,
+            "rounds": len(self.timing.rounds),
+            "step_median_p90_samples": by_kind,
+        }
+
+
+def of_executable(name: str, executable: Executable, bound: float, num_steps: int | None = None) -> Method:
+    """The method that runs a compiled plan; with `num_steps`, its first steps only (of an uncached plan)."""
+    bindings = executable.program.bindings[:num_steps]
+    return Method(
+        name=name,
+        open=lambda: Session(executable),
+        kinds=tuple(binding.variant for binding in bindings),
+        bound=bound,
+        slot_bytes=executable.program.slot_bytes,
+        compile_seconds=sum(executable.compile_seconds),
+    )
+
+
+def step_seconds(
+    task: Task, executables: Mapping[str, Executable], rounds: int, at_most: float, progress: Progress | None = None
+) -> dict[str, float]:
+    """Seconds of a whole run of every plan, estimated from some calls of each variant. Warms the variants up too."""
+    calls: dict[str, Callable[[], object]] = {}
+    for name, executable in executables.items():
+        variants = [binding.variant for binding in executable.program.bindings]
+        for variant in set(variants):
+            calls[f"{name} {variant}"] = _one_step(task, Session(executable), variants.index(variant))
+    timings = time_calls(calls, rounds=rounds, warmup=1, at_most=at_most, progress=progress)
+    return {
+        name: sum(timings[f"{name} {binding.variant}"].median for binding in executable.program.bindings)
+        for name, executable in executables.items()
+    }
+
+
+def _one_step(task: Task, session: Session, step: int) -> Callable[[], object]:
+    """A call of one step, out of order: the values are meaningless, the work is the step's."""
+    inputs = task.inputs(task.noise, 500)
+
+    def call() -> object:
+        session.step = step
+        return session(*inputs)
+
+    return call
+
+
+def compare(
+    task: Task,
+    methods: Sequence[Method],
+    *,
+    reference: str,
+    baseline: str,
+    rounds: int,
+    at_most: float,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Run and time all methods in turns.
+
+    Args:
+        task: what to do.
+        methods: the methods, warmed up; their names differ.
+        reference: the name of the method whose images the others are compared with.
+        baseline: the name of the method that speedups are over.
+        rounds: how often each is run.
+        at_most: seconds after which no further round begins.
+        progress: called as `progress(steps_done, all_steps)`.
+    """
+    runs = {m.name: Run(m.kinds, lambda m=m: task.denoise(m.open(), m.num_steps)) for m in methods}  # type: ignore[misc]
+    timings = time_runs(runs, rounds=rounds, at_most=at_most, progress=progress)
+    images, seconds = timings[reference].result, timings[baseline].seconds
+    return [
+        Row(
+            method=method,
+            seconds=timings[method.name].seconds,
+            speedup=seconds / timings[method.name].seconds,
+            psnr=psnr(timings[method.name].result, images),
+            images=timings[method.name].result,
+            timing=timings[method.name],
+        )
+        for method in methods
+    ]
+
+
+def psnr(images: Tensor, reference: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of images `[B, C, H, W]` in [-1, 1] (peak 2), mean over the images."""
+    errors = (images.double() - reference.double()).square().flatten(1).mean(dim=1)
+    return float((10 * torch.log10(4 / errors)).mean())

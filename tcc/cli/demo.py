@@ -1,0 +1,189 @@
+"""`tcc demo`: the trained model, uncached and through several plans: seconds, error, pictures."""
+
+from __future__ import annotations
+
+import functools
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.table import Table
+
+from tcc import plans, timing
+from tcc.cli import options, screen
+from tcc.cli.compare import Method, Row, Task, compare, of_executable, step_seconds
+from tcc.cli.compile_bar import executables
+from tcc.cli.sample import class_names, seeded_noise
+from tcc.cli.sheet import SheetRow, draw_sheet
+from tcc.cli.subjects import load_pixel_dit, look
+from tcc.info import ModelInfo
+from tcc.models import DiT
+from tcc.plan import CachePlan
+from tcc.plan_picture import facts
+from tcc.runtime import Executable
+
+__all__ = ["demo"]
+
+_EAGER, _COMPILED = "uncached, eager", "uncached, compiled"
+
+Out = Annotated[Path, typer.Option(metavar="FILE", help="The picture to write: a row of images per method.")]
+Steps = Annotated[int, typer.Option(min=2, max=1000, help="DDIM steps.")]
+Rounds = Annotated[int, typer.Option(min=1, help="How often every method is run.")]
+Seconds = Annotated[float, typer.Option(help="No further round begins after so many seconds of measuring.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. [dim]default: torch's choice[/]")]
+
+
+def demo(
+    out: Out = Path("demo.png"),
+    json: options.Json = None,
+    steps: Steps = 50,
+    cfg: options.Cfg = 1.5,
+    seed: options.Seed = 0,
+    rounds: Rounds = 3,
+    seconds: Seconds = 60.0,
+    threads: Threads = None,
+    backend: options.Backend = "inductor",
+    model: options.WeightsName = "reference",
+) -> None:
+    """Show what tcc does: one image per class, uncached and through several plans, in the same noise.
+
+    Every method is compiled the same way and timed in turns with the others.
+    Speedups are [bold]measured[/], over the compiled uncached model; the [bold]bound[/] is
+    what the plan's MACs allow; the [bold]realised share[/] is one over the other.
+    Each plan stands beside plain DDIM with so few steps that it takes the
+    same time.
+
+    [bold]Examples[/]
+
+      tcc demo
+      tcc demo --threads 2 --json demo.json
+      tcc demo --backend eager --rounds 1      a quick look, not compiled
+    """
+    began = time.perf_counter()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    dit = load_pixel_dit(model)
+    labels = torch.arange(min(10, dit.config.num_classes))
+    task = Task(seeded_noise(dit, len(labels), seed), labels, dit.config.num_classes, cfg)
+    info = look(dit, task.inputs(task.noise, 0), {}, model)
+    with screen.status("planning"):
+        made = make_plans(info, steps)
+    compiled = executables(info, made, backend)
+    methods = _methods(task, dit, made, compiled, at_most=seconds / 5)
+    with screen.bar("sampling all methods in turns") as bar:
+        rows = compare(
+            task, methods, reference=_EAGER, baseline=_COMPILED, rounds=rounds, at_most=seconds, progress=bar
+        )  # fmt: skip
+    caption = _caption(rows, steps, cfg, seed)
+    screen.out().print(_table(rows))
+    screen.note(caption)
+    draw_sheet(out, [SheetRow(r.method.name, _detail(r), r.images) for r in rows], class_names(dit, labels), caption)
+    screen.note(f"wrote {out} ({time.perf_counter() - began:.0f} s in all)")
+    screen.write_json(json, _record(rows, made, {"cfg": cfg, "seed": seed, "backend": backend, "model": model}))
+
+
+def make_plans(info: ModelInfo, steps: int) -> dict[str, CachePlan]:
+    """The plans of the demo. The token plans' options are the best of a search by PSNR at equal bound."""
+    tokens = functools.partial(plans.tprr, num_steps=steps, k1=1, k2=1, attention="cached", level="out", rotate=True)
+    return {
+        _COMPILED: plans.full(info, num_steps=steps),
+        "FORA, every 3rd step": plans.fora(info, num_steps=steps, interval=3),
+        "tokens, keep 1/2": tokens(info, keep=0.5),
+        "tokens, keep 1/4": tokens(info, keep=0.25),
+    }
+
+
+def _methods(
+    task: Task, dit: DiT, made: Mapping[str, CachePlan], compiled: Mapping[str, Executable], at_most: float
+) -> list[Method]:
+    """The rows of the table: uncached, then every plan with fewer steps at its time beside it."""
+    steps = made[_COMPILED].num_steps
+    with screen.bar("warming up") as bar:  # long enough to tell how many steps take a plan's time
+        expected = step_seconds(task, compiled, rounds=30, at_most=at_most, progress=bar)
+    methods = [
+        Method(_EAGER, lambda: dit, ("eager",) * steps),
+        of_executable(_COMPILED, compiled[_COMPILED], 1.0),
+    ]
+    for name in made:
+        if name == _COMPILED:
+            continue
+        methods.append(of_executable(name, compiled[name], made[name].bound))
+        fewer = max(2, round(steps * expected[name] / expected[_COMPILED]))
+        label = f"uncached, {fewer} steps"
+        if fewer < steps and all(label != m.name for m in methods):
+            methods.append(of_executable(label, compiled[_COMPILED], steps / fewer, fewer))
+    return methods
+
+
+def _table(rows: list[Row]) -> Table:
+    table = Table(title="Same noise, same compiler")
+    for column in ("method", "steps", "s per batch", "speedup", "bound", "realised share", "PSNR dB", "slots MiB"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for row in rows:
+        eager = row.method.name == _EAGER
+        table.add_row(
+            row.method.name,
+            str(row.method.num_steps),
+            f"{row.seconds:.2f}",
+            f"{row.speedup:.2f}x",
+            "" if eager else f"{row.method.bound:.2f}x",
+            "" if eager else f"{row.realised_share:.2f}",
+            _error(row),
+            f"{row.method.slot_bytes / 2**20:.1f}",
+        )
+    return table
+
+
+def _detail(row: Row) -> str:
+    return f"{row.seconds:.2f} s   {row.speedup:.2f}x   {_error(row)}" + (" dB" if math.isfinite(row.psnr) else "")
+
+
+def _error(row: Row) -> str:
+    if row.method.name == _EAGER:
+        return "reference"
+    return f"{row.psnr:.1f}" if math.isfinite(row.psnr) else "identical"
+
+
+def _caption(rows: list[Row], steps: int, cfg: float, seed: int) -> str:
+    """How the numbers came about."""
+    where, images = timing.machine(), rows[0].images
+    rounds = len(rows[0].timing.rounds)
+    device = where["accelerator"] or f"{where['processor']}, {where['threads']} threads"
+    return (
+        f"{len(images)} images of {images.shape[-2]}x{images.shape[-1]}, DDIM {steps} steps, guidance {cfg:g}, "
+        f"seed {seed}; float32 on {device}, torch {where['torch']}; {rounds} interleaved rounds, "
+        "medians per kind of step"
+    )
+
+
+def _record(rows: list[Row], made: Mapping[str, CachePlan], settings: dict[str, Any]) -> dict[str, Any]:
+    """Everything that is needed to repeat the table, and the table."""
+    return {
+        "command": " ".join(["tcc", *sys.argv[1:]]),
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": timing.machine(),
+        **settings,
+        "rows": [row.as_dict() for row in rows],
+        "plans": {name: facts(plan) for name, plan in made.items()},
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the source tree, with a + where it has changes; None where tcc runs from no source tree."""
+    try:
+        _git("ls-files", "--error-unmatch", Path(__file__).name)
+        return _git("describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

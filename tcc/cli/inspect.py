@@ -1,0 +1,65 @@
+"""`tcc inspect`: what tcc sees in a model, or what a plan file says."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from safetensors import SafetensorError, safe_open
+
+from tcc.cli import options, screen
+from tcc.cli.subjects import load_subject, look
+from tcc.plan import CachePlan
+from tcc.plan_file import FORMAT
+from tcc.plan_picture import facts
+
+__all__ = ["inspect"]
+
+What = Annotated[str | None, typer.Argument(help="A plan file, or a model as for --model.", show_default=False)]
+
+
+def inspect(
+    what: What = None,
+    model: options.ModelName = "reference",
+    input_size: options.InputSize = 32,
+    batch: options.Batch = 2,
+    json: options.Json = None,
+) -> None:
+    """Show what tcc sees in a model: its blocks, its token grid, and every site a plan can act on.
+
+    A site is a value that can be kept from one denoising step to the next.
+    The table gives its shape, the MACs of computing it for one image, the size
+    of its slot, and whether single tokens of it can be updated, or why not.
+    Given a plan file, the command prints that plan's summary instead.
+
+    [bold]Examples[/]
+
+      tcc inspect                              the reference model
+      tcc inspect DiT-XL/2 --json sites.json   a published size, no weights made
+      tcc inspect mine.models:small            your own (model, args, kwargs)
+      tcc inspect plan.safetensors             a plan written by tcc plan
+    """
+    name = what or model
+    if _is_plan(name):
+        plan = CachePlan.load(name)
+        screen.out().print(plan.summary(), soft_wrap=True, markup=False)
+        screen.write_json(json, facts(plan))
+        return
+    subject = load_subject(name, batch=batch, input_size=input_size, device="meta")
+    info = look(subject.model, subject.args, subject.kwargs, subject.label)
+    table = info.table()
+    table.title = f"{subject.label}: {table.title}"
+    screen.out().print(table)
+    macs = {"macs": info.macs, "tokens": info.num_tokens, "grid": list(info.grid), "batch": info.batch}
+    screen.write_json(json, {"model": subject.label, **macs, "blocks": list(info.blocks), "sites": info.rows()})
+
+
+def _is_plan(name: str) -> bool:
+    """Whether `name` is a plan file, by its header."""
+    if not name.endswith(".safetensors"):
+        return False
+    try:
+        with safe_open(name, framework="pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (SafetensorError, OSError):
+        return False

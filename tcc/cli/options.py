@@ -1,0 +1,49 @@
+"""Command-line options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+__all__ = ["Backend", "Batch", "Cfg", "Classes", "InputSize", "Json", "ModelName", "Seed", "WeightsName", "numbers"]
+
+_MODEL = (
+    "[bold]reference[/] (the trained model that comes with tcc), a size such as [bold]DiT-S/2[/] (random weights), a "
+    "weights file ([bold].safetensors[/] or [bold].pt[/]) of a DiT, or [bold]package.module:callable[/], which is "
+    "called without arguments and returns (model, args, kwargs)."
+)
+_WEIGHTS = "[bold]reference[/] (the trained model that comes with tcc), or a weights file of a DiT on pixels."
+
+ModelName = Annotated[str, typer.Option("--model", "-m", help=_MODEL)]
+WeightsName = Annotated[str, typer.Option("--model", "-m", help=_WEIGHTS)]
+InputSize = Annotated[
+    int, typer.Option(min=1, help="Side of the input, in pixels or latent pixels, of a DiT with random weights.")
+]
+Batch = Annotated[
+    int, typer.Option("--batch", "-b", min=1, help="Rows of one model call: images, times two under guidance.")
+]
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the numbers as JSON.")]
+Backend = Annotated[
+    Literal["inductor", "eager"],
+    typer.Option(help="[bold]inductor[/] compiles (seconds to a minute per variant), [bold]eager[/] only rewrites."),
+]
+Classes = Annotated[str, typer.Option(help="Class labels, one image each: [bold]0,1,2[/] or [bold]0-9[/].")]
+Cfg = Annotated[float, typer.Option(min=1.0, help="Guidance scale; above 1 the batch is doubled.")]
+Seed = Annotated[int, typer.Option(help="Seed of the noise: the same seed gives the same noise.")]
+
+
+def numbers(text: str, option: str) -> list[int]:
+    """The numbers in `0,1,2` or `0-9` or a mixture.
+
+    Raises:
+        typer.BadParameter: not such a list; names the option.
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise typer.BadParameter(f"{text!r} is not a list of numbers such as 0,1,2 or 0-9", param_hint=option)
+        found += range(int(first), int(last if dash else first) + 1)
+    return found

@@ -1,0 +1,90 @@
+"""What the commands share on the terminal: results on stdout, progress and errors on stderr, tables as JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+__all__ = ["Bar", "bar", "err", "fail", "note", "out", "status", "write_json"]
+
+_PIPE_WIDTH = 140  # where stdout is a file or a pipe it has no width of its own
+
+
+def out() -> Console:
+    """Where results go."""
+    return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
+
+
+def err() -> Console:
+    """Where progress and errors go, so that results can be piped."""
+    return Console(stderr=True, highlight=False)
+
+
+def fail(message: str) -> None:
+    """Print an error as one red line."""
+    err().print(f"[bold red]error:[/] [red]{escape(message)}[/]", soft_wrap=True)
+
+
+def note(message: str) -> None:
+    """Print a remark: what was written, or how to read a number."""
+    out().print(f"[dim]{escape(message)}[/]", soft_wrap=True)
+
+
+@contextlib.contextmanager
+def status(text: str) -> Iterator[None]:
+    """A spinner while the block runs; for work whose length is not known."""
+    with Console(file=sys.stderr, highlight=False).status(
+        escape(text)
+    ):  # this stderr, wherever the block sends its own
+        yield
+
+
+class Bar:
+    """One line of a progress display.
+
+    Args:
+        progress: the display.
+        task: its line.
+    """
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress = progress
+        self._task = task
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show `done` of `total`: the form in which the library reports progress."""
+        self._progress.update(self._task, completed=done, total=total)
+
+    def advance(self, text: str | None = None) -> None:
+        """One more is done; the next one is called `text`."""
+        self._progress.advance(self._task)
+        if text is not None:
+            self.describe(text)
+
+    def describe(self, text: str) -> None:
+        """Say what is being done now."""
+        self._progress.update(self._task, description=escape(text))
+
+
+@contextlib.contextmanager
+def bar(text: str, total: int | None = None) -> Iterator[Bar]:
+    """A progress bar while the block runs."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err()) as progress:
+        yield Bar(progress, progress.add_task(escape(text), total=total))
+
+
+def write_json(path: str | os.PathLike[str] | None, content: Any) -> None:
+    """Write `content` as indented JSON, where a path is given, and say so."""
+    if path is not None:
+        Path(path).write_text(json.dumps(content, indent=2) + "\n")
+        note(f"wrote {path}")

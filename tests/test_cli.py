@@ -1,0 +1,307 @@
+"""The command line, on a tiny model and without compilation."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from tcc.cli import app
+from tcc.cli.compare import Task, psnr
+from tcc.cli.sample import seeded_noise
+from tcc.models import DiT, save_weights
+from tcc.plan import CachePlan
+from tcc.samplers import sample
+
+Invoke = Callable[..., Any]
+TINY_MODULE = """
+import torch
+from tcc.models import DiT
+
+def make():
+    torch.manual_seed(0)
+    sizes = dict(input_size=8, patch_size=2, in_channels=1, hidden_size=32, depth=2, num_heads=2, num_classes=3)
+    return DiT(**sizes), (torch.zeros(4, 1, 8, 8), torch.zeros(4).long(), torch.zeros(4).long()), {}
+
+def branching():
+    class Branches(torch.nn.Module):
+        def forward(self, x):
+            return x + 1 if x.sum() > 0 else x
+    return Branches(), (torch.zeros(2),), {}
+
+def wrong():
+    return "a model"
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Invoke]:
+    """Run a command in an empty folder that holds `tiny.py`; returns the result, which must have the exit code."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "tiny.py").write_text(TINY_MODULE)
+
+    def invoke(*arguments: str, exit_code: int = 0) -> Any:
+        result = CliRunner().invoke(app, list(arguments))
+        assert result.exit_code == exit_code, f"{result.output}\n{result.exception!r}"
+        return result
+
+    yield invoke
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> str:
+    """A weights file of a tiny DiT on 8x8 pixels with three classes and random weights."""
+    torch.manual_seed(0)
+    model = DiT(input_size=8, patch_size=2, in_channels=1, hidden_size=32, depth=2, num_heads=2, num_classes=3)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    save_weights(model, tmp_path / "tiny.safetensors", torch.float32)
+    return str(tmp_path / "tiny.safetensors")
+
+
+def plain(text: str) -> str:
+    """Text without colours and line breaks."""
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", text).split())
+
+
+def written(path: str) -> Any:
+    """The content of a JSON file in the current folder."""
+    return json.loads(Path(path).read_text())
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ((), ["token-caching compiler", "Start here", "tcc plan --keep 0.5 --out plan.safetensors", "demo", "inspect"]),
+        (("demo",), ["realised share", "tcc demo --threads 2 --json demo.json", "--rounds"]),
+        (("inspect",), ["A site is a value", "tcc inspect DiT-XL/2", "--json"]),
+        (("plan",), ["bound", "Options of tprr", "Options of fora", "--attention", "--png"]),
+        (("sample",), ["ankle boot", "--plan", "--classes", "tcc plan --batch 6"]),
+    ],
+)
+def test_help_teaches(run: Invoke, command: tuple[str, ...], words: list[str]) -> None:
+    """Every help says what the command is for and shows how it is called."""
+    text = plain(run(*command, "--help").output)
+
+    for word in words:
+        assert word in text
+
+
+def test_without_a_command_the_help_is_shown(run: Invoke) -> None:
+    """`tcc` alone teaches too."""
+    assert "Start here" in run(exit_code=2).output
+
+
+def test_version(run: Invoke) -> None:
+    """`tcc --version` prints one line."""
+    assert run("--version").output.startswith("tcc 0.")
+
+
+def test_inspect_prints_and_writes_the_sites(run: Invoke) -> None:
+    """The table and the JSON name the same sites."""
+    result = run("inspect", "--model", "tiny:make", "--json", "sites.json")
+
+    content = written("sites.json")
+    assert content["grid"] == [4, 4]
+    assert content["tokens"] == 16
+    assert content["batch"] == 4
+    assert content["sites"][0]["site"].startswith("blocks.0")
+    for site in content["sites"]:
+        assert site["site"] in result.output
+
+
+def test_inspect_takes_the_model_as_an_argument(run: Invoke, weights: str) -> None:
+    """A weights file or an import path may stand without --model."""
+    assert "2 blocks, 16 tokens" in plain(run("inspect", weights).output)
+    assert "2 blocks, 16 tokens" in plain(run("inspect", "tiny:make").output)
+
+
+def test_inspect_of_a_published_size_makes_no_weights(run: Invoke) -> None:
+    """DiT-S/8 is captured without memory, and labelled as random."""
+    text = plain(run("inspect", "DiT-S/8", "--batch", "1").output)
+
+    assert "DiT-S/8, random weights: 12 blocks, 16 tokens" in text
+
+
+def test_plan_is_shown_saved_and_drawn(run: Invoke) -> None:
+    """Summary, plan file, picture and JSON agree; inspect reads the file."""
+    made = run(
+        "plan", "--model", "tiny:make", "--policy", "tprr", "--steps", "6", "--k1", "1", "--keep", "0.25",
+        "--attention", "cached", "--blocks", "1", "--rotate",
+        "--out", "plan.safetensors", "--png", "plan.png", "--json", "plan.json",
+    )  # fmt: skip
+
+    plan, content = CachePlan.load("plan.safetensors"), written("plan.json")
+    assert plan.summary() in made.output
+    assert content["schedule"] == str(plan.schedule) == "IPIPIP"
+    assert content["bound"] == plan.bound > 1
+    assert content["policy"]["blocks"] == [1]
+    assert Path("plan.png").read_bytes().startswith(b"\x89PNG")
+    shown = run("inspect", "plan.safetensors", "--json", "again.json")
+    assert shown.output.startswith(plan.summary())
+    assert written("again.json")["bound"] == plan.bound
+
+
+@pytest.mark.parametrize(("policy", "option"), [("full", "--keep"), ("fora", "--k1"), ("tprr", "--interval")])
+def test_an_option_of_another_policy_is_refused(run: Invoke, policy: str, option: str) -> None:
+    """It would have no effect."""
+    result = run("plan", "--model", "tiny:make", "--policy", policy, option, "1", exit_code=2)
+
+    assert f"policy {policy} has no such option" in plain(result.output)
+    assert option in result.output
+
+
+def test_fora_and_full_plans(run: Invoke) -> None:
+    """The other policies have their own options."""
+    assert (
+        "schedule IIPPIPPI"
+        in run("plan", "--model", "tiny:make", "-p", "fora", "--interval", "3", "--steps", "8").output
+    )
+    assert "schedule IIII" in run("plan", "--model", "tiny:make", "-p", "full", "--steps", "4").output
+
+
+def test_sample_through_a_plan(run: Invoke, weights: str) -> None:
+    """A plan made for the batch draws a picture."""
+    run("plan", "--model", weights, "--batch", "4", "--steps", "5", "--keep", "0.5", "--out", "plan.safetensors")
+    result = run("sample", "--model", weights, "--plan", "plan.safetensors", "--classes", "0,2", "--backend", "eager")
+
+    assert "2 images in 5 steps" in plain(result.output)
+    assert Path("samples.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_sample_without_a_plan_and_without_guidance(run: Invoke, weights: str) -> None:
+    """No plan: every step computed. Guidance 1: the batch is not doubled."""
+    result = run(
+        "sample", "--model", weights, "--classes", "0-2", "--steps", "3", "--cfg", "1", "--backend", "eager",
+        "--out", "three.png",
+    )  # fmt: skip
+
+    assert "3 images in 3 steps" in plain(result.output)
+    assert Path("three.png").is_file()
+
+
+def test_demo_compares_in_the_same_noise(run: Invoke, weights: str) -> None:
+    """One row per method; the compiled uncached model draws what the eager one draws; JSON says how it was measured."""
+    result = run(
+        "demo", "--model", weights, "--steps", "6", "--rounds", "1", "--seconds", "1", "--threads", "1",
+        "--backend", "eager", "--json", "demo.json",
+    )  # fmt: skip
+
+    content = written("demo.json")
+    rows = {row["method"]: row for row in content["rows"]}
+    assert rows["uncached, compiled"]["psnr"] is None  # identical
+    assert rows["uncached, compiled"]["speedup"] == 1.0
+    assert rows["FORA, every 3rd step"]["bound"] == content["plans"]["FORA, every 3rd step"]["bound"]
+    for name in ("tokens, keep 1/2", "tokens, keep 1/4"):
+        row = rows[name]
+        assert row["realised_share"] == pytest.approx(row["speedup"] / row["bound"])
+        assert row["slot_bytes"] > 0
+        assert 5 < row["psnr"] < 100
+    assert {"command", "commit", "date", "machine", "seed"} <= set(content)
+    assert Path("demo.png").read_bytes().startswith(b"\x89PNG")
+    text = plain(result.output)
+    assert "realised share" in text
+    assert f"{content['machine']['threads']} threads" in text
+
+
+def test_the_demo_draws_what_the_sampler_draws(weights: str) -> None:
+    """The stepwise loop that is timed equals `tcc.samplers.sample`, bit by bit."""
+    from tcc.models import load_dit
+
+    model = load_dit(weights)
+    task = Task(seeded_noise(model, 3, seed=1), torch.arange(3), null_class=3, cfg=1.5)
+
+    *_, images = task.denoise(model, 4)
+
+    expected = sample(model, task.noise, task.labels, num_steps=4, cfg_scale=1.5)
+    torch.testing.assert_close(images, expected, rtol=0, atol=0)
+
+
+def test_psnr_is_that_of_the_definition() -> None:
+    """Peak 2: an error of 0.2 everywhere is 20 dB; equal images are infinitely good."""
+    image = torch.zeros(2, 1, 4, 4)
+
+    assert psnr(image + 0.2, image) == pytest.approx(20.0)
+    assert psnr(image, image) == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("inspect", "nothing"), "unknown model 'nothing': use 'reference', a size such as DiT-S/2"),
+        (("inspect", "DiT-S/3"), "unknown DiT size 'DiT-S/3'"),
+        (("inspect", "none.safetensors"), "there is no weight file at none.safetensors"),
+        (("inspect", "tiny:missing"), "cannot import 'tiny:missing'"),
+        (("inspect", "nowhere:make"), "cannot import 'nowhere:make'"),
+        (("inspect", "tiny:make()"), "not of the form package.module:callable"),
+        (("inspect", "tiny:wrong"), "must return (model, args, kwargs), and returned str"),
+        (("inspect", "tiny:branching"), "torch.export could not capture Branches"),
+        (("plan", "--model", "tiny:make", "--keep", "1.5"), "the keep ratio is in (0, 1]"),
+        (("plan", "--model", "tiny:make", "--blocks", "7"), "there is no block 7; the model has blocks 0..1"),
+        (
+            ("plan", "--model", "tiny:make", "--out", "no/such/folder/plan.safetensors"),
+            "no/such/folder/plan.safetensors: the plan cannot be written",
+        ),
+        (("sample", "--model", "DiT-S/2"), "DiT-S/2 has random weights and would draw noise"),
+        (("sample", "--plan", "none.safetensors"), "none.safetensors: cannot be read as a plan"),
+    ],
+)
+def test_an_error_is_one_line_and_exit_code_1(run: Invoke, arguments: tuple[str, ...], message: str) -> None:
+    """What tcc raises on purpose is shown without a traceback, on stderr."""
+    result = run(*arguments, exit_code=1)
+
+    assert plain(result.stderr).startswith("error: ")
+    assert message in plain(result.stderr)
+    assert "Traceback" not in result.output
+
+
+def test_a_plan_for_another_run_is_refused(run: Invoke, weights: str) -> None:
+    """Another batch or step count: the error says which plan to make."""
+    run("plan", "--model", weights, "--batch", "4", "--steps", "5", "--out", "plan.safetensors")
+    given = ("sample", "--model", weights, "--plan", "plan.safetensors", "--backend", "eager")
+
+    batch = run(*given, "--classes", "0,1,2", exit_code=1)
+    steps = run(*given, "--classes", "0,1", "--steps", "7", exit_code=1)
+
+    assert "the plan is for a batch of 4, and these classes and this guidance make 6 rows" in plain(batch.stderr)
+    assert "tcc plan --batch 6" in plain(batch.stderr)
+    assert "the plan has 5 steps and --steps is 7" in plain(steps.stderr)
+
+
+def test_a_plan_for_another_model_is_refused(run: Invoke, weights: str) -> None:
+    """The graph hash tells."""
+    run("plan", "--model", weights, "--batch", "4", "--steps", "5", "--out", "plan.safetensors")
+    other = DiT(input_size=8, patch_size=2, in_channels=1, hidden_size=32, depth=1, num_heads=2, num_classes=3)
+    save_weights(other, "other.safetensors")
+    given = ("--plan", "plan.safetensors", "--classes", "0,1", "--backend", "eager")
+
+    result = run("sample", "--model", "other.safetensors", *given, exit_code=1)
+
+    assert "the plan is for another model: its graph hash is" in plain(result.stderr)
+
+
+@pytest.mark.parametrize(("classes", "message"), [("0;1", "is not a list of numbers"), ("0,9", "classes 0..2")])
+def test_bad_classes_are_a_usage_error(run: Invoke, weights: str, classes: str, message: str) -> None:
+    """Exit code 2, naming the option."""
+    result = run("sample", "--model", weights, "--classes", classes, "--backend", "eager", exit_code=2)
+
+    assert message in plain(result.output)
+    assert "--classes" in result.output
+
+
+def test_debug_shows_the_traceback(run: Invoke) -> None:
+    """`tcc --debug` lets the error through."""
+    result = CliRunner().invoke(app, ["--debug", "inspect", "nothing"])
+
+    assert type(result.exception).__name__ == "ModelError"
