@@ -6,6 +6,7 @@ The only module that touches the exported program's inner form.
 from __future__ import annotations
 
 import inspect
+import warnings
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -191,7 +192,9 @@ def _source_of(error: BaseException) -> str:
 
 def _decomposed(program: ExportedProgram) -> ExportedProgram:
     """Functional form with an *empty* table: `linear`, `layer_norm` and attention stay whole."""
-    program = program.run_decompositions({})
+    with warnings.catch_warnings():  # torch copies its own tree specs in a way that it warns about
+        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+        program = program.run_decompositions({})
     changed = [
         spec.target
         for spec in program.graph_signature.output_specs
