@@ -6,8 +6,8 @@ The only module that touches the exported program's inner form.
 from __future__ import annotations
 
 import inspect
-import warnings
 import logging
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
