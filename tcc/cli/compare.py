@@ -163,9 +163,9 @@ def _one_step(task: Task, session: Session, step: int) -> Callable[[], object]:
 def compare(
     task: Task,
     methods: Sequence[Method],
-    *,
     reference: str,
     baseline: str,
+    *,
     rounds: int,
     at_most: float,
     progress: Progress | None = None,

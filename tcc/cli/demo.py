@@ -56,8 +56,7 @@ def demo(
     Every method is compiled the same way and timed in turns with the others.
     Speedups are [bold]measured[/], over the compiled uncached model; the [bold]bound[/] is
     what the plan's MACs allow; the [bold]realised share[/] is one over the other.
-    Each plan stands beside plain DDIM with so few steps that it takes the
-    same time.
+    Beside each plan stands plain DDIM with as many steps as fit its time.
 
     [bold]Examples[/]
 
@@ -74,18 +73,15 @@ def demo(
     info = look(dit, task.inputs(task.noise, 0), {}, model)
     with screen.status("planning"):
         made = make_plans(info, steps)
-    compiled = executables(info, made, backend)
-    methods = _methods(task, dit, made, compiled, at_most=seconds / 5)
+    methods = _methods(task, dit, made, executables(info, made, backend), at_most=seconds / 5)
     with screen.bar("sampling all methods in turns") as bar:
-        rows = compare(
-            task, methods, reference=_EAGER, baseline=_COMPILED, rounds=rounds, at_most=seconds, progress=bar
-        )  # fmt: skip
+        rows = compare(task, methods, _EAGER, _COMPILED, rounds=rounds, at_most=seconds, progress=bar)
     caption = _caption(rows, steps, cfg, seed)
     screen.out().print(_table(rows))
     screen.note(caption)
     draw_sheet(out, [SheetRow(r.method.name, _detail(r), r.images) for r in rows], class_names(dit, labels), caption)
-    screen.note(f"wrote {out} ({time.perf_counter() - began:.0f} s in all)")
     screen.write_json(json, _record(rows, made, {"cfg": cfg, "seed": seed, "backend": backend, "model": model}))
+    screen.note(f"wrote {out}; {time.perf_counter() - began:.0f} s in all")
 
 
 def make_plans(info: ModelInfo, steps: int) -> dict[str, CachePlan]:

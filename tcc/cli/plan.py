@@ -11,7 +11,7 @@ import typer
 
 from tcc import plans
 from tcc.cli import options, screen
-from tcc.cli.subjects import load_subject, look
+from tcc.cli.subjects import Subject, load_subject, look
 from tcc.plan import Attention, CachePlan
 from tcc.plan_picture import facts
 
@@ -90,6 +90,7 @@ Rotate = Annotated[
 
 
 def plan(
+    ctx: typer.Context,  # the options after `batch` are read from here: each policy takes its own
     policy: Policy = "tprr",
     steps: Steps = 50,
     out: Out = None,
@@ -116,8 +117,7 @@ def plan(
     """Make a cache plan: which sites are computed, updated or reused at which denoising step.
 
     A plan belongs to one model, input size and batch. Its [bold]bound[/] is the
-    speedup that its MACs allow; what the clock says is another matter, see
-    [bold]tcc demo[/].
+    speedup that its MACs allow; [bold]tcc demo[/] measures real ones.
 
     [bold]Examples[/]
 
@@ -126,37 +126,40 @@ def plan(
       tcc plan --model DiT-S/2 --batch 2 --blocks 2-11
       tcc inspect plan.safetensors
     """
-    given = {
-        "interval": interval, "sites": sites, "k1": k1, "k2": k2, "boundary": boundary, "cycle": cycle, "keep": keep,
-        "attention": attention, "level": level, "tokens": tokens, "cell": cell, "seed": seed, "rotate": rotate,
-        "blocks": None if blocks is None else options.numbers(blocks, "--blocks"),
-    }  # fmt: skip
-    chosen = _options_of(policy, given)
+    chosen = _options_of(policy, ctx.params)
     with screen.status(f"loading {model}"):
         subject = load_subject(model, batch=batch, input_size=input_size)
+    made = _make(subject, policy, steps, chosen)
+    _show(made, subject.label, out, png, json)
+
+
+def _make(subject: Subject, policy: str, steps: int, chosen: dict[str, Any]) -> CachePlan:
     info = look(subject.model, subject.args, subject.kwargs, subject.label)
     with screen.status("planning"):
-        made = POLICIES[policy](info, num_steps=steps, **chosen)
-    _show(made, subject.label, info.batch, out, png, json)
+        return POLICIES[policy](info, num_steps=steps, **chosen)
 
 
 def _options_of(policy: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The options that were given, all of which the policy must take.
+    """The policy options that were given, all of which `policy` must take.
 
     Raises:
         typer.BadParameter: an option of another policy; it would have no effect.
     """
-    takes = inspect.signature(POLICIES[policy]).parameters
-    chosen = {name: option for name, option in given.items() if option is not None}
+    takes = {name: set(inspect.signature(make).parameters) for name, make in POLICIES.items()}
+    known = set.union(*takes.values()) - takes["full"]
+    chosen = {name: option for name, option in given.items() if name in known and option is not None}
     for name in chosen:
-        if name not in takes:
+        if name not in takes[policy]:
             raise typer.BadParameter(f"policy {policy} has no such option", param_hint=f"--{name}")
+    if "blocks" in chosen:
+        chosen["blocks"] = options.numbers(chosen["blocks"], "--blocks")
     return chosen
 
 
-def _show(made: CachePlan, label: str, batch: int, out: Path | None, png: Path | None, json: Path | None) -> None:
+def _show(made: CachePlan, label: str, out: Path | None, png: Path | None, json: Path | None) -> None:
     """Print the summary, and write what was asked for."""
-    screen.out().print(f"model    {label}, batch {batch}", soft_wrap=True, markup=False)
+    inputs = ", ".join(f"{name} {list(shape)}" for name, shape in made.model.inputs) if made.model else ""
+    screen.out().print(f"model    {label}: {inputs}", soft_wrap=True, markup=False)
     screen.out().print(made.summary(), soft_wrap=True, markup=False)
     if out is not None:
         made.save(str(out))
@@ -164,4 +167,4 @@ def _show(made: CachePlan, label: str, batch: int, out: Path | None, png: Path |
     if png is not None:
         made.plot(str(png))
         screen.note(f"wrote {png}")
-    screen.write_json(json, {"model": label, "batch": batch, **facts(made)})
+    screen.write_json(json, {"model": label, **facts(made)})

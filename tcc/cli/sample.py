@@ -65,10 +65,9 @@ def sample(
     session = Session(executables(info, {"plan": chosen}, backend)["plan"])
     start = time.perf_counter()
     with screen.bar("sampling") as bar:
-        null = dit.config.null_class
         images = run_sampler(
             session, seeded_noise(dit, len(labels), seed), labels,
-            num_steps=chosen.num_steps, cfg_scale=cfg, null_class=null, progress=bar,
+            num_steps=chosen.num_steps, cfg_scale=cfg, null_class=dit.config.null_class, progress=bar,
         )  # fmt: skip
     seconds = time.perf_counter() - start
     draw_sheet(out, [SheetRow("", "", images)], class_names(dit, labels), "")
