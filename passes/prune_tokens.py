@@ -104,7 +104,9 @@ class _Narrower:
         }
         args, kwargs = _substitute(node, {**new, **found.literals})
         with self.graph.inserting_after(node):
-            return emit(self.graph, node.target, args, kwargs, like=node)  # type: ignore[arg-type]
+            # fewer tokens may come out of attention in another layout, in which the same view does not exist
+            target = aten.reshape.default if node.target is aten.view.default else node.target
+            return emit(self.graph, target, args, kwargs, like=node)  # type: ignore[arg-type]
 
     def _way_up(self, node: fx.Node, axis: Axis) -> Narrowing | None:
         """How `node` is computed for the kept tokens alone, or None where the gather must stop at `node`."""
