@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from tcc.runtime import Executable, Session
 from tcc.samplers import Diffusion, ddim_step, guide
-from tcc.timing import Run, RunTiming, time_calls, time_runs
+from tcc.timing import Run, RunTiming, time_runs
 
-__all__ = ["Method", "Row", "Task", "compare", "of_executable", "psnr", "step_seconds"]
+__all__ = ["Method", "Row", "Task", "compare", "of_executable", "psnr", "warm_up"]
 
 Progress = Callable[[int, int], None]
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -133,39 +133,27 @@ def of_executable(name: str, executable: Executable, bound: float, num_steps: in
     )
 
 
-def step_seconds(
-    task: Task, executables: Mapping[str, Executable], rounds: int, at_most: float, progress: Progress | None = None
-) -> dict[str, float]:
-    """Seconds of a whole run of every plan, estimated from some calls of each variant. Warms the variants up too."""
-    calls: dict[str, Callable[[], object]] = {}
-    for name, executable in executables.items():
-        variants = [binding.variant for binding in executable.program.bindings]
-        for variant in set(variants):
-            calls[f"{name} {variant}"] = _one_step(task, Session(executable), variants.index(variant))
-    timings = time_calls(calls, rounds=rounds, warmup=1, at_most=at_most, progress=progress)
-    return {
-        name: sum(timings[f"{name} {binding.variant}"].median for binding in executable.program.bindings)
-        for name, executable in executables.items()
-    }
-
-
-def _one_step(task: Task, session: Session, step: int) -> Callable[[], object]:
-    """A call of one step, out of order: the values are meaningless, the work is the step's."""
+def warm_up(task: Task, executables: Sequence[Executable], progress: Progress | None = None) -> None:
+    """Run every variant twice, out of order: the values are meaningless, the work is that of the real steps."""
     inputs = task.inputs(task.noise, 500)
-
-    def call() -> object:
-        session.step = step
-        return session(*inputs)
-
-    return call
+    first = [{binding.variant: step for step, binding in enumerate(e.program.bindings)} for e in executables]
+    done, total = 0, 2 * sum(map(len, first))
+    for executable, steps in zip(executables, first, strict=True):
+        session = Session(executable)
+        for step in [*steps.values()] * 2:
+            session.step = step
+            session(*inputs)
+            done += 1
+            if progress is not None:
+                progress(done, total)
 
 
 def compare(
     task: Task,
     methods: Sequence[Method],
-    reference: str,
-    baseline: str,
     *,
+    baseline: str,
+    reference: Tensor | None = None,
     rounds: int,
     at_most: float,
     progress: Progress | None = None,
@@ -175,20 +163,20 @@ def compare(
     Args:
         task: what to do.
         methods: the methods, warmed up; their names differ.
-        reference: the name of the method whose images the others are compared with.
         baseline: the name of the method that speedups are over.
+        reference: the images that errors are counted from; by default those of the first method.
         rounds: how often each is run.
         at_most: seconds after which no further round begins.
         progress: called as `progress(steps_done, all_steps)`.
     """
     runs = {m.name: Run(m.kinds, lambda m=m: task.denoise(m.open(), m.num_steps)) for m in methods}  # type: ignore[misc]
     timings = time_runs(runs, rounds=rounds, at_most=at_most, progress=progress)
-    images, seconds = timings[reference].result, timings[baseline].seconds
+    images = timings[methods[0].name].result if reference is None else reference
     return [
         Row(
             method=method,
             seconds=timings[method.name].seconds,
-            speedup=seconds / timings[method.name].seconds,
+            speedup=timings[baseline].seconds / timings[method.name].seconds,
             psnr=psnr(timings[method.name].result, images),
             images=timings[method.name].result,
             timing=timings[method.name],

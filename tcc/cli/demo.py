@@ -17,7 +17,7 @@ from rich.table import Table
 
 from tcc import plans, timing
 from tcc.cli import options, screen
-from tcc.cli.compare import Method, Row, Task, compare, of_executable, step_seconds
+from tcc.cli.compare import Method, Row, Task, compare, of_executable, warm_up
 from tcc.cli.compile_bar import executables
 from tcc.cli.sample import class_names, seeded_noise
 from tcc.cli.sheet import SheetRow, draw_sheet
@@ -73,9 +73,7 @@ def demo(
     info = look(dit, task.inputs(task.noise, 0), {}, model)
     with screen.status("planning"):
         made = make_plans(info, steps)
-    methods = _methods(task, dit, made, executables(info, made, backend), at_most=seconds / 5)
-    with screen.bar("sampling all methods in turns") as bar:
-        rows = compare(task, methods, _EAGER, _COMPILED, rounds=rounds, at_most=seconds, progress=bar)
+    rows = _measure(task, dit, made, executables(info, made, backend), rounds, seconds)
     caption = _caption(rows, steps, cfg, seed)
     screen.out().print(_table(rows))
     screen.note(caption)
@@ -95,26 +93,41 @@ def make_plans(info: ModelInfo, steps: int) -> dict[str, CachePlan]:
     }
 
 
-def _methods(
-    task: Task, dit: DiT, made: Mapping[str, CachePlan], compiled: Mapping[str, Executable], at_most: float
-) -> list[Method]:
-    """The rows of the table: uncached, then every plan with fewer steps at its time beside it."""
-    steps = made[_COMPILED].num_steps
-    with screen.bar("warming up") as bar:  # long enough to tell how many steps take a plan's time
-        expected = step_seconds(task, compiled, rounds=30, at_most=at_most, progress=bar)
-    methods = [
-        Method(_EAGER, lambda: dit, ("eager",) * steps),
-        of_executable(_COMPILED, compiled[_COMPILED], 1.0),
-    ]
-    for name in made:
-        if name == _COMPILED:
-            continue
-        methods.append(of_executable(name, compiled[name], made[name].bound))
-        fewer = max(2, round(steps * expected[name] / expected[_COMPILED]))
-        label = f"uncached, {fewer} steps"
-        if fewer < steps and all(label != m.name for m in methods):
-            methods.append(of_executable(label, compiled[_COMPILED], steps / fewer, fewer))
-    return methods
+def _measure(
+    task: Task, dit: DiT, made: Mapping[str, CachePlan], compiled: Mapping[str, Executable], rounds: int, seconds: float
+) -> list[Row]:
+    """The rows of the table: uncached, then every plan, with fewer steps in its time below it."""
+    steps, full = made[_COMPILED].num_steps, compiled[_COMPILED]
+    with screen.bar("warming up") as bar:
+        warm_up(task, list(compiled.values()), bar)
+    methods = [Method(_EAGER, lambda: dit, ("eager",) * steps)]
+    methods += [of_executable(name, compiled[name], plan.bound) for name, plan in made.items()]
+    with screen.bar("sampling, all methods in turns") as bar:
+        rows = compare(task, methods, baseline=_COMPILED, rounds=rounds, at_most=seconds, progress=bar)
+    fewer = {row.method.name: max(1, round(steps / row.speedup)) for row in rows[2:]}
+    counts = sorted({count for count in fewer.values() if count < steps})
+    methods = [of_executable(_COMPILED, full, 1.0)]
+    methods += [of_executable(_fewer(count), full, steps / count, count) for count in counts]
+    with screen.bar("sampling with fewer steps") as bar:
+        short = compare(
+            task,
+            methods,
+            baseline=_COMPILED,
+            reference=rows[0].images,
+            rounds=rounds,
+            at_most=seconds / 2,
+            progress=bar,
+        )
+    found = {row.method.name: row for row in short[1:]}
+    table = rows[:2]
+    for row in rows[2:]:
+        beside = found.pop(_fewer(fewer[row.method.name]), None)
+        table += [row] if beside is None else [row, beside]
+    return table
+
+
+def _fewer(count: int) -> str:
+    return f"uncached, {count} steps"
 
 
 def _table(rows: list[Row]) -> Table:
