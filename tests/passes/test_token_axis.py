@@ -1,0 +1,273 @@
+"""Token rules by brute force: computing on the kept tokens equals keeping the tokens of the full result."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from tcc.passes.token_axis import NotTokenLocal, narrowing, operands, rule
+from tcc.passes.tokens import Axis
+from tests.graphs import Sketch, take
+
+aten = torch.ops.aten
+KEPT = [0, 2, 3]
+S = 5  # tokens
+
+
+def call(target: Any, *args: Any, **kwargs: Any) -> Callable[[Sketch, list[fx.Node]], fx.Node]:
+    """A call whose integer-named inputs `In(i)` are the sketch's inputs."""
+
+    def build(sketch: Sketch, inputs: list[fx.Node]) -> fx.Node:
+        filled = pytree.tree_map(lambda a: inputs[a.at] if isinstance(a, In) else a, (args, kwargs))
+        return sketch.call(target, *filled[0], **filled[1])
+
+    return build
+
+
+class In:
+    """Stands for an input of the sketch."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+
+X, Y, Z, M = In(0), In(1), In(2), In(3)
+T1, T2, T0 = Axis(1), Axis(2), Axis(0)
+
+#: name: (call, input shapes, token axis of the output)
+LOCAL: dict[str, tuple[Any, list[tuple[int, ...]], Axis]] = {
+    "unary": (call(aten.gelu.default, X), [(2, S, 3)], T1),
+    "add": (call(aten.add.Tensor, X, Y), [(2, S, 3), (2, S, 3)], T1),
+    "add a bias": (call(aten.add.Tensor, X, Y), [(2, S, 3), (3,)], T1),
+    "multiply by a gate per sample": (call(aten.mul.Tensor, X, Y), [(2, S, 3), (2, 1, 3)], T1),
+    "add positions": (call(aten.add.Tensor, Y, X), [(2, S, 3), (1, S, 3)], T1),
+    "add positions without a batch": (call(aten.add.Tensor, X, Y), [(2, S, 3), (S, 3)], T1),
+    "rotary table": (call(aten.mul.Tensor, X, Y), [(2, 4, S, 3), (S, 3)], T2),
+    "where": (call(aten.where.self, In(3), X, Y), [(2, S, 3), (2, S, 3), (1,), (2, S, 1)], T1),
+    "lerp": (call(aten.lerp.Tensor, X, Y, Z), [(2, S, 3), (2, S, 3), (3,)], T1),
+    "cast": (call(aten._to_copy.default, X, dtype=torch.float64), [(2, S, 3)], T1),
+    "clone": (call(aten.clone.default, X), [(2, S, 3)], T1),
+    "linear": (call(aten.linear.default, X, Y, Z), [(2, S, 3), (4, 3), (4,)], T1),
+    "linear without bias": (call(aten.linear.default, X, Y), [(2, S, 3), (4, 3)], T1),
+    "linear on batch x tokens": (call(aten.linear.default, X, Y), [(2 * S, 3), (4, 3)], Axis(0, 2)),
+    "mm rows": (call(aten.mm.default, X, Y), [(S, 3), (3, 4)], T0),
+    "mm columns": (call(aten.mm.default, X, Y), [(4, 3), (3, S)], T1),
+    "bmm rows": (call(aten.bmm.default, X, Y), [(2, S, 3), (2, 3, 4)], T1),
+    "bmm columns": (call(aten.bmm.default, X, Y), [(2, 4, 3), (2, 3, S)], T2),
+    "bmm batch": (call(aten.bmm.default, X, Y), [(S, 2, 3), (S, 3, 4)], T0),
+    "matmul rows": (call(aten.matmul.default, X, Y), [(2, 4, S, 3), (3, 6)], T2),
+    "matmul, broadcast batch": (call(aten.matmul.default, X, Y), [(1, S, 3), (2, 3, 4)], T1),
+    "matmul batch": (call(aten.matmul.default, X, Y), [(2, S, 4, 3), (3, 6)], T1),
+    "addmm": (call(aten.addmm.default, X, Y, Z), [(4,), (S, 3), (3, 4)], T0),
+    "addmm, bias per token": (call(aten.addmm.default, X, Y, Z), [(S, 4), (S, 3), (3, 4)], T0),
+    "baddbmm": (call(aten.baddbmm.default, X, Y, Z), [(2, S, 4), (2, S, 3), (2, 3, 4)], T1),
+    "layer norm": (call(aten.layer_norm.default, X, [3], Y, Z), [(2, S, 3), (3,), (3,)], T1),
+    "rms norm": (call(aten.rms_norm.default, X, [3], Y), [(2, S, 3), (3,)], T1),
+    "softmax over channels": (call(aten.softmax.int, X, -1), [(2, S, 3)], T1),
+    "softmax over keys": (call(aten._softmax.default, X, 3, False), [(2, 4, S, 6)], T2),
+    "flip channels": (call(aten.flip.default, X, [2]), [(2, S, 3)], T1),
+    "roll channels": (call(aten.roll.default, X, [1], [2]), [(2, S, 3)], T1),
+    "cumsum of channels": (call(aten.cumsum.default, X, 2), [(2, S, 3)], T1),
+    "mean of channels, kept": (call(aten.mean.dim, X, [-1], True), [(2, S, 3)], T1),
+    "mean of channels, dropped": (call(aten.mean.dim, X, [-1]), [(2, S, 3)], T1),
+    "sum over batch": (call(aten.sum.dim_IntList, X, [0]), [(2, S, 3)], T0),
+    "amax": (call(aten.amax.default, X, [2]), [(2, S, 3)], T1),
+    "variance": (call(aten.var.correction, X, [2], correction=0, keepdim=True), [(2, S, 3)], T1),
+    "transpose tokens": (call(aten.transpose.int, X, 1, 2), [(2, S, 4, 3)], T2),
+    "transpose others": (call(aten.transpose.int, X, -1, 0), [(2, S, 3)], T1),
+    "permute": (call(aten.permute.default, X, [2, 0, 3, 1, 4]), [(2, S, 3, 4, 6)], Axis(3)),
+    "t": (call(aten.t.default, X), [(S, 3)], T1),
+    "unsqueeze before": (call(aten.unsqueeze.default, X, 1), [(2, S, 3)], T2),
+    "unsqueeze behind": (call(aten.unsqueeze.default, X, -1), [(2, S, 3)], T1),
+    "squeeze": (call(aten.squeeze.dim, X, 1), [(2, 1, S, 3)], T1),
+    "squeeze a dimension that is not 1": (call(aten.squeeze.dim, X, 0), [(2, S, 3)], T1),
+    "squeeze several": (call(aten.squeeze.dims, X, [0, 2]), [(1, S, 1, 3)], T0),
+    "select before": (call(aten.select.int, X, 0, 1), [(3, 2, S, 4)], T1),
+    "select behind": (call(aten.select.int, X, 2, 0), [(2, S, 3)], T1),
+    "unbind": (call(aten.unbind.int, X), [(3, 2, S, 4)], T1),
+    "unbind behind": (call(aten.unbind.int, X, 2), [(2, S, 3, 4)], T1),
+    "slice": (call(aten.slice.Tensor, X, 2, 1, 3), [(2, S, 4)], T1),
+    "split": (call(aten.split.Tensor, X, 2, -1), [(2, S, 4)], T1),
+    "split with sizes": (call(aten.split_with_sizes.default, X, [1, 3], 2), [(2, S, 4)], T1),
+    "chunk": (call(aten.chunk.default, X, 2, 2), [(2, S, 4)], T1),
+    "chunk the batch": (call(aten.chunk.default, X, 2), [(2, S, 4)], T1),
+    "index_select of channels": (call(aten.index_select.default, X, 2, In(1)), [(2, S, 4), (-2,)], T1),
+    "pad channels": (call(aten.constant_pad_nd.default, X, [1, 2]), [(2, S, 4)], T1),
+    "cat channels": (call(aten.cat.default, [X, Y], -1), [(2, S, 4), (2, S, 3)], T1),
+    "cat channels of heads": (call(aten.cat.default, [X, Y], 3), [(2, 4, S, 1), (2, 4, S, 2)], T2),
+    "stack before": (call(aten.stack.default, [X, Y], 0), [(2, S, 3), (2, S, 3)], T2),
+    "stack behind": (call(aten.stack.default, [X, Y], -1), [(2, S, 3), (2, S, 3)], T1),
+    "expand heads": (call(aten.expand.default, X, [2, 4, S, 3]), [(2, 1, S, 3)], T2),
+    "expand with kept sizes": (call(aten.expand.default, X, [-1, 4, -1, -1]), [(2, 1, S, 3)], T2),
+    "split heads": (call(aten.view.default, X, [2, S, 3, 4]), [(2, S, 12)], T1),
+    "split heads, tokens left open": (call(aten.view.default, X, [2, -1, 3, 4]), [(2, S, 12)], T1),
+    "merge heads": (call(aten.reshape.default, X, [2, S, 12]), [(2, S, 3, 4)], T1),
+    "merge batch and tokens": (call(aten.view.default, X, [2 * S, 3]), [(2, S, 3)], Axis(0, 2)),
+    "split batch and tokens": (call(aten.view.default, X, [2, S, 3]), [(2 * S, 3)], T1),
+    "merge tokens and channels": (call(aten.view.default, X, [2, S * 3]), [(2, S, 3)], Axis(1, 1, 3)),
+    "split tokens and channels": (call(aten.view.default, X, [2, S, 3]), [(2, S * 3)], T1),
+    "merge batch and heads": (call(aten.view.default, X, [8, S, 3]), [(2, 4, S, 3)], T1),
+    "as many channels as tokens": (call(aten.view.default, X, [S, S, S]), [(S, S, S)], T1),
+    "batch as large as the tokens": (call(aten.view.default, X, [S * S, 3]), [(S, S, 3)], Axis(0, S)),
+    "through a dimension of 1": (call(aten.view.default, X, [1, S, 1, 3]), [(1, 1, S, 3)], T1),
+    "repeat the batch": (call(aten.repeat.default, X, [2, 1, 1]), [(2, S, 3)], T1),
+    "repeat to a new batch": (call(aten.repeat.default, X, [4, 1, 1]), [(S, 3)], T1),
+    "repeat_interleave": (call(aten.repeat_interleave.self_int, X, 2, 0), [(2, S, 3)], T1),
+    "embedding": (call(aten.embedding.default, X, In(1)), [(6, 3), (-2, S)], T1),
+    "attention, queries": (
+        call(aten.scaled_dot_product_attention.default, X, Y, Z),
+        [(2, 4, S, 8), (2, 4, 6, 8), (2, 4, 6, 8)],
+        T2,
+    ),
+    "attention, mask per query": (
+        call(aten.scaled_dot_product_attention.default, X, Y, Z, M),
+        [(2, 4, S, 8), (2, 4, 6, 8), (2, 4, 6, 8), (2, 1, S, 6)],
+        T2,
+    ),
+    "attention, mask for all queries": (
+        call(aten.scaled_dot_product_attention.default, X, Y, Z, attn_mask=M),
+        [(2, 4, S, 8), (2, 4, 6, 8), (2, 4, 6, 8), (2, 1, 1, 6)],
+        T2,
+    ),
+    "attention, tokens as batch": (
+        call(aten.scaled_dot_product_attention.default, X, Y, Z),
+        [(S, 4, 7, 8), (S, 4, 6, 8), (S, 4, 6, 8)],
+        T0,
+    ),
+}
+
+
+def sketched(name: str) -> tuple[fx.Node, list[fx.Node], Axis]:
+    """The node, its input nodes, and the token axis of its output; a size of -2 stands for 2, of integers."""
+    build, shapes, axis = LOCAL[name]
+    sketch = Sketch()
+    inputs = []
+    for i, sizes in enumerate(shapes):
+        kind = torch.int64 if sizes[0] == -2 else torch.bool if name == "where" and i == 3 else torch.float64
+        inputs.append(sketch.input("xyzm"[i], *map(abs, sizes), dtype=kind))
+    return build(sketch, inputs), inputs, axis
+
+
+def real(node: fx.Node, seed: int) -> Tensor:
+    """Real data for an input."""
+    val = node.meta["val"]
+    generator = torch.Generator().manual_seed(seed)
+    if val.dtype.is_floating_point:
+        return torch.randn(val.shape, generator=generator, dtype=val.dtype)
+    return torch.randint(0, 2, val.shape, generator=generator).to(val.dtype)
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_the_kept_tokens_of_a_call_are_the_call_on_kept_tokens(name: str) -> None:
+    """The rule's operands, gathered, and its literals give exactly the kept tokens of the full result."""
+    node, inputs, axis = sketched(name)
+    data = {n: real(n, seed) for seed, n in enumerate(inputs)}
+    found = narrowing(node, axis, len(KEPT))
+    assert found.operands, "a rule that narrows nothing proves nothing"
+    args, kwargs = fx.map_arg((node.args, node.kwargs), data.__getitem__)
+    full = node.target(*args, **kwargs)
+    less: dict[fx.Node, Tensor] = dict(data)
+    for path, operand in operands(node):
+        if path in found.operands:
+            less[operand] = take(data[operand], found.operands[path], KEPT)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), less.__getitem__)
+    args = [found.literals.get((i,), arg) for i, arg in enumerate(args)]
+    narrow = node.target(*args, **kwargs)
+    for one, other in zip(pytree.tree_leaves(narrow), pytree.tree_leaves(full), strict=True):
+        torch.testing.assert_close(one, take(other, axis, KEPT), rtol=1e-12, atol=1e-12)
+
+
+def test_a_part_of_a_split_is_narrowed_with_it() -> None:
+    """The axis of a part is the axis of the parts."""
+    sketch = Sketch()
+    parts = sketch.call(aten.unbind.int, sketch.input("x", 3, 2, S, 4))
+    found = narrowing(sketch.call(operator.getitem, parts, 1), T1, 3)
+    assert found.operands == {(0,): T1}
+
+
+#: name: (call, input shapes, token axis, what the reason says)
+MIXING: dict[str, tuple[Any, list[tuple[int, ...]], Axis, str]] = {
+    "unknown operator": (
+        call(aten.conv1d.default, X, Y),
+        [(2, 3, S), (3, 3, 1)],
+        T2,
+        r"no token rule for aten.conv1d.default \(register one with tcc.passes.token_axis.rule\)",
+    ),
+    "linear over tokens": (call(aten.linear.default, X, Y), [(2, 3, 4), (S, 4)], T2, "mixes the token axis"),
+    "norm over tokens": (call(aten.layer_norm.default, X, [S, 3]), [(2, S, 3)], T1, "normalises over the token axis"),
+    "softmax over tokens": (call(aten.softmax.int, X, -2), [(2, S, 3)], T1, "mixes the token axis"),
+    "flip tokens": (call(aten.flip.default, X, [1]), [(2, S, 3)], T1, "mixes the token axis"),
+    "roll tokens": (call(aten.roll.default, X, [1], [1]), [(2, S, 3)], T1, "mixes the token axis"),
+    "roll everything": (call(aten.roll.default, X, [1]), [(2, S, 3)], T1, "mixes the token axis"),
+    "mean over tokens": (call(aten.mean.dim, X, [1], True), [(2, S, 3)], T1, "reduces over the token axis"),
+    "new dimension": (call(aten.unsqueeze.default, X, 1), [(2, 3)], T1, "makes the token axis"),
+    "slice tokens": (call(aten.slice.Tensor, X, 1, 0, S), [(2, S + 1, 3)], T1, "cuts the token axis"),
+    "split tokens": (call(aten.split.Tensor, X, S, 1), [(2, 2 * S, 3)], T1, "cuts the token axis"),
+    "pad tokens": (call(aten.constant_pad_nd.default, X, [0, 0, 1, 0]), [(2, S - 1, 3)], T1, "cuts the token axis"),
+    "join tokens": (call(aten.cat.default, [X, Y], 1), [(2, 2, 3), (2, 3, 3)], T1, "joins along the token axis"),
+    "repeat tokens": (call(aten.repeat.default, X, [1, 5, 1]), [(2, 1, 3)], T1, "repeats the token axis"),
+    "repeat each token": (
+        call(aten.repeat_interleave.self_int, X, 5, 1),
+        [(2, 1, 3)],
+        T1,
+        "repeats the token axis",
+    ),
+    "merge the grid": (call(aten.view.default, X, [2, 6, 4]), [(2, 2, 3, 4)], T1, "merges or splits the token axis"),
+    "embedding channels": (call(aten.embedding.default, X, In(1)), [(6, S), (-2, 3)], T2, "makes the token axis"),
+    "attention over channels": (
+        call(aten.scaled_dot_product_attention.default, X, Y, Z),
+        [(2, 4, 6, S)] * 3,
+        Axis(3),
+        "makes the token axis",
+    ),
+    "causal attention": (
+        call(aten.scaled_dot_product_attention.default, X, Y, Z, None, 0.0, True),
+        [(2, 4, S, 8)] * 3,
+        T2,
+        "causal attention depends on the positions of the tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_an_operator_that_mixes_tokens_says_so(name: str) -> None:
+    """The refusal names the operator and what it does to the tokens."""
+    build, shapes, axis, reason = MIXING[name]
+    sketch = Sketch()
+    kinds = [torch.int64 if sizes[0] == -2 else torch.float32 for sizes in shapes]
+    inputs = [sketch.input("xyz"[i], *map(abs, sizes), dtype=kinds[i]) for i, sizes in enumerate(shapes)]
+    with pytest.raises(NotTokenLocal, match=reason):
+        narrowing(build(sketch, inputs), axis, 3)
+
+
+def test_a_rule_can_be_registered_for_a_custom_operator() -> None:
+    """What tcc does not know, the user can teach it."""
+
+    @torch.library.custom_op("tcc_tests::halve", mutates_args=())
+    def halve(x: Tensor) -> Tensor:
+        return x / 2
+
+    halve.register_fake(torch.empty_like)
+    sketch = Sketch()
+    node = sketch.call(torch.ops.tcc_tests.halve.default, sketch.input("x", 2, S, 3))
+    with pytest.raises(NotTokenLocal, match=r"no token rule for tcc_tests.halve.default"):
+        narrowing(node, T1, 3)
+    from tcc.passes.token_axis import Narrowing
+
+    rule(torch.ops.tcc_tests.halve.default)(lambda node, axis, size: Narrowing({(0,): axis}))
+    assert narrowing(node, T1, 3).operands == {(0,): T1}
+
+
+def test_fake_values_are_made_in_one_mode() -> None:
+    """A sketch's nodes share a fake mode, as a captured graph's do."""
+    sketch = Sketch()
+    node = sketch.call(aten.relu.default, sketch.input("x", 2))
+    assert isinstance(node.meta["val"].fake_mode, FakeTensorMode)
+    assert node.meta["val"].fake_mode is sketch.mode
