@@ -135,7 +135,8 @@ class _Narrower:
     def _gather(self, node: fx.Node, axis: Axis) -> fx.Node:
         """The gather stops here: `node` is needed for all tokens."""
         self.whole.add(node)
-        with self.graph.inserting_after(node if node.op != "placeholder" else self._last_input()):
+        above = node if node.op != "placeholder" else self._last_input()
+        with self.graph.inserting_before(above.next):
             if axis.plain:
                 return emit(self.graph, gather_tokens, (node, self.kept, axis.dim), like=node)
             return self._gather_shared(node, axis)

@@ -10,6 +10,7 @@ from torch import fx
 
 from tcc.passes.base import Pass
 from tcc.passes.graph import emit, fake_mode_of, output_values, value
+from tcc.passes.insert_slots import age_of
 
 __all__ = ["WriteSlots"]
 
@@ -35,7 +36,8 @@ class WriteSlots(Pass):
         output = gm.graph.output_node()
         with gm.graph.inserting_before(output):
             own, edits = _without_aliases(gm.graph, own)
-            for name, val in sorted(zip(stores, values[len(own) :], strict=True), reverse=True):
+            pairs = zip(stores, values[len(own) :], strict=True)
+            for name, val in sorted(pairs, key=lambda pair: age_of(pair[0]), reverse=True):
                 emit(gm.graph, aten.copy_.default, (_slot(gm.graph, name, val), val))
         if edits or stores:
             output.args = (tuple(own),)

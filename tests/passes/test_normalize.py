@@ -1,0 +1,70 @@
+"""Normalize removes what has no effect at inference."""
+
+from __future__ import annotations
+
+import torch
+
+from tcc.passes.normalize import Normalize
+from tests.graphs import Sketch, calls, edits, text, values
+
+aten = torch.ops.aten
+
+
+def test_it_removes_what_has_no_effect() -> None:
+    """Assertions go; dropout at inference, aliases, copies and casts to the present dtype leave the value itself."""
+    sketch = Sketch()
+    x = sketch.input("x", 2, 3)
+    y = sketch.call(aten.relu.default, x)
+    sketch.call(aten._assert_tensor_metadata.default, y, None, None, torch.float32)
+    y = sketch.call(aten.dropout.default, sketch.call(aten.clone.default, y), 0.1, False)
+    y = sketch.call(aten._to_copy.default, sketch.call(aten.alias.default, y), dtype=torch.float32)
+    y = sketch.call(aten.detach.default, sketch.call(aten.lift_fresh_copy.default, y))
+    gm = sketch.done(sketch.call(aten.neg.default, y))
+    expected = Sketch()
+    z = expected.call(aten.relu.default, expected.input("x", 2, 3))
+    assert Normalize().run(gm) == 7  # without the runner, which drops assertions as dead code
+    assert text(gm) == text(expected.done(expected.call(aten.neg.default, z)))
+
+
+def test_dropout_of_nothing_is_removed_even_in_training() -> None:
+    """A rate of 0 drops nothing."""
+    sketch = Sketch()
+    gm = sketch.done(sketch.call(aten.relu.default, sketch.call(aten.dropout.default, sketch.input("x", 2), 0.0, True)))
+    assert edits(gm, Normalize()) == 1
+    assert calls(gm) == ["aten.relu.default"]
+
+
+def test_it_leaves_alone_what_has_an_effect() -> None:
+    """A real cast, a copy into another layout, and dropout in training stay."""
+    sketch = Sketch()
+    x = sketch.input("x", 2, 3)
+    double = sketch.call(aten._to_copy.default, x, dtype=torch.float64)
+    turned = sketch.call(aten.clone.default, sketch.call(aten.t.default, x), memory_format=torch.contiguous_format)
+    gm = sketch.done(double, turned, sketch.call(aten.dropout.default, x, 0.1, True))
+    before = text(gm)
+    assert edits(gm, Normalize()) == 0
+    assert text(gm) == before
+
+
+def test_all_users_read_the_original() -> None:
+    """A removed value's users, and the output, read what it was made from."""
+    sketch = Sketch()
+    x = sketch.call(aten.relu.default, sketch.input("x", 2, 3))
+    copy = sketch.call(aten.clone.default, x)
+    gm = sketch.done(sketch.call(aten.neg.default, copy), sketch.call(aten.exp.default, copy), copy)
+    inputs = values(gm)
+    before = gm(*inputs)
+    assert edits(gm, Normalize()) == 1
+    assert all(torch.equal(a, b) for a, b in zip(gm(*inputs), before, strict=True))
+    assert calls(gm) == ["aten.relu.default", "aten.neg.default", "aten.exp.default"]
+
+
+def test_a_second_run_changes_nothing() -> None:
+    """Copies of copies go in one run."""
+    sketch = Sketch()
+    x = sketch.input("x", 2, 3)
+    for _ in range(4):
+        x = sketch.call(aten.clone.default, x)
+    gm = sketch.done(sketch.call(aten.relu.default, x))
+    assert edits(gm, Normalize()) == 4
+    assert edits(gm, Normalize()) == 0

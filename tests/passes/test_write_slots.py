@@ -1,0 +1,110 @@
+"""WriteSlots turns stored outputs into writes in place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from tcc.passes.write_slots import WriteSlots
+from tests.graphs import Sketch, calls, edits, text, values
+
+aten = torch.ops.aten
+
+
+def written(gm: fx.GraphModule) -> dict[str, Tensor]:
+    """Run `gm` on real slots; what they hold afterwards, and the outputs under `""`."""
+    inputs = values(gm)
+    outputs = gm(*inputs)
+    names = [n.meta.get("slot") for n in gm.graph.nodes if n.op == "placeholder"]
+    slots = {name: tensor for name, tensor in zip(names, inputs, strict=True) if name}
+    return slots | {"": outputs[0]}
+
+
+def test_a_stored_output_becomes_a_write() -> None:
+    """The slot is an input, written before the end; the outputs left are the model's."""
+    sketch = Sketch()
+    x, slot = sketch.input("x", 2, 3), sketch.input("slot:a", 2, 3)
+    new = sketch.call(aten.mul.Tensor, slot, 0.5)
+    gm = sketch.done(sketch.call(aten.add.Tensor, x, slot), new, stores=("a",))
+    inputs = values(gm)
+    y, a = gm(*inputs)
+    assert edits(gm, WriteSlots()) == 1
+    assert gm.meta["stores"] == ()
+    assert calls(gm)[-1] == "aten.copy_.default"
+    kept = [t.clone() for t in inputs]
+    assert torch.equal(gm(*kept)[0], y)
+    assert torch.equal(kept[1], a)
+
+
+def test_a_slot_that_is_only_written_becomes_an_input() -> None:
+    """A new input stands after the others, under the slot's name for the runtime."""
+    sketch = Sketch()
+    y = sketch.call(aten.relu.default, sketch.input("x", 2, 3))
+    gm = sketch.done(y, y, stores=("blocks.0.delta",))
+    assert edits(gm, WriteSlots()) == 1
+    last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1]
+    assert last.meta["input"] == "slot:blocks.0.delta"
+    result = written(gm)
+    assert torch.equal(result["blocks.0.delta"], result[""])
+
+
+@pytest.mark.parametrize("depth", [3, 12])
+def test_a_history_moves_up_before_it_is_overwritten(depth: int) -> None:
+    """Every older value is read before the newer one takes its place, however many there are."""
+    sketch = Sketch()
+    x = sketch.input("x", 2, 3)
+    slots = [sketch.input(f"slot:a~{age}" if age else "slot:a", 2, 3) for age in range(depth - 1)]
+    names = ["a", *(f"a~{age}" for age in range(1, depth))]
+    stored = dict(zip(names, [x, *slots], strict=True))
+    order = sorted(names)
+    gm = sketch.done(sketch.call(aten.relu.default, x), *(stored[name] for name in order), stores=order)
+    before = values(gm)
+    assert edits(gm, WriteSlots()) == depth
+    result = written(gm)
+    assert all(torch.equal(result[name], before[age]) for age, name in enumerate(names))
+
+
+@pytest.mark.parametrize("view", ["itself", "transpose", "view", "chunk", "alias of a slice"])
+def test_an_output_that_views_a_slot_is_copied(view: str) -> None:
+    """The next step overwrites the slot, and must not overwrite what was returned."""
+    sketch = Sketch()
+    slot = sketch.input("slot:a", 2, 4)
+    output = {
+        "itself": lambda: slot,
+        "transpose": lambda: sketch.call(aten.t.default, slot),
+        "view": lambda: sketch.call(aten.view.default, slot, [8]),
+        "chunk": lambda: sketch.call(aten.chunk.default, slot, 2, 1),
+        "alias of a slice": lambda: sketch.call(aten.alias.default, sketch.call(aten.slice.Tensor, slot, 0, 0, 1)),
+    }[view]()
+    if view == "chunk":
+        import operator
+
+        output = sketch.call(operator.getitem, output, 1)
+    gm = sketch.done(output)
+    inputs = values(gm)
+    expected = gm(*inputs)[0].clone()
+    assert edits(gm, WriteSlots()) == 1
+    result = gm(*inputs)[0]
+    inputs[0].zero_()
+    assert torch.equal(result, expected)
+
+
+def test_an_output_that_is_computed_is_not_copied() -> None:
+    """A copy of a view, or a value made from a slot, is safe as it is."""
+    sketch = Sketch()
+    slot = sketch.input("slot:a", 2, 4)
+    turned = sketch.call(aten.clone.default, sketch.call(aten.t.default, slot))
+    gm = sketch.done(sketch.call(aten.neg.default, slot), turned)
+    before = text(gm)
+    assert edits(gm, WriteSlots()) == 0
+    assert text(gm) == before
+
+
+def test_a_second_run_changes_nothing() -> None:
+    """Nothing is stored by an output any more, and copies are no views."""
+    sketch = Sketch()
+    slot = sketch.input("slot:a", 2, 3)
+    gm = sketch.done(slot, sketch.call(aten.neg.default, slot), stores=("a",))
+    assert edits(gm, WriteSlots()) == 2
+    assert edits(gm, WriteSlots()) == 0
