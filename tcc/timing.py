@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Run", "RunTiming", "Timing", "machine", "time_calls", "time_runs"]
+__all__ = ["Run", "RunTiming", "Timing", "faster_threads", "machine", "time_calls", "time_runs"]
 
 Progress = Callable[[int, int], None]
 
@@ -151,6 +151,21 @@ def time_runs(
         if time.perf_counter() - began > at_most:
             break
     return {name: RunTiming(tuple(run.kinds), tuple(samples[name]), results[name]) for name, run in runs.items()}
+
+
+def faster_threads(call: Callable[[], object], rounds: int = 5) -> int:
+    """How many CPU threads to measure with: all of torch's, or 1 where `call` is faster so.
+
+    A parallel region ends when its last thread does. Where other work holds a core, every one of them waits for that
+    thread's turn, and more threads are slower than one, by a factor that says nothing about what is measured.
+    """
+    every = torch.get_num_threads()
+    seconds: dict[int, float] = {}
+    for count in {every, 1}:
+        torch.set_num_threads(count)
+        seconds[count] = time_calls({"call": call}, rounds=rounds)["call"].median
+    torch.set_num_threads(every)
+    return min(seconds, key=seconds.__getitem__)
 
 
 def machine() -> dict[str, Any]:

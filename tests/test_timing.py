@@ -120,6 +120,23 @@ def test_median_is_over_all_rounds() -> None:
     assert found.seconds == 6.0
 
 
+def test_more_threads_are_taken_where_they_help(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All threads on an idle machine, one where they would wait for each other; torch's setting is left alone."""
+    threads = {"now": 4}
+    monkeypatch.setattr(timing.torch, "get_num_threads", lambda: threads["now"])
+    monkeypatch.setattr(timing.torch, "set_num_threads", lambda count: threads.update(now=count))
+
+    def call_taking(seconds: dict[int, float]) -> Callable[[], None]:
+        def call() -> None:
+            clock.now += seconds[threads["now"]]
+
+        return call
+
+    assert timing.faster_threads(call_taking({1: 4.0, 4: 1.5})) == 4
+    assert timing.faster_threads(call_taking({1: 4.0, 4: 9.0})) == 1
+    assert threads["now"] == 4
+
+
 def test_machine_names_what_a_number_depends_on() -> None:
     """Processor, threads and versions; no host name."""
     found = timing.machine()
