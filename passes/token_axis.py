@@ -163,10 +163,9 @@ def _norm(node: fx.Node, axis: Axis, size: int) -> Narrowing:
       aten.roll.default)  # fmt: skip
 def _along_dim(node: fx.Node, axis: Axis, size: int) -> Narrowing:
     """Operators that mix one dimension, the last positional of (x, ..., dim)."""
-    where = _arg(node, 2, "dims", ()) if node.target == aten.roll.default else node.args[1]
-    dims = (
-        [where] if isinstance(where, int) else list(where) or [axis.dim]
-    )  # a roll without dims is one of all elements
+    where: Any = _arg(node, 2, "dims", ()) if node.target == aten.roll.default else node.args[1]
+    # a roll without dims is one of all elements
+    dims = [where] if isinstance(where, int) else list(where) or [axis.dim]
     _refuse_own(node, axis, {_dim(d, len(shape(node))) for d in dims}, "mixes")
     return Narrowing({(0,): axis})
 
