@@ -1,0 +1,195 @@
+"""Sites: names, shapes, costs, and why tokens cannot be pruned, as literal tables for the three model classes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tcc
+from tcc.passes.sites import Site
+from tcc.passes.tokens import Axis
+from tests.tiny_models import Attention, Block, Tokens, case, dit, noise
+
+HELD = "a stream is held as a whole: prune the sites that are added to it"
+
+#: site of a block: kind, shape, token dimension, MACs per image
+DIT_BLOCK = {
+    "stream": ("stream", (2, 16, 32), 1, 0),
+    "attn.kv": ("kv", (2, 2, 16, 16), 2, 49152),
+    "attn.out": ("out", (2, 16, 32), 1, 81920),
+    "attn.delta": ("delta", (2, 16, 32), 1, 81920),
+    "mlp.out": ("out", (2, 16, 32), 1, 131072),
+    "mlp.delta": ("delta", (2, 16, 32), 1, 131072),
+    "delta": ("block", (2, 16, 32), 1, 212992),
+}
+HF_BLOCK = DIT_BLOCK | {"attn.kv": ("kv", (2, 2, 16, 16), 2, 32768)}
+PIXART_BLOCK = {
+    "stream": ("stream", (2, 16, 32), 1, 0),
+    "attn.kv": ("kv", (2, 2, 16, 16), 2, 32768),
+    "attn.out": ("out", (2, 16, 32), 1, 81920),
+    "attn.delta": ("delta", (2, 16, 32), 1, 81920),
+    "cross.out": ("out", (2, 16, 32), 1, 39936),
+    "cross.delta": ("delta", (2, 16, 32), 1, 39936),
+    "mlp.out": ("out", (2, 16, 32), 1, 131072),
+    "mlp.delta": ("delta", (2, 16, 32), 1, 131072),
+    "delta": ("block", (2, 16, 32), 1, 252928),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix", "block"),
+    [
+        ("dit", "blocks", DIT_BLOCK),
+        ("hf_dit", "transformer_blocks", HF_BLOCK),
+        ("hf_pixart", "transformer_blocks", PIXART_BLOCK),
+    ],
+)
+def test_the_sites_of_the_three_model_classes(name: str, prefix: str, block: dict[str, tuple[object, ...]]) -> None:
+    """All sites by name, in graph order, with shape, token dimension and cost; all prunable but the streams."""
+    info = case(name).info
+    expected = {f"{prefix}.{i}.{site}": row for i in range(2) for site, row in block.items()}
+    expected["out.stream"] = block["stream"]
+    found = {s.name: (s.kind, s.shape, s.axis.dim, s.macs // info.batch) for s in info.sites.values()}
+    assert list(found) == list(expected)
+    assert found == expected
+    assert {s.reason for s in info.sites.values() if s.kind == "stream"} == {HELD}
+    assert all(s.prunable and s.axis.plain for s in info.sites.values() if s.kind != "stream")
+
+
+@pytest.mark.parametrize("name", ["dit", "hf_dit", "hf_pixart"])
+def test_grid_and_token_axis(name: str) -> None:
+    """Sixteen tokens on a 4 x 4 grid, along dimension 1 of the stream."""
+    info = case(name).info
+    assert (info.grid, info.num_tokens, info.batch) == ((4, 4), 16, 2)
+    assert info.analysis.token_axis == Axis(1)
+    assert info.analysis.stream_shape == (2, 16, 32)
+
+
+def test_a_grid_that_is_not_square() -> None:
+    """Rows before columns."""
+    assert dit(input_size=(4, 12), depth=2).info.grid == (2, 6)
+
+
+def test_tokens_without_an_image_have_no_grid() -> None:
+    """Nothing in the graph splits the tokens."""
+    assert case("separate").info.grid == ()
+
+
+def test_bytes_are_those_of_the_slots() -> None:
+    """K and V are two slots."""
+    sites = case("dit").info.sites
+    assert sites["blocks.0.delta"].bytes == 2 * 16 * 32 * 4
+    assert sites["blocks.0.delta"].slots == ("blocks.0.delta",)
+    assert sites["blocks.1.attn.kv"].bytes == 2 * (2 * 2 * 16 * 16 * 4)
+    assert sites["blocks.1.attn.kv"].slots == ("blocks.1.attn.kv.k", "blocks.1.attn.kv.v")
+
+
+def test_a_convolution_over_tokens_is_not_prunable() -> None:
+    """The reason names the operator, how to teach it, and the user's line; the branch beside it stays prunable."""
+    sites = case("conv").info.sites
+    for name in ("mlp.out", "mlp.delta", "delta"):
+        site = sites[f"blocks.0.{name}"]
+        assert not site.prunable
+        assert site.reason.startswith(
+            "no token rule for aten.conv1d.default (register one with tcc.passes.token_axis.rule) (File "
+        )
+        assert "tiny_models.py" in site.reason
+        assert site.reason.endswith("in forward)")
+    assert sites["blocks.0.attn.delta"].prunable
+    assert sites["blocks.0.attn.kv"].prunable
+
+
+class Shuffled(nn.Module):
+    """A feed-forward branch that turns the tokens round."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reverse."""
+        return x.flip(1)
+
+
+class Strided(nn.Module):
+    """Attention to every second token."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = Attention(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Keys and values from even positions."""
+        inner, even = self.inner, x[:, ::2]
+        q, k, v = inner._heads(inner.q(x), 2), inner._heads(inner.k(even), 2), inner._heads(inner.v(even), 2)
+        out = nn.functional.scaled_dot_product_attention(q, k, v)
+        projected: Tensor = inner.proj(out.transpose(1, 2).reshape(x.shape))
+        return projected
+
+
+def variant(**parts: nn.Module) -> dict[str, Site]:
+    """The sites of a two-block model whose blocks have other parts."""
+    blocks: list[nn.Module] = []
+    for _ in range(2):
+        block = Block(16)
+        for name, part in parts.items():
+            setattr(block, name, part)
+        blocks.append(block)
+    return tcc.inspect(Tokens(blocks).eval(), noise(2, 12, 16)).sites
+
+
+def test_keys_of_some_tokens_cannot_be_pruned() -> None:
+    """The kept tokens' keys are not among them."""
+    sites = variant(attn=Strided(16))
+    assert "cuts the token axis" in sites["blocks.0.attn.delta"].reason
+    assert "cuts the token axis" in sites["blocks.0.delta"].reason
+    assert sites["blocks.0.mlp.delta"].prunable
+
+
+def test_tokens_that_change_places_cannot_be_pruned() -> None:
+    """A kept token's value comes from another token."""
+    mix = nn.Sequential(nn.Linear(16, 16), Shuffled())
+    assert "mixes the token axis" in variant(mlp=mix)["blocks.0.mlp.delta"].reason
+
+
+def test_a_block_that_scales_the_stream_has_no_block_delta() -> None:
+    """Its branches are sites, its change as a whole is not."""
+    names = case("rescaled").info.sites
+    assert "blocks.0.attn.delta" in names
+    assert "blocks.0.delta" not in names
+
+
+def test_overlapping_sites() -> None:
+    """Two sites overlap where they keep parts of one branch: a plan can act on one of them."""
+    sites = case("dit").info.sites
+    block, out, delta, other = (sites[f"blocks.0.{n}"] for n in ("delta", "attn.out", "attn.delta", "mlp.delta"))
+    assert block.overlaps(out)
+    assert delta.overlaps(block)
+    assert out.overlaps(delta)
+    assert not delta.overlaps(other)
+    assert not block.overlaps(sites["blocks.1.delta"])
+    assert not block.overlaps(sites["blocks.0.stream"])
+    assert not out.overlaps(sites["blocks.0.attn.kv"])
+    assert not replace(out, block=1).overlaps(block)
+
+
+def test_who_else_reads_the_stream() -> None:
+    """A long skip reads the stream between two blocks; nothing else does anywhere."""
+    for name in ("dit", "hf_dit", "hf_pixart", "separate"):
+        added = [s for s in case(name).info.sites.values() if s.stream_in]
+        assert all(s.sole_reader for s in added)
+    sites = case("long_skip").info.sites
+    assert sites["blocks.0.delta"].sole_reader
+    assert not sites["blocks.1.delta"].sole_reader
+    assert not sites["blocks.1.attn.delta"].sole_reader
+    assert sites["blocks.1.mlp.delta"].sole_reader
+    parallel = case("parallel").info.sites
+    assert parallel["blocks.0.delta"].sole_reader
+    assert not parallel["blocks.0.attn.delta"].sole_reader
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sites_have_the_dtype_of_their_values(dtype: torch.dtype) -> None:
+    """A slot of bfloat16 takes half the bytes."""
+    model = Tokens([Block(16), Block(16)]).eval().to(dtype)
+    site = tcc.inspect(model, noise(2, 12, 16).to(dtype)).sites["blocks.0.delta"]
+    assert (site.dtype, site.bytes) == (dtype, 2 * 12 * 16 * dtype.itemsize)
