@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -19,6 +19,9 @@ from tcc.passes.graph import evaluate, fake_mode_of, graph_text, source_line
 __all__ = ["Pass", "PassRecord", "run_passes", "verify"]
 
 logger = logging.getLogger(__name__)
+
+#: What a node was when it was found right: its call, and which values it and its inputs had.
+Verified = dict[fx.Node, tuple[Any, ...]]
 
 
 class Pass(abc.ABC):
@@ -70,6 +73,7 @@ def run_passes(
         VerificationError: the graph broke a rule after a pass.
     """
     records: list[PassRecord] = []
+    verified: Verified = {}
     _drop_dead(gm)  # before the first pass, so that it is not blamed for dead code that came with the graph
     dump.write(label, 0, "captured", gm.graph)
     for number, item in enumerate(passes, start=1):
@@ -80,7 +84,7 @@ def run_passes(
         if check:
             _check_count(item, edits, text, graph_text(gm.graph))
         if check and (edits or number == 1):  # an unchanged graph has been verified already
-            verify(gm, f"{label}: {item.name}")
+            verify(gm, f"{label}: {item.name}", verified)
         records.append(PassRecord(item.name, edits, before, len(gm.graph.nodes), time.perf_counter() - start))
         dump.write(label, number, item.name, gm.graph)
         logger.debug("%s: %s made %d edits", label, item.name, edits)
@@ -117,8 +121,13 @@ def _check_count(item: Pass, edits: int, before: str, after: str) -> None:
         raise PassError(f"{item.name} reported {edits} edits but {did} the graph: run() must return the true count")
 
 
-def verify(gm: fx.GraphModule, where: str) -> None:
+def verify(gm: fx.GraphModule, where: str, verified: Verified | None = None) -> None:
     """Check `gm`: FX lint, and that every node's value equals one computed anew (shape, dtype, device).
+
+    Args:
+        gm: the graph module.
+        where: what has just happened to it, for the message.
+        verified: nodes found right before, with what they were then; they are computed anew only if that has changed.
 
     Raises:
         VerificationError: names the rule, the node, its source line, and the lines around it.
@@ -127,10 +136,16 @@ def verify(gm: fx.GraphModule, where: str) -> None:
         gm.graph.lint()
     except RuntimeError as error:
         raise VerificationError(f"{where}: the graph is not well formed: {str(error).splitlines()[0]}") from error
+    verified = {} if verified is None else verified
     with fake_mode_of(gm.graph), torch.no_grad():
         for node in gm.graph.nodes:
-            if node.op in ("call_function", "call_method"):
+            if node.op not in ("call_function", "call_method"):
+                continue
+            values = [node.meta.get("val"), *(n.meta.get("val") for n in node.all_input_nodes)]
+            state = (node.target, node.args, node.kwargs, tuple(map(id, values)))
+            if verified.get(node) != state:
                 _check_value(node, where)
+                verified[node] = state
 
 
 def _check_value(node: fx.Node, where: str) -> None:
