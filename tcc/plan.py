@@ -72,6 +72,11 @@ class Update:
     attention: Attention = "kept"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.tokens, (str, TopK)):
+            raise PlanError(
+                f"Update(tokens={type(self.tokens).__name__}): give the name of a token set, and the set itself to "
+                "CachePlan(tokens={name: positions})"
+            )
         if self.attention not in get_args(Attention):
             raise PlanError(f"Update(attention={self.attention!r}): use one of {', '.join(get_args(Attention))}")
 
@@ -189,8 +194,8 @@ class CachePlan:
     cost: Cost | None = None
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise PlanError(f"a plan needs at least one step, got num_steps={self.num_steps}")
+        if not isinstance(self.num_steps, int) or self.num_steps < 1:
+            raise PlanError(f"a plan needs at least one step, a whole number, got num_steps={self.num_steps}")
         for name, kept in self.tokens.items():
             _check_tokens(name, kept)
         for (step, site), action in self.actions.items():

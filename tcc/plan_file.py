@@ -46,7 +46,12 @@ def save(plan: CachePlan, path: str) -> None:
         "cost": None if plan.cost is None else asdict(plan.cost),
     }
     tensors = {f"tokens.{i}": kept.contiguous() for i, kept in enumerate(plan.tokens.values())}
-    text = json.dumps(body)  # in this order: a policy's options are shown as they were given
+    try:
+        text = json.dumps(body)  # in this order: a policy's options are shown as they were given
+    except (TypeError, ValueError) as error:
+        raise PlanError(
+            f"{path}: the plan's policy holds more than numbers, strings, lists and dicts ({error})"
+        ) from error
     # safetensors refuses an empty file of tensors on some versions: one empty tensor marks the format
     tensors["format"] = torch.zeros(0, dtype=torch.int64)
     try:
@@ -80,7 +85,7 @@ def load(path: str) -> CachePlan:
         return _decode(json.loads(text), tensors)
     except TccError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
         raise PlanError(f"{path}: the plan's table is malformed ({type(error).__name__}: {error})") from error
 
 
@@ -97,7 +102,7 @@ def _decode(body: dict[str, Any], tensors: dict[str, torch.Tensor]) -> CachePlan
         actions={(step, site): kinds[kind] for step, site, kind in body["actions"]},
         tokens={name: tensors[f"tokens.{i}"] for i, name in enumerate(body["tokens"])},
         model=model,
-        policy=body["policy"],
+        policy=dict(body["policy"]),
         cost=cost,
     )
 
@@ -118,6 +123,7 @@ def _action(entry: dict[str, Any]) -> Action:
 
 def _digest(text: str, tensors: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        digest.update(name.encode() + tensors[name].numpy().tobytes())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())  # numpy lacks some dtypes
     return digest.hexdigest()

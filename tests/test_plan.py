@@ -23,6 +23,10 @@ def column(*actions: Action, site: str = SITE, tokens: dict[str, torch.Tensor] |
 
 BAD_ACTIONS = {
     "empty top-k": (lambda: TopK("norm", 0), "TopK(count=0): at least one token must be kept"),
+    "positions for a name": (
+        lambda: Update(torch.tensor([0, 2])),  # type: ignore[arg-type]
+        "Update(tokens=Tensor): give the name of a token set, and the set itself to CachePlan(tokens=",
+    ),
     "attention": (lambda: Update("T", "all"), "Update(attention='all'): use one of kept, current, cached"),
     "negative order": (lambda: Reuse(-1), "Reuse(order=-1) takes 0 coefficients (newest first), got 0"),
     "few coefficients": (lambda: Reuse(2, (1.0, 2.0)), "Reuse(order=2) takes 3 coefficients (newest first), got 2"),
@@ -61,7 +65,6 @@ def test_a_token_set_is_sorted_distinct_positions(kind: str) -> None:
 
 
 BAD_TABLES: dict[str, tuple[Any, str]] = {
-    "no steps": ({}, "a plan needs at least one step, got num_steps=0"),
     "step after the end": ({(2, SITE): Compute()}, "step 2, site 'blocks.0.delta': the plan has steps 0..1"),
     "negative step": ({(-1, SITE): Compute()}, "step -1, site 'blocks.0.delta': the plan has steps 0..1"),
     "no site kind": (
@@ -85,7 +88,16 @@ def test_a_table_names_steps_sites_and_sets_that_exist(kind: str) -> None:
     """What is wrong in the table is refused with its step and site, and what would be right."""
     table, message = BAD_TABLES[kind]
     with pytest.raises(PlanError, match=re.escape(message)):
-        CachePlan(num_steps=2 if table else 0, actions=table, tokens=SETS)
+        CachePlan(num_steps=2, actions=table, tokens=SETS)
+
+
+@pytest.mark.parametrize("num_steps", [0, -3, 2.0, "4"])
+def test_a_plan_has_a_whole_number_of_steps(num_steps: Any) -> None:
+    """No steps, half steps and text are refused."""
+    with pytest.raises(
+        PlanError, match=rf"at least one step, a whole number, got num_steps={re.escape(str(num_steps))}"
+    ):
+        CachePlan(num_steps=num_steps, actions={})
 
 
 def test_an_unknown_set_of_a_plan_without_sets() -> None:
