@@ -6,7 +6,7 @@ process, interleaved, medians. The model has random weights: this is about speed
     python benchmarks/step_speed.py --json benchmarks/results/step_speed.json
 
 Columns: `bound` is the MAC ratio of the two steps, `speedup` the ratio of their medians, `realised` speedup / bound.
-Each P-step is compared with the full step compiled with the *same* Inductor options. `--freeze` adds Inductor's `freezing`,
+Each P-step is compared with the full step compiled with the *same* options. `--freeze` adds Inductor's `freezing`,
 which packs the weights of matrix products once (a copy of the weights per variant). The profile below the table says
 where the time of each step goes. `--compile-times` compiles the plain model and the two variants of a plan in
 processes of their own with empty caches, after a warm-up of Inductor itself.
@@ -171,9 +171,7 @@ def run_one(freeze: bool, rounds: int, threads: int, console: Console) -> list[d
     torch.set_num_threads(threads)
     label, options = ("freezing", {"freezing": True}) if freeze else ("default", {})
     console.print(f"compiling and measuring with {label} options ...")
-    with torch._inductor.config.patch(
-        options
-    ):  # for the plain model: Dynamo must know of freezing before Inductor does
+    with torch._inductor.config.patch(options):  # Dynamo must know of freezing too
         return measure(label, options, rounds)
 
 
