@@ -73,7 +73,7 @@ def _unknown(site: str, analysis: Analysis) -> str:
         near = difflib.get_close_matches(block.rsplit(".", 1)[0], analysis.blocks, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"blocks are {analysis.blocks[0]} .. {analysis.blocks[-1]}"
         return f"site '{site}': the model has no such block; {hint}"
-    near = difflib.get_close_matches(site, analysis.sites, n=3)
+    near = difflib.get_close_matches(site, analysis.sites, n=3, cutoff=0.0)
     return f"site '{site}': the model has no such site; near ones: {', '.join(near)} (tcc inspect lists them all)"
 
 
@@ -95,7 +95,13 @@ def _check_update(where: str, analysis: Analysis, site: Site, actions: dict[str,
         raise PlanError(f"{where}: its tokens cannot be pruned: {site.reason}. Use compute or reuse here")
     if site.kind == "kv":
         return
-    for keys in (s for s in analysis.sites.values() if s.kind == "kv" and s.attention[0] in site.attention):
+    kept_keys = [s for s in analysis.sites.values() if s.kind == "kv" and s.attention[0] in site.attention]
+    if action.attention == "cached" and len(kept_keys) < len(site.attention):
+        raise PlanError(
+            f"{where}: attention 'cached' needs a site for all keys, and the branch has {len(site.attention)} attention "
+            f"products with {len(kept_keys)} such site(s): use 'kept' or 'current'"
+        )
+    for keys in kept_keys:
         theirs = actions.get(keys.name)
         if action.attention == "kept" and not isinstance(theirs, Compute | None):
             raise PlanError(f"{where}: attention 'kept' does not read '{keys.name}', which is {theirs}: use 'cached'")

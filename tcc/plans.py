@@ -45,10 +45,12 @@ def fora(info: ModelInfo, *, num_steps: int, interval: int = 3, sites: Literal["
         sites: `out` keeps the branch outputs before the gate (the paper; the gate is recomputed), `delta` after it.
 
     Raises:
-        PlanError: the interval is below 1.
+        PlanError: the interval is below 1, or the sites are unknown.
     """
     if interval < 1:
         raise PlanError(f"fora(interval={interval}): the interval is at least 1 (1 computes every step)")
+    if sites not in ("out", "delta"):
+        raise PlanError(f"fora(sites={sites!r}): use 'out' or 'delta'")
     computed = {s for s in range(num_steps) if s == 0 or (num_steps - 1 - s) % interval == 0}
     names = [name for name, site in info.sites.items() if site.kind == sites]
     actions: dict[tuple[int, str], Action] = {
@@ -240,10 +242,13 @@ def _delta_sites(info: ModelInfo, blocks: Sequence[int], level: str) -> list[str
     kind = {"block": "block", "branch": "delta", "out": "out"}.get(level)
     if kind is None:
         raise PlanError(f"level={level!r}: use 'block', 'branch' or 'out'")
-    names = [name for name, site in info.sites.items() if site.kind == kind and site.block in blocks]
-    for name in names:
-        if not info.sites[name].prunable:
-            raise PlanError(
-                f"site '{name}' cannot be pruned: {info.sites[name].reason}. Leave its block out of `blocks`"
-            )
-    return names
+    sites = [site for site in info.sites.values() if site.kind == kind and site.block in blocks]
+    for site in sites:
+        if not site.prunable:
+            raise PlanError(f"site '{site.name}' cannot be pruned: {site.reason}. Leave its block out of `blocks`")
+    for block in sorted(set(blocks) - {site.block for site in sites}):
+        raise PlanError(
+            f"block '{info.blocks[block]}' has no delta of its own, because more than its branches changes the stream "
+            "in it: use level='branch', or leave it out of `blocks`"
+        )
+    return [site.name for site in sites]
