@@ -35,11 +35,12 @@ class CompiledModel(nn.Module):
         backend: str | Backend,
         options: dict[str, Any] | None,
         progress: Callable[[str], None] | None,
+        mode: str,
     ) -> None:
         super().__init__()
         self._model = [model]  # in a list: the weights are not registered, saved or moved a second time
         self._request = plan
-        self._lowering = (backend, options, progress)
+        self._lowering = (backend, options, progress, mode)
         self._executable: Executable | None = None
         self._sessions: dict[str, Session] = {}
         self._context = ""
@@ -49,12 +50,12 @@ class CompiledModel(nn.Module):
     def prepare(self, *args: Any, **kwargs: Any) -> CompiledModel:
         """Capture, rewrite and compile now, for calls like this one."""
         if self._executable is None:
-            backend, options, progress = self._lowering
+            backend, options, progress, mode = self._lowering
             self._info = inspect(self._model[0], *args, **kwargs)
             plan = self._request if isinstance(self._request, CachePlan) else self._request(self._info)
             check_model(plan, self._info.key)
             program = build_program(self._info.captured, self._info.analysis, plan, progress=progress)
-            self._executable = lower(program, backend, options, progress)
+            self._executable = lower(program, backend, options, progress, mode=mode)
             self._plan = plan
         return self
 
@@ -137,6 +138,7 @@ def compile(
     *,
     example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
     backend: str | Backend = "inductor",
+    mode: str = "default",
     options: dict[str, Any] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> CompiledModel:
@@ -148,7 +150,9 @@ def compile(
             num_steps=50, interval=3)`), called when the model is captured.
         example_inputs: `(args, kwargs)` of a call; given, capture and compilation happen now, else at the first call.
         backend: `inductor`, `eager` (no compilation, for debugging), or any backend that `torch.compile` takes.
-        options: Inductor options.
+        mode: `default`, or `reduce-overhead`: on CUDA devices, replay every step variant as a CUDA graph.
+        options: Inductor options, such as `{"freezing": True}`: on CPUs, pack the weights of matrix products (a copy
+            per variant; later changes of the model's weights are not seen).
         progress: called with a line of text as the work goes on.
 
     Returns:
@@ -157,7 +161,7 @@ def compile(
     Raises:
         CaptureError, AnalysisError, PlanError: with `example_inputs`; else at the first call.
     """
-    compiled = CompiledModel(model, plan, backend=backend, options=options, progress=progress)
+    compiled = CompiledModel(model, plan, backend=backend, options=options, progress=progress, mode=mode)
     if example_inputs is not None:
         args, kwargs = example_inputs
         compiled.prepare(*args, **kwargs)

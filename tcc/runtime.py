@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from tcc.cuda_graphs import Replay
 from tcc.errors import CallError
 from tcc.passes.base import run_passes
 from tcc.passes.graph import value
@@ -35,12 +36,14 @@ class Executable:
         runners: one function per variant, called with the model's inputs and then `extras`.
         extras: per variant, the names of the inputs after the model's own, in order.
         compile_seconds: what compiling took, per variant.
+        replay: whether sessions replay the variants as CUDA graphs.
     """
 
     program: Program
     runners: tuple[Runner, ...]
     extras: tuple[tuple[str, ...], ...]
     compile_seconds: tuple[float, ...]
+    replay: bool = False
 
 
 def lower(
@@ -50,6 +53,7 @@ def lower(
     progress: Callable[[str], None] | None = None,
     *,
     check: bool = True,
+    mode: str = "default",
 ) -> Executable:
     """Compile every variant of `program`.
 
@@ -59,7 +63,14 @@ def lower(
         options: Inductor options.
         progress: called with a line before each variant is compiled.
         check: verify the graph after slots have become buffers.
+        mode: `default`, or `reduce-overhead`: replay every variant as a CUDA graph (no difference on other devices).
+
+    Raises:
+        CallError: the mode is not known.
     """
+    if mode not in ("default", "reduce-overhead"):
+        raise CallError(f"mode={mode!r}: use 'default', or 'reduce-overhead' for CUDA graphs")
+    replay = mode == "reduce-overhead" and program.captured.inputs[0].device.type == "cuda"
     compile_one = _backend(backend, options or {})
     runners, extras, seconds = [], [], []
     for number, variant in enumerate(program.variants):
@@ -71,7 +82,7 @@ def lower(
         extras.append(names)
         seconds.append(time.perf_counter() - start)
         logger.info("variant %d compiled in %.1f s", number, seconds[-1])
-    return Executable(program, tuple(runners), tuple(extras), tuple(seconds))
+    return Executable(program, tuple(runners), tuple(extras), tuple(seconds), replay)
 
 
 def _compile(variant: Variant, compile_one: Backend, check: bool) -> tuple[Runner, tuple[str, ...]]:
@@ -124,6 +135,7 @@ class Session:
             f"slot:{slot.name}": torch.zeros(slot.shape, dtype=slot.dtype, device=slot.device)
             for slot in executable.program.slots
         }
+        self._replays: dict[int, Replay] = {}
         self._steps = [self._bind(step) for step in range(len(executable.program.bindings))]
         self.step = 0
 
@@ -135,7 +147,17 @@ class Session:
             self._slots[name] if name in self._slots else binding.tensors[name].to(device)
             for name in self._executable.extras[binding.variant]
         ]
-        return self._executable.runners[binding.variant], extras
+        return self._runner(binding.variant), extras
+
+    def _runner(self, variant: int) -> Runner:
+        runner = self._executable.runners[variant]
+        if not self._executable.replay:
+            return runner
+        if variant not in self._replays:
+            names = self._executable.extras[variant]
+            is_slot = [False] * len(self._captured.inputs) + [name in self._slots for name in names]
+            self._replays[variant] = Replay(runner, is_slot)
+        return self._replays[variant]
 
     @property
     def num_steps(self) -> int:
