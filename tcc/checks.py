@@ -98,7 +98,7 @@ def _check_update(where: str, analysis: Analysis, site: Site, actions: dict[str,
     kept_keys = [s for s in analysis.sites.values() if s.kind == "kv" and s.attention[0] in site.attention]
     if action.attention == "cached" and len(kept_keys) < len(site.attention):
         raise PlanError(
-            f"{where}: attention 'cached' needs a site for all keys, and the branch has {len(site.attention)} attention "
+            f"{where}: attention 'cached' needs a site for all keys; the branch has {len(site.attention)} attention "
             f"products with {len(kept_keys)} such site(s): use 'kept' or 'current'"
         )
     for keys in kept_keys:
