@@ -44,7 +44,7 @@ class Replay:
         self._inputs = [x if is_slot else x.clone() for x, is_slot in zip(inputs, self._is_slot, strict=True)]
         slots = [x for x, is_slot in zip(self._inputs, self._is_slot, strict=True) if is_slot]
         before = [slot.clone() for slot in slots]  # the warm-up calls write to the slots: undone below
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
