@@ -2,6 +2,23 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+import tcc
+from tests.running import compiled, token_plan
+from tests.tiny_models import case
+
 torch.set_num_threads(1)  # the models are tiny: waiting for a second thread costs more than it computes
+
+
+@pytest.fixture(scope="session")
+def _shared() -> tcc.CompiledModel:
+    return compiled(case("dit"), token_plan("dit"))
+
+
+@pytest.fixture
+def model(_shared: tcc.CompiledModel) -> tcc.CompiledModel:
+    """The tiny DiT, compiled once for a token plan; at step 0, without sessions."""
+    _shared._sessions.clear()
+    return _shared

@@ -1,73 +1,17 @@
-"""Programs at work: compiled plans against the reference, sessions, step order, and what a call may look like."""
+"""Programs at work: compiled plans against the reference, sessions, slots and variants."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
 import torch
 
 import tcc
-from tcc.errors import CallError, CaptureError, PlanError
 from tcc.plan import CachePlan, Compute, Hold, Reuse, Skip, Update
 from tcc.program import build_program
-from tcc.runtime import Executable, Session, lower
-from tests.tiny_models import Case, case, dit, relative_error, tensor_of
-
-#: float32 sums in another order: a step has a few hundred roundings of 6e-8.
-CLOSE = 2e-5
-STEPS = 6
-
-
-@functools.cache
-def _executable(which: Case, key: int, check: bool) -> Executable:
-    program = build_program(which.info.captured, which.info.analysis, PLANS[key], check=check)
-    return lower(program, "eager", check=check)
-
-
-PLANS: dict[int, CachePlan] = {}
-
-
-def session(which: Case, plan: CachePlan, check: bool = False) -> Session:
-    """A new session of the case's model under `plan`, without a backend; captured and compiled once per plan."""
-    PLANS[id(plan)] = plan
-    return Session(_executable(which, id(plan), check))
-
-
-def compiled(which: Case, plan: CachePlan) -> tcc.CompiledModel:
-    """The case's model by `tcc.compile`, without a backend."""
-    return tcc.compile(which.model, plan, backend="eager", example_inputs=(which.args, which.kwargs))
-
-
-@pytest.fixture(scope="module")
-def _shared() -> tcc.CompiledModel:
-    return compiled(case("dit"), token_plan("dit"))
-
-
-@pytest.fixture
-def model(_shared: tcc.CompiledModel) -> tcc.CompiledModel:
-    """The tiny DiT, compiled once for a token plan; at step 0, without sessions."""
-    _shared._sessions.clear()
-    return _shared
-
-
-def call(model: Any, which: Case, step: int) -> torch.Tensor:
-    """The output of a call with the inputs of `step`."""
-    args, kwargs = which.inputs(step)
-    return tensor_of(model(*args, **kwargs))
-
-
-def token_plan(name: str, **options: Any) -> CachePlan:
-    """A token plan of six steps for the case of that name, at keep ratio one half; the same object every time."""
-    return _token_plan(name, tuple(sorted(options.items())))
-
-
-@functools.cache
-def _token_plan(name: str, options: tuple[tuple[str, Any], ...]) -> CachePlan:
-    given = {"keep": 0.5, "tokens": "uniform"} | dict(options)
-    return tcc.plans.tprr(case(name).info, num_steps=STEPS, **given)
-
+from tests.running import CLOSE, STEPS, call, hold_plan, session, token_plan
+from tests.tiny_models import Case, case, relative_error, tensor_of
 
 MODES: list[dict[str, Any]] = [
     {"attention": "kept"},
@@ -131,12 +75,6 @@ def test_keeping_every_token_is_the_uncached_model() -> None:
     for step in range(STEPS):
         with torch.no_grad():
             assert relative_error(call(result, which, step), call(which.model, which, step)) <= CLOSE
-
-
-def hold_plan(num_steps: int = 3) -> CachePlan:
-    """Compute the last stream at step 0, hold it afterwards."""
-    actions = {(s, "out.stream"): Hold() if s else Compute() for s in range(num_steps)}
-    return CachePlan(num_steps=num_steps, actions=actions)
 
 
 def test_holding_the_last_stream_repeats_the_output() -> None:
@@ -313,120 +251,3 @@ def test_variants_share_the_models_weights(model: tcc.CompiledModel) -> None:
         weights = [*variant.gm.parameters(), *(b for n, b in variant.gm.named_buffers() if "lifted" not in n)]
         assert weights
         assert {w.data_ptr() for w in weights if w.numel() > 128} <= own
-
-
-def test_a_policy_is_resolved_at_the_first_call() -> None:
-    """A policy stands in for a plan, and `plan` says what it made."""
-    which = case("dit")
-    model = tcc.compile(which.model, functools.partial(tcc.plans.fora, num_steps=4, interval=2), backend="eager")
-    with pytest.raises(PlanError, match="the policy makes its plan at the first call"):
-        _ = model.plan
-    with pytest.raises(PlanError, match="nothing is compiled yet"):
-        model.new_session()
-    assert model.info is None
-    assert model.program is None
-    assert model.compile_seconds == ()
-    call(model, which, 0)
-    assert (str(model.plan.schedule), model.plan.policy["name"]) == ("IIPI", "fora")
-    assert len(model.compile_seconds) == len(model.program.variants) == 2
-
-
-def test_an_exported_program_compiles_like_its_model(model: tcc.CompiledModel) -> None:
-    """A model may come as `torch.export` left it."""
-    which = case("dit")
-    with torch.no_grad():
-        program = torch.export.export(which.model, which.args, which.kwargs, strict=False)
-    from_program = tcc.compile(program, model.plan, backend="eager", example_inputs=(which.args, which.kwargs))
-    for step in range(STEPS):
-        assert torch.equal(call(from_program, which, step), call(model, which, step))
-
-
-def test_attributes_are_the_models() -> None:
-    """Pipelines read `config` and the like from the model they call."""
-    which = case("hf_dit")
-    model = tcc.compile(which.model, hold_plan(), backend="eager")
-    assert model.config is which.model.config
-    assert model.dtype == torch.float32
-    assert model.device == torch.device("cpu")
-    with pytest.raises(AttributeError, match="no_such_attribute"):
-        _ = model.no_such_attribute
-
-
-def test_return_dict_works_both_ways() -> None:
-    """A diffusers model returns its output class or a tuple, as it was captured."""
-    which = case("hf_dit")
-    plan = tcc.plans.full(which.info, num_steps=1)
-    as_class = call_with(which, plan)
-    as_tuple = call_with(Case(which.model, which.args, which.kwargs | {"return_dict": False}), hold_plan(1))
-    assert type(as_class).__name__ == "Transformer2DModelOutput"
-    assert isinstance(as_tuple, tuple)
-    assert torch.equal(as_class.sample, as_tuple[0])
-
-
-def call_with(which: Case, plan: CachePlan) -> Any:
-    """The whole output of the first call."""
-    return compiled(which, plan)(*which.args, **which.kwargs)
-
-
-def test_arguments_may_be_written_as_the_forward_allows() -> None:
-    """Positional and keyword spellings of one call are the same call."""
-    which = case("dit")
-    x, t, y = which.args
-    model = compiled(which, tcc.plans.full(which.info, num_steps=1))
-    assert torch.equal(model(x, t, y), model(x, y=y, t=t))
-
-
-BAD_CALLS = {
-    "shape": (lambda x, t, y: (x[:, :, :4], t, y), r"input 'x' has shape \[2, 4, 4, 8\], expected \[2, 4, 8, 8\]"),
-    "batch": (lambda x, t, y: (x[:1], t[:1], y[:1]), r"input 'x' has shape \[1, 4, 8, 8\], expected \[2, 4, 8, 8\]"),
-    "dtype": (lambda x, t, y: (x.double(), t, y), "input 'x' has dtype torch.float64, expected torch.float32"),
-    "label dtype": (lambda x, t, y: (x, t, y.int()), "input 'y' has dtype torch.int32, expected torch.int64"),
-    "device": (lambda x, t, y: (x.to("meta"), t, y), "input 'x' is on meta, expected cpu"),
-    "no tensor": (lambda x, t, y: (x, 5, y), "input 't' is 5, expected a tensor"),
-    "structure": (lambda x, t, y: (x, (t, t), y), "structured differently from the capture"),
-    "arguments": (
-        lambda x, t, y: (x, t),
-        "does not fit the model's forward: missing a required argument: 'y'",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", BAD_CALLS)
-def test_a_call_unlike_the_capture_is_refused_and_changes_nothing(model: tcc.CompiledModel, kind: str) -> None:
-    """The error names the input and what was expected; the run goes on as if the call had not been made."""
-    which = case("dit")
-    change, message = BAD_CALLS[kind]
-    first = call(model, which, 0)
-    with pytest.raises(CallError, match=message):
-        model(*change(*which.args))
-    assert model.session.step == 1
-    reference = tcc.Reference(which.model, model.plan, which.info)
-    assert relative_error(first, call(reference, which, 0)) <= CLOSE
-    assert relative_error(call(model, which, 1), call(reference, which, 1)) <= CLOSE
-
-
-def test_a_constant_may_not_change_in_mid_run() -> None:
-    """An argument that is no tensor is compiled in."""
-    which = case("hf_dit")
-    model = compiled(which, tcc.plans.full(which.info, num_steps=2))
-    with pytest.raises(CallError, match="is False but was True at capture"):
-        model(*which.args, **which.kwargs, return_dict=False)
-
-
-def test_steps_run_in_order(model: tcc.CompiledModel) -> None:
-    """`run_step` takes the next step, or step 0 for a new run."""
-    which = case("dit")
-    run = model.new_session()
-    run.run_step(0, *which.args)
-    run.run_step(1, *which.args)
-    with pytest.raises(CallError, match=r"step 3 was called but the next step is 2 of 6: .*Call reset\(\)"):
-        run.run_step(3, *which.args)
-    run.run_step(0, *which.args)
-    assert run.step == 1
-
-
-def test_a_model_in_training_mode_is_refused() -> None:
-    """Dropout would be captured."""
-    model = dit().model.train()
-    with pytest.raises(CaptureError, match="the model is in training mode"):
-        tcc.compile(model, hold_plan(), backend="eager", example_inputs=(case("dit").args, {}))
