@@ -1,0 +1,169 @@
+"""Capturing: one functional graph, or an error that says where and what to do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tcc
+from tcc.capture import capture
+from tcc.errors import CallError, CaptureError
+from tests.tiny_models import Block, Case, Tokens, case, dit, noise
+
+aten = torch.ops.aten
+
+
+def captured(model: nn.Module, *args: object, **kwargs: object) -> tcc.capture.Captured:
+    """The captured model, in eval mode."""
+    return capture(model.eval(), args, kwargs)
+
+
+@pytest.mark.parametrize("name", ["dit", "hf_dit", "hf_pixart", "separate", "flat"])
+def test_the_graph_is_the_model(name: str) -> None:
+    """It computes the same bits, from the tensor inputs alone, in their order."""
+    which = case(name)
+    found = which.info.captured
+    with torch.no_grad():
+        outputs = found.gm(*found.flatten(which.args, which.kwargs))
+        expected = which.model(*which.args, **which.kwargs)
+    result = found.unflatten(list(outputs))
+    assert type(result) is type(expected)
+    leaves = torch.utils._pytree.tree_leaves
+    assert all(torch.equal(a, b) for a, b in zip(leaves(result), leaves(expected), strict=True))
+
+
+def test_operators_stay_whole() -> None:
+    """What users and backends know as one operator is one node."""
+    targets = {str(n.target) for n in case("hf_pixart").info.captured.gm.graph.nodes if n.op == "call_function"}
+    assert {"aten.linear.default", "aten.layer_norm.default", "aten.scaled_dot_product_attention.default"} <= targets
+    assert not {t for t in targets if "mm" in t or "assert" in t or "dropout" in t}
+
+
+def test_weights_are_shared_with_the_model() -> None:
+    """The graph holds the model's own tensors."""
+    which = case("dit")
+    own = {p.data_ptr() for p in which.model.parameters()}
+    weights = list(which.info.captured.gm.parameters())
+    assert len(weights) == len(list(which.model.parameters()))
+    assert {w.data_ptr() for w in weights} == own
+
+
+def test_the_hash_is_that_of_the_graph() -> None:
+    """Equal for two captures of one architecture, whatever the weights; other for another shape or depth."""
+    one = case("dit").info.captured.hash
+    assert one == tcc.inspect(dit().model, *dit().args).captured.hash
+    assert len({one, dit(batch=1).info.captured.hash, dit(depth=1).info.captured.hash}) == 3
+
+
+def test_inputs_are_named_and_described() -> None:
+    """Tensor inputs in call order; the others are constants of the capture."""
+    found = case("hf_dit").info.captured
+    assert [(i.name, i.shape, i.dtype) for i in found.inputs] == [
+        ("hidden_states", (2, 4, 8, 8), torch.float32),
+        ("timestep", (2,), torch.int64),
+        ("class_labels", (2,), torch.int64),
+    ]
+    assert True in found.constants.values()  # return_dict
+
+
+class Writes(nn.Module):
+    """Works in place on its own values, as rotary embeddings often do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Tokens([Block(16), Block(16)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Negate half of a copy."""
+        y = x.clone()
+        y[..., ::2] = -y[..., 1::2]
+        out: Tensor = self.inner(y)
+        return out
+
+
+def test_writes_in_place_become_functional() -> None:
+    """No operator of the graph changes its inputs, and the result is the model's."""
+    model, x = Writes().eval(), noise(2, 12, 16)
+    found = captured(model, x)
+    assert not any(n.target._schema.is_mutable for n in found.gm.graph.nodes if hasattr(n.target, "_schema"))
+    with torch.no_grad():
+        assert torch.equal(found.gm(x)[0], model(x))
+
+
+class Counts(nn.Module):
+    """Changes a buffer at every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Tokens([Block(16), Block(16)])
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Count."""
+        self.calls.add_(1)
+        out: Tensor = self.inner(x) + self.calls
+        return out
+
+
+def test_a_model_that_changes_its_state_is_refused() -> None:
+    """Steps would not be repeatable; the message names the buffer."""
+    with pytest.raises(CaptureError, match=r"the model writes to calls while it runs, .*return the new value instead"):
+        captured(Counts(), noise(2, 12, 16))
+
+
+class ChangesItsInput(nn.Module):
+    """Writes into what it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Double in place."""
+        return x.mul_(2).exp()
+
+
+def test_a_model_that_changes_its_input_is_refused() -> None:
+    """The caller's tensor would change under the sampler."""
+    with pytest.raises(CaptureError, match="the model writes to x while it runs"):
+        captured(ChangesItsInput(), noise(2, 3))
+
+
+def test_a_branch_on_data_is_refused_with_line_and_remedy() -> None:
+    """The message names the model, the user's line, and what to do; the cause is torch's."""
+    which = case("branching")
+    message = r"torch.export could not capture Branching: .*\(at .*tiny_models.py:\d+\)\. .*choose with torch.where"
+    with pytest.raises(CaptureError, match=message) as caught:
+        tcc.inspect(which.model, *which.args)
+    assert caught.value.__cause__ is not None
+    line = int(str(caught.value).split("tiny_models.py:")[1].split(")")[0])
+    with open(str(caught.value).split("(at ")[1].split(":")[0]) as source:
+        assert "if x.sum() > 0:" in source.read().splitlines()[line - 1]
+
+
+def test_a_model_in_training_mode_is_refused() -> None:
+    """Dropout would be captured."""
+    which = dit()
+    with pytest.raises(CaptureError, match=r"the model is in training mode .*call model.eval\(\) first"):
+        tcc.inspect(which.model.train(), *which.args)
+
+
+def test_a_call_that_does_not_fit_the_forward_is_refused() -> None:
+    """Before torch.export is asked."""
+    which = case("dit")
+    with pytest.raises(CallError, match="the call does not fit the model's forward: missing a required argument: 't'"):
+        tcc.inspect(which.model, which.args[0])
+
+
+def test_an_error_of_the_model_itself_is_shown() -> None:
+    """A shape that the model cannot take is the model's error, with the user's line."""
+    which = case("separate")
+    with pytest.raises(CaptureError, match=r"could not capture Tokens: .*tiny_models.py"):
+        tcc.inspect(which.model, noise(2, 12, 17))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_are_captured(dtype: torch.dtype) -> None:
+    """The graph computes in the model's dtype."""
+    model, x = Tokens([Block(16), Block(16)]).eval().to(dtype), noise(2, 12, 16).to(dtype)
+    which = Case(model, (x,), {})
+    with torch.no_grad():
+        assert torch.equal(which.info.captured.gm(x)[0], model(x))
+    assert which.info.captured.inputs[0].dtype == dtype
