@@ -1,0 +1,94 @@
+"""Programs under Inductor: equal to the reference, bit-identical where nothing is cached, compiled once."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch._inductor import metrics
+
+import tcc
+from tcc.models import DiT
+
+pytestmark = [
+    pytest.mark.compiles,
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),  # Inductor's own imports
+]
+NUM_STEPS = 6
+
+
+@functools.cache
+def _model() -> DiT:
+    torch.manual_seed(0)
+    model = DiT(input_size=16, patch_size=2, hidden_size=64, depth=2, num_heads=2, num_classes=10).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.1)  # adaLN-Zero starts with zero gates, which would hide every error
+    return model
+
+
+def _calls() -> list[tuple[torch.Tensor, ...]]:
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.tensor([1, 2])
+    return [(torch.randn(2, 4, 16, 16, generator=generator), labels + 100 * s, labels) for s in range(NUM_STEPS)]
+
+
+@functools.cache
+def _compiled() -> tcc.CompiledModel:
+    policy = functools.partial(
+        tcc.plans.tprr, num_steps=NUM_STEPS, k1=1, k2=1, keep=0.5, attention="cached", rotate=True
+    )
+    return tcc.compile(_model(), policy, example_inputs=(_calls()[0], {}))
+
+
+def test_a_plan_that_only_computes_is_bit_identical_to_torch_compile() -> None:
+    """The `full` plan gives the bits of `torch.compile(model, fullgraph=True)`."""
+    plain = torch.compile(_model(), fullgraph=True)
+    policy = functools.partial(tcc.plans.full, num_steps=NUM_STEPS)
+    compiled = tcc.compile(_model(), policy, example_inputs=(_calls()[0], {}))
+    with torch.no_grad():
+        for call in _calls():
+            assert torch.equal(compiled(*call), plain(*call))
+
+
+def test_a_token_plan_equals_the_reference() -> None:
+    """Every step of a token plan is within float32 rounding of the reference interpreter."""
+    compiled = _compiled()
+    compiled.reset()
+    reference = tcc.Reference(_model(), compiled.plan)
+    for call in _calls():
+        wanted, got = reference(*call), compiled(*call)
+        assert float((wanted - got).abs().max() / wanted.abs().max()) < 5e-6
+
+
+def test_nothing_compiles_after_warm_up() -> None:
+    """Three more runs, one of them in a new session and in inference mode, compile and break nothing."""
+    compiled = _compiled()
+    for call in _calls():
+        compiled(*call)
+    before = (metrics.generated_kernel_count, dict(counters["inductor"]), dict(counters["stats"]))
+    session = compiled.new_session()
+    for call in [*_calls(), *_calls()]:
+        compiled(*call)
+    with torch.inference_mode():
+        for call in _calls():
+            session(*call)
+    assert (metrics.generated_kernel_count, dict(counters["inductor"]), dict(counters["stats"])) == before
+    assert not counters["graph_break"]
+
+
+def test_every_variant_is_one_whole_graph() -> None:
+    """`torch.compile(fullgraph=True)` takes each variant, and so would any other compiler of graphs."""
+    program = _compiled().program
+    assert program is not None
+    assert len(program.variants) == 2
+    for variant in program.variants:
+        inputs = [
+            torch.zeros(n.meta["val"].shape, dtype=n.meta["val"].dtype)
+            for n in variant.gm.graph.nodes
+            if n.op == "placeholder"
+        ]
+        whole = torch.compile(variant.gm, fullgraph=True, backend="aot_eager")
+        with torch.no_grad():
+            assert len(whole(*inputs)) == 1 + len(variant.stores)
