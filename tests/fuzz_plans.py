@@ -189,11 +189,11 @@ def examples(draw: Callable[[Any], Any], names: tuple[str, ...] = MODELS) -> Exa
     return Example(name, _Draft(draw, model(name).info).plan(), check)
 
 
-def worst_error(example: Example, runs: int = 2) -> tuple[float, int]:
-    """Run the example's plan and the reference `runs` times, without a backend; the largest error and its call."""
+def worst_error(example: Example, runs: int = 2, backend: str = "eager") -> tuple[float, int]:
+    """Run the example's plan and the reference `runs` times; the largest error and its call."""
     case = model(example.model)
     program = build_program(case.info.captured, case.info.analysis, example.plan, check=example.check)
-    session = Session(lower(program, "eager", check=example.check))
+    session = Session(lower(program, backend, check=example.check))
     reference = tcc.Reference(case.model, example.plan, case.info)
     worst = (0.0, -1)
     for call in range(runs * example.plan.num_steps):
@@ -204,9 +204,9 @@ def worst_error(example: Example, runs: int = 2) -> tuple[float, int]:
     return worst
 
 
-def check_example(example: Example, runs: int = 2) -> None:
+def check_example(example: Example, runs: int = 2, backend: str = "eager") -> None:
     """Fail where the compiled plan differs from the reference by more than rounding."""
-    error, call = worst_error(example, runs)
+    error, call = worst_error(example, runs, backend)
     assert error <= TOLERANCE, f"relative error {error:.3g} at call {call} (allowed {TOLERANCE}):\n{example!r}"
 
 
@@ -236,12 +236,16 @@ def draw(count: int, seed: int, names: tuple[str, ...], done: Callable[[Example]
 
 
 def run(
-    count: int, seed: int, names: tuple[str, ...] = MODELS, done: Callable[[Example], object] = lambda _: None
+    count: int,
+    seed: int,
+    names: tuple[str, ...] = MODELS,
+    done: Callable[[Example], object] = lambda _: None,
+    backend: str = "eager",
 ) -> None:
     """Check `count` examples, as `draw` draws them; `done` is called with every one that agrees."""
 
     def check(example: Example) -> None:
-        check_example(example)
+        check_example(example, backend=backend)
         done(example)
 
     draw(count, seed, names, check)
@@ -256,6 +260,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the first round (default 0)")
     parser.add_argument("--round", type=int, default=250, help="examples per seed (default 250)")
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=MODELS, help="models to draw from")
+    parser.add_argument("--backend", default="eager", help="what compiles the plans: eager (default) or inductor")
     options = parser.parse_args(argv)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
@@ -264,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
             count, seed = min(options.round, options.examples - start), options.seed + number
             progress.update(task, description=f"plans, seed {seed}", completed=start)
             try:
-                run(count, seed, tuple(options.models), lambda _: progress.advance(task))
+                run(count, seed, tuple(options.models), lambda _: progress.advance(task), options.backend)
             except Exception as error:
                 progress.stop()
                 sys.stderr.write(f"mismatch with --seed {seed} --round {options.round}:\n")
