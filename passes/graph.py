@@ -59,14 +59,21 @@ def emit(
         args: its arguments; nodes stand for their values.
         kwargs: its keyword arguments.
         like: a node whose module path and source line the new one takes over.
+
+    Raises:
+        RuntimeError: the call is not valid for its arguments; names `like` and its source line.
     """
     node = graph.call_function(target, args, kwargs or {})
     if like is not None:
         for key in ("nn_module_stack", "stack_trace"):
             if key in like.meta:
                 node.meta[key] = like.meta[key]
-    with fake_mode_of(graph), torch.no_grad():
-        node.meta["val"] = evaluate(node)
+    try:
+        with fake_mode_of(graph), torch.no_grad():
+            node.meta["val"] = evaluate(node)
+    except Exception as error:
+        made_for = f" made for node '{like.name}', {source_line(like)}" if like is not None else ""
+        raise RuntimeError(f"{target}{made_for}: {error}") from error
     return node
 
 

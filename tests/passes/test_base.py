@@ -117,6 +117,16 @@ def test_a_crash_names_the_pass_and_those_before_it() -> None:
     assert isinstance(caught.value.__cause__, KeyError)
 
 
+def test_a_call_that_a_pass_gets_wrong_names_the_node_and_its_source_line() -> None:
+    """A pass that builds an invalid call fails with the node it was made for and the user's line."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.empty(2, 3, device="meta")
+    x.meta["stack_trace"] = '  File "model.py", line 7, in forward\n    return x\n'
+    with pytest.raises(RuntimeError, match=r"aten.mm.default made for node 'x', File \"model.py\", line 7"):
+        emit(graph, torch.ops.aten.mm.default, (x, x), like=x)
+
+
 def test_errors_meant_for_the_user_pass_through() -> None:
     """A pass may refuse a plan in its own words."""
 
