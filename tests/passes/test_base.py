@@ -13,6 +13,7 @@ from torch import fx
 
 from tcc.errors import PassError, PlanError, VerificationError
 from tcc.passes.base import Pass, run_passes, verify
+from tcc.passes.graph import emit
 from tests.graphs import Sketch, calls, text
 from tests.tiny_models import case
 
