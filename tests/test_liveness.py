@@ -220,7 +220,7 @@ KEY_COLUMNS: dict[str, tuple[list[Action], list[Action], list[str]]] = {
     "refreshed with the span": ([C, Update("few", "cached")], [C, FEW], [ALL_THREE]),
     "computed where the span is reused": ([C, R], [C, C], ONE_APART),
     "computed where the span is updated": ([C, FEW], [C, C], ONE_APART),
-    "computed where the span is skipped": ([C, S, R], [C, C, C], ONE_APART),
+    "computed where the span is skipped": ([C, S], [C, C], ONE_APART),
 }
 
 
