@@ -111,6 +111,11 @@ class CompiledModel(nn.Module):
         return self._plan
 
     @property
+    def num_steps(self) -> int | None:
+        """The steps of the plan; None where a policy will make it at the first call."""
+        return None if self._plan is None else self._plan.num_steps
+
+    @property
     def info(self) -> ModelInfo | None:
         """What tcc sees in the model; None before the first call."""
         return self._info

@@ -190,8 +190,13 @@ class Session:
         """Run step `step`, which must be the next one (or 0, which starts a new run).
 
         Raises:
-            CallError: `step` is not the next step.
+            CallError: `step` is not the next step, or the plan has no such step.
         """
+        if step >= self.num_steps:
+            raise CallError(
+                f"step {step} was called but the plan has {self.num_steps} steps, 0..{self.num_steps - 1}: make the "
+                "plan with the number of steps you run"
+            )
         if step == 0:
             self.reset()
         if step != self.step:

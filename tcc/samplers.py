@@ -18,6 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tcc.errors import CallError
+
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
 Progress = Callable[[int, int], None]
 GuidanceChannels = Literal["all", "first-three"]
@@ -219,6 +221,9 @@ def sample(
 
     Returns:
         Images ``[B, C, H, W]``.
+
+    Raises:
+        CallError: the model runs a plan of another number of steps.
     """
     if sampler not in ("ddim", "ddpm"):
         raise ValueError(f"unknown sampler {sampler!r}: choose ddim or ddpm")
@@ -230,6 +235,7 @@ def sample(
     steps = (diffusion or Diffusion()).steps(num_steps)
     x, channels = noise, noise.shape[1]
     for done, step in enumerate(steps, start=1):
+        _check_num_steps(model, len(steps))  # at every step: a policy makes its plan at the first call
         t = torch.full((len(y),), step.timestep, dtype=torch.int64, device=x.device)
         output = model(torch.cat([x, x]) if guided else x, t, y)
         if guided:
@@ -249,6 +255,16 @@ def sample(
 def _posterior_variance(bar: float, after: float) -> float:
     """Variance of the less noisy image given the noisier one and the clean one (DDPM eq. 7)."""
     return (1 - after) / (1 - bar) * (1 - bar / after)
+
+
+def _check_num_steps(model: Model, count: int) -> None:
+    """A compiled model only sees calls: here the run's length is known, and that of its plan."""
+    planned = getattr(model, "num_steps", None)
+    if isinstance(planned, int) and planned != count:
+        raise CallError(
+            f"the sampler runs {count} steps, but the model's plan has {planned}: sample with num_steps={planned}, or "
+            f"make the plan with num_steps={count}"
+        )
 
 
 def _null_class(model: Model, null_class: int | None) -> int:

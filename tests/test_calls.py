@@ -11,6 +11,7 @@ import torch
 import tcc
 from tcc.errors import CallError, PlanError
 from tcc.plan import CachePlan
+from tcc.samplers import sample
 from tests.running import CLOSE, STEPS, call, compiled, hold_plan
 from tests.tiny_models import Case, case, relative_error
 
@@ -123,3 +124,35 @@ def test_steps_run_in_order(model: tcc.CompiledModel) -> None:
         run.run_step(3, *which.args)
     run.run_step(0, *which.args)
     assert run.step == 1
+
+
+def test_a_step_after_the_last_is_refused(model: tcc.CompiledModel) -> None:
+    """A run with more steps than the plan has is told so, and not to reset."""
+    run = model.new_session()
+    with pytest.raises(CallError, match=r"step 6 was called but the plan has 6 steps, 0..5: make the plan with the"):
+        run.run_step(6, *case("dit").args)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_plan_for_another_step_count_is_refused(count: int) -> None:
+    """The sampler knows how many steps it runs: more or fewer than the plan has are refused before the first."""
+    which = case("dit")
+    plan = tcc.plans.full(which.info, num_steps=3)
+    noise, labels = which.args[0], which.args[2]
+    model = compiled(which, plan)
+    message = rf"the sampler runs {count} steps, but the model's plan has 3: sample with num_steps=3, or make the plan"
+    for runner in (model, model.new_session()):
+        with pytest.raises(CallError, match=message):
+            sample(runner, noise, labels, num_steps=count)
+    assert model.session.step == 0
+    assert sample(model, noise, labels, num_steps=3).shape == noise.shape
+
+
+def test_a_policy_for_another_step_count_is_refused() -> None:
+    """As soon as the policy has made its plan."""
+    which = case("dit")
+    model = tcc.compile(which.model, functools.partial(tcc.plans.full, num_steps=3), backend="eager")
+    assert model.num_steps is None
+    with pytest.raises(CallError, match="the sampler runs 4 steps, but the model's plan has 3"):
+        sample(model, which.args[0], which.args[2], num_steps=4)
+    assert model.num_steps == 3
