@@ -224,11 +224,12 @@ def test_the_cost_of_every_attention_mode(r: float, level: str) -> None:
 
 
 @pytest.mark.parametrize("r", [0.25, 0.5, 0.75])
-def test_the_cost_of_reused_attention(r: float) -> None:
+@pytest.mark.parametrize("level", ["branch", "out"])
+def test_the_cost_of_reused_attention(r: float, level: Any) -> None:
     """Attention from the cache, MLP on the kept tokens: 8 d^2 rN per block."""
     info, n, d = case("dit").info, 16, 32
-    plan = plans.tprr(info, num_steps=2, k1=1, keep=r, tokens="uniform", level="branch")
-    reuse = {(1, f"blocks.{b}.attn.delta"): Reuse() for b in (0, 1)}
+    plan = plans.tprr(info, num_steps=2, k1=1, keep=r, tokens="uniform", level=level)
+    reuse = {(1, site): Reuse() for site in plan.sites if ".attn." in site}
     plan = info.count(type(plan)(num_steps=2, actions={**plan.actions, **reuse}, tokens=plan.tokens))
     assert plan.cost is not None
     block = 12 * d * d * n + 2 * n * n * d
