@@ -21,6 +21,8 @@ from tcc.passes.tokens import Axis
 __all__ = ["Analysis", "Site", "analyse", "find_grid", "follow"]
 
 aten = torch.ops.aten
+#: Products whose second factor may be computed from other tokens: attention written out.
+_PRODUCTS = {aten.mm.default, aten.bmm.default, aten.matmul.default, aten.addmm.default, aten.baddbmm.default}
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,13 @@ class Analysis:
     grid: tuple[int, ...]
     macs: int
 
+    @property
+    def batch(self) -> int:
+        """How many samples the stream holds: its first dimension, or the second where the first counts tokens."""
+        if self.token_axis.dim:
+            return self.stream_shape[0]
+        return self.stream_shape[1] if len(self.stream_shape) > 2 else 1
+
 
 def analyse(graph: fx.Graph) -> Analysis:
     """Stream, blocks, sites, token axis and grid of `graph`.
@@ -150,6 +159,12 @@ def follow(target: fx.Node, axis: Axis, origin: fx.Node, flow: Dataflow) -> tupl
                 wanted = narrowing(node, here, 1).operands
             except NotTokenLocal as blocked:
                 return found, f"{blocked} ({source_line(node)})"
+            if node.target in _PRODUCTS and any(
+                path not in wanted and (operand is origin or flow.depends(operand, origin))
+                for path, operand in operands(node)
+            ):
+                attention = "attention is recognised where it is torch's scaled_dot_product_attention"
+                return found, f"{node.target} mixes tokens; {attention} ({source_line(node)})"
             todo += [(operand, wanted[path]) for path, operand in operands(node) if path in wanted]
     return found, ""
 

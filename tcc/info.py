@@ -52,7 +52,7 @@ class ModelInfo:
     @property
     def batch(self) -> int:
         """The batch that the model was captured with (guidance branches counted)."""
-        return self.analysis.stream_shape[0]
+        return self.analysis.batch
 
     @property
     def macs(self) -> int:

@@ -82,7 +82,7 @@ class Program:
 
     def cost(self, analysis: Analysis) -> Cost:
         """MACs per step for one image and guidance branch, and the slots' bytes."""
-        batch = analysis.stream_shape[0]
+        batch = analysis.batch
         steps = tuple(self.variants[b.variant].macs // batch for b in self.bindings)
         return Cost(analysis.macs // batch, steps, self.slot_bytes)
 

@@ -22,7 +22,7 @@ from tcc.passes.sites import Site
 from tcc.plan import Action, Compute, Hold, Reuse, Skip, Update
 from tcc.program import build_program
 from tcc.runtime import Session, lower
-from tests import tiny_models
+from tests import styles, tiny_models
 from tests.tiny_models import Case, relative_error, tensor_of
 
 #: Both sides compute the same sums in another order; a step has a few hundred roundings of 6e-8.
@@ -38,7 +38,16 @@ DITS: tuple[dict[str, Any], ...] = (
     {"input_size": (6, 4), "hidden_size": 32, "depth": 2, "num_heads": 2, "batch": 1},
     {"input_size": (6, 6), "hidden_size": 16, "depth": 3, "num_heads": 1, "batch": 2},
 )
-STYLES = ("separate", "parallel", "flat", "headless", "long_skip", "rescaled", "conv", "hf_pixart")
+STYLES: dict[str, Callable[[], Case]] = {
+    **{
+        name: functools.partial(tiny_models.case, name)
+        for name in ("separate", "parallel", "flat", "headless", "long_skip", "rescaled", "conv", "hf_pixart")
+    },
+    "rotary": styles.rotary,
+    "masked": styles.masked,
+    "written_out": styles.written_out,
+    "tokens_first": styles.tokens_first,
+}
 MODELS: tuple[str, ...] = (*(f"dit{i}" for i in range(len(DITS))), *STYLES)
 
 
@@ -46,7 +55,7 @@ MODELS: tuple[str, ...] = (*(f"dit{i}" for i in range(len(DITS))), *STYLES)
 def model(name: str) -> Case:
     """The case of that name in `MODELS`, captured once."""
     if name in STYLES:
-        return tiny_models.case(name)
+        return STYLES[name]()
     return tiny_models.dit(**DITS[int(name.removeprefix("dit"))])
 
 

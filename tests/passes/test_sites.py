@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import tcc
 from tcc.passes.sites import Site
 from tcc.passes.tokens import Axis
+from tests.styles import tokens_first, written_out
 from tests.tiny_models import Attention, Block, Tokens, case, dit, noise
 
 HELD = "a stream is held as a whole: prune the sites that are added to it"
@@ -149,6 +150,26 @@ def test_tokens_that_change_places_cannot_be_pruned() -> None:
     """A kept token's value comes from another token."""
     mix = nn.Sequential(nn.Linear(16, 16), Shuffled())
     assert "mixes the token axis" in variant(mlp=mix)["blocks.0.mlp.delta"].reason
+
+
+def test_attention_that_is_written_out_is_not_prunable() -> None:
+    """Nobody could say which keys it sees; the reason says what is recognised, and where the product stands."""
+    sites = written_out().info.sites
+    for name in ("mlp.out", "mlp.delta", "delta"):
+        reason = sites[f"blocks.0.{name}"].reason
+        assert reason.startswith(
+            "aten.matmul.default mixes tokens; attention is recognised where it is torch's scaled_"
+        )
+        assert "styles.py" in reason
+    assert sites["blocks.0.mlp2.delta"].prunable
+
+
+def test_tokens_may_come_first() -> None:
+    """A stream `[S, B, D]`: the token axis is found by the queries, and the batch is the other dimension."""
+    info = tokens_first().info
+    assert (info.analysis.token_axis, info.num_tokens, info.batch) == (Axis(0), 12, 2)
+    assert info.sites["block0.delta"].prunable
+    assert info.macs == 12 * (2 * (4 * 256 + 4 * 256) + 256) + 2 * 2 * 12 * 12 * 16
 
 
 def test_a_block_that_scales_the_stream_has_no_block_delta() -> None:
