@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import tcc
 from tcc.plan import CachePlan, Compute, Hold, Reuse, Skip, Update
 from tcc.program import build_program
 from tests.running import CLOSE, STEPS, call, hold_plan, session, token_plan
-from tests.tiny_models import Case, case, relative_error, tensor_of
+from tests.tiny_models import Block, Case, Tokens, case, fill, relative_error, tensor_of
 
 MODES: list[dict[str, Any]] = [
     {"attention": "kept"},
@@ -58,6 +59,26 @@ def test_a_plan_that_only_computes_is_bit_identical_to_the_model(name: str) -> N
     output = result(*args, **kwargs)
     assert type(output) is type(expected)
     assert torch.equal(tensor_of(output), tensor_of(expected))
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-13), (torch.bfloat16, 2**-7)])
+@pytest.mark.parametrize("attention", ["kept", "current", "cached"])
+def test_other_dtypes_equal_the_reference(dtype: torch.dtype, close: float, attention: str) -> None:
+    """To the resolution of the dtype; slots are of it too."""
+    which = cast(dtype)
+    plan = tcc.plans.tprr(which.info, num_steps=STEPS, keep=0.5, tokens="uniform", attention=attention)
+    result, reference = session(which, plan), tcc.Reference(which.model, plan, which.info)
+    for step in range(STEPS):
+        x = which.inputs(step)[0][0].to(dtype)
+        assert relative_error(result(x), reference(x)) <= close
+    assert {slot.dtype for slot in result._slots.values()} == {dtype}
+
+
+@functools.cache
+def cast(dtype: torch.dtype) -> Case:
+    """A two-block model in another dtype."""
+    x = case("separate").args[0]
+    return Case(fill(Tokens([Block(16), Block(16)]), std=0.2).to(dtype), (x.to(dtype),), {})
 
 
 def test_storing_every_site_changes_no_output() -> None:
