@@ -10,7 +10,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from tcc.checks import check_model
-from tcc.errors import PlanError
+from tcc.errors import CallError, PlanError
 from tcc.info import ModelInfo, inspect
 from tcc.plan import CachePlan
 from tcc.program import Program, build_program
@@ -24,7 +24,8 @@ Policy = Callable[[ModelInfo], CachePlan]
 class CompiledModel(nn.Module):
     """A model that runs a plan; called like the model it was made from, once per denoising step.
 
-    Attributes that it does not have itself (`config`, `dtype`, ...) are the original model's.
+    Attributes that it does not have itself (`config`, `dtype`, ...) are the original model's. The weights stay the
+    original model's alone: move or cast that one first; `to()`, `parameters()` and `state_dict()` find none here.
     """
 
     def __init__(
@@ -166,6 +167,10 @@ def compile(
     Raises:
         CaptureError, AnalysisError, PlanError: with `example_inputs`; else at the first call.
     """
+    if not callable(plan) and not isinstance(plan, CachePlan):
+        raise PlanError(f"plan={plan!r} is neither a plan nor a policy: read a file with tcc.CachePlan.load(path)")
+    if example_inputs is not None and [type(part) for part in example_inputs] != [tuple, dict]:
+        raise CallError("example_inputs is a pair (args, kwargs), a tuple and a dict: write ((x, t, y), {})")
     compiled = CompiledModel(model, plan, backend=backend, options=options, progress=progress, mode=mode)
     if example_inputs is not None:
         args, kwargs = example_inputs

@@ -283,6 +283,10 @@ class CachePlan:
 
     def _check_action(self, step: int, site: str, action: Action) -> None:
         where = f"step {step}, site '{site}'"
+        if not isinstance(step, int):
+            raise PlanError(f"{where}: steps are whole numbers")
+        if not isinstance(action, Action):
+            raise PlanError(f"{where}: {action!r} is not an action: write an instance, such as Reuse()")
         if not 0 <= step < self.num_steps:
             raise PlanError(f"{where}: the plan has steps 0..{self.num_steps - 1}")
         kind = site.rsplit(".", 1)[-1].split("@")[0]

@@ -116,7 +116,8 @@ def tprr(
         k2: caching interval of the second phase.
         boundary: share of the steps in the first phase.
         cycle: reading of the interval, see `tprr_steps`.
-        keep: keep ratio r in (0, 1]: kept tokens / all tokens on P-steps.
+        keep: keep ratio r in (0, 1]: kept tokens / all tokens on P-steps, rounded to whole tokens (per cell, where
+            tokens are chosen by cell); `plan.summary()` shows the share that comes out.
         attention: what kept queries see, see `Update`.
         blocks: indices of the blocks to prune; the others are computed at every step. All, if None.
         level: `block` keeps one delta per block, `branch` one per residual branch, `out` every branch's output before
@@ -133,7 +134,8 @@ def tprr(
     chosen = _blocks(info, blocks)
     i_steps = set(tprr_steps(num_steps, k1, k2, boundary, cycle))
     names = _delta_sites(info, chosen, level)
-    turns = range(math.ceil(1 / keep) if rotate and keep > 0 else 1)
+    _check_keep(keep)
+    turns = range(min(info.num_tokens, math.ceil(1 / keep)) if rotate else 1)
     sets = {f"kept{t}": choose_tokens(info, keep, tokens, cell=cell, seed=seed, turn=t) for t in turns}
     keys = [n for n, s in info.sites.items() if s.kind == "kv" and s.block in chosen] if attention == "cached" else []
     actions: dict[tuple[int, str], Action] = {}
@@ -168,8 +170,7 @@ def choose_tokens(
         PlanError: the ratio or the cell is out of range, or the scores are unusable.
     """
     n = info.num_tokens
-    if not 0 < keep <= 1:
-        raise PlanError(f"keep={keep}: the keep ratio is in (0, 1]; to reuse all tokens use a reuse plan such as fora")
+    _check_keep(keep)
     count = max(1, round(keep * n))
     if isinstance(tokens, torch.Tensor):
         return _best_per_cell(info, _scores(tokens, n), keep, cell)
@@ -182,6 +183,11 @@ def choose_tokens(
     if tokens == "checkerboard":
         return _best_per_cell(info, _checkerboard(info, cell, turn), keep, cell)
     raise PlanError(f"tokens={tokens!r}: use 'uniform', 'random', 'checkerboard' or a score per token")
+
+
+def _check_keep(keep: float) -> None:
+    if not 0 < keep <= 1:
+        raise PlanError(f"keep={keep}: the keep ratio is in (0, 1]; to reuse all tokens use a reuse plan such as fora")
 
 
 def _scores(scores: torch.Tensor, n: int) -> np.ndarray[Any, Any]:

@@ -156,3 +156,12 @@ def test_a_policy_for_another_step_count_is_refused() -> None:
     with pytest.raises(CallError, match="the sampler runs 4 steps, but the model's plan has 3"):
         sample(model, which.args[0], which.args[2], num_steps=4)
     assert model.num_steps == 3
+
+
+def test_what_is_no_plan_or_no_pair_of_inputs_is_refused_at_once() -> None:
+    """A path in place of a plan, and bare inputs in place of (args, kwargs), are refused with the right form."""
+    which = case("dit")
+    with pytest.raises(PlanError, match=r"'plan.safetensors' is neither a plan nor a policy: .*CachePlan.load"):
+        tcc.compile(which.model, "plan.safetensors")
+    with pytest.raises(CallError, match=r"a pair \(args, kwargs\)"):
+        tcc.compile(which.model, CachePlan(num_steps=1, actions={}), example_inputs=which.args)

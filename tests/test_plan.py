@@ -67,6 +67,8 @@ def test_a_token_set_is_sorted_distinct_positions(kind: str) -> None:
 BAD_TABLES: dict[str, tuple[Any, str]] = {
     "step after the end": ({(2, SITE): Compute()}, "step 2, site 'blocks.0.delta': the plan has steps 0..1"),
     "negative step": ({(-1, SITE): Compute()}, "step -1, site 'blocks.0.delta': the plan has steps 0..1"),
+    "step between": ({(0.5, SITE): Reuse()}, "step 0.5, site 'blocks.0.delta': steps are whole numbers"),
+    "action class": ({(1, SITE): Reuse}, "is not an action: write an instance, such as Reuse()"),
     "no site kind": (
         {(0, "blocks.0.attn"): Compute()},
         "step 0, site 'blocks.0.attn': not a site name; sites end in .out, .delta, .stream, .skip, .kv",

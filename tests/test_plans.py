@@ -268,6 +268,7 @@ BAD = {
     "boundary": (lambda i: plans.tprr(i, num_steps=4, boundary=1.5), "the boundary is a share of the steps, 0..1"),
     "keep 0": (lambda i: plans.tprr(i, num_steps=4, keep=0.0), "keep=0.0: the keep ratio is in (0, 1]"),
     "keep 0, rotating": (lambda i: plans.tprr(i, num_steps=4, keep=0.0, rotate=True), "keep=0.0: the keep ratio"),
+    "keep inf, rotating": (lambda i: plans.tprr(i, num_steps=4, keep=float("inf"), rotate=True), "keep=inf: the keep"),
     "keep above 1": (lambda i: plans.tprr(i, num_steps=4, keep=1.01), "keep=1.01: the keep ratio is in (0, 1]"),
     "keep below 0": (lambda i: plans.tprr(i, num_steps=4, keep=-0.5), "keep=-0.5: the keep ratio is in (0, 1]"),
     "keep NaN": (lambda i: plans.tprr(i, num_steps=4, keep=float("nan")), "keep=nan: the keep ratio is in (0, 1]"),
@@ -321,3 +322,11 @@ def test_grid_cells_need_a_grid() -> None:
     """A model of bare tokens can be pruned by position."""
     with pytest.raises(PlanError, match=r"the model's token grid is unknown for 12 tokens: .* use tokens='uniform'"):
         plans.tprr(case("separate").info, num_steps=4)
+
+
+def test_turns_are_no_more_than_tokens() -> None:
+    """A tiny keep ratio keeps one token at a time, and a round through all of them is as long as the stream."""
+    info = case("dit").info
+    plan = plans.tprr(info, num_steps=4, keep=1e-9, tokens="uniform", rotate=True)
+    assert len(plan.tokens) == info.num_tokens
+    assert {kept.numel() for kept in plan.tokens.values()} == {1}
