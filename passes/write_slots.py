@@ -24,7 +24,8 @@ class WriteSlots(Pass):
     Before: `return y, slot_a_new`
     After:  `copy_(slot_a, slot_a_new); return y`
 
-    1. Older values of a history are written before the newer ones that they are read from.
+    1. Older values of a history are written before the newer ones that they are read from. They also come first among
+       the inputs: AOTAutograd writes mutated inputs in that order, whatever the order of the calls.
     2. A model output that is a slot itself, or a view of one, is cloned: the next step would overwrite it.
     """
 
@@ -42,7 +43,18 @@ class WriteSlots(Pass):
         if edits or stores:
             output.args = (tuple(own),)
             gm.meta["stores"] = ()
+        if any(map(age_of, stores)):
+            _oldest_first(gm.graph)
         return edits + len(stores)
+
+
+def _oldest_first(graph: fx.Graph) -> None:
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    last = inputs[-1]
+    for node in sorted((n for n in inputs if "slot" in n.meta), key=lambda n: age_of(n.meta["slot"]), reverse=True):
+        if node is not last:
+            last.append(node)
+        last = node
 
 
 def _without_aliases(graph: fx.Graph, values: tuple[fx.Node, ...]) -> tuple[tuple[fx.Node, ...], int]:
