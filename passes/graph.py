@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 __all__ = ["emit", "fake_mode_of", "graph_hash", "graph_text", "output_values", "shape", "source_line", "value"]
+
+_COPIES = {torch.ops.aten.clone.default, torch.ops.aten.contiguous.default}
 
 
 def value(node: fx.Node) -> Any:
@@ -102,21 +105,32 @@ def module_path(node: fx.Node) -> str:
 def graph_text(graph: fx.Graph) -> str:
     """The graph as text, one node a line, values numbered so that node names do not matter."""
     numbers = {node: f"%{i}" for i, node in enumerate(graph.nodes)}
-    lines = []
-    for node in graph.nodes:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _Name(numbers[n]))
-        what = str(node.target) if node.op in ("placeholder", "get_attr") else _target_name(node.target)
-        inputs = ", ".join([*map(repr, args), *(f"{k}={v!r}" for k, v in kwargs.items())])
-        lines.append(f"{numbers[node]} = {node.op} {what}({inputs}) -> {_describe(node.meta.get('val'))}")
-    return "\n".join(lines)
+    return "\n".join(_line(node, numbers) for node in graph.nodes)
 
 
 def graph_hash(graph: fx.Graph, extra: Iterable[str] = ()) -> str:
-    """SHA-256 over the graph's text; parameters count by name, shape and dtype, not by content."""
-    digest = hashlib.sha256(graph_text(graph).encode())
+    """SHA-256 over what the graph computes: the same for all weights, devices, and layouts that a device prefers.
+
+    Parameters count by name, shape and dtype; copies do not count, and a view is a reshape.
+    """
+    digest, numbers, count = hashlib.sha256(), {}, 0
+    for node in graph.nodes:
+        if node.target in _COPIES:
+            numbers[node] = numbers[node.args[0]]
+            continue
+        numbers[node], count = f"%{count}", count + 1
+        line = re.sub(r"device\(type='\w+'(, index=\d+)?\)", "device", _line(node, numbers))
+        digest.update(re.sub(r"aten\.(_unsafe_)?view\.default", "aten.reshape.default", line).encode())
     for item in extra:
         digest.update(item.encode())
     return digest.hexdigest()
+
+
+def _line(node: fx.Node, numbers: dict[fx.Node, str]) -> str:
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _Name(numbers[n]))
+    what = str(node.target) if node.op in ("placeholder", "get_attr") else _target_name(node.target)
+    inputs = ", ".join([*map(repr, args), *(f"{k}={v!r}" for k, v in kwargs.items())])
+    return f"{numbers[node]} = {node.op} {what}({inputs}) -> {_describe(node.meta.get('val'))}"
 
 
 class _Name(str):

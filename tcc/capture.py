@@ -162,9 +162,23 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         raise CaptureError("the model is in training mode (dropout would be captured): call model.eval() first")
     try:
         with torch.no_grad():
-            return torch.export.export(model, args, kwargs, strict=False)
+            return torch.export.export(model, *_distinct(args, kwargs), strict=False)
     except Exception as error:
         raise CaptureError(_explain(model, error)) from error
+
+
+def _distinct(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs with no tensor in two places: export would read one of them wherever the other belongs."""
+    seen: set[int] = set()
+
+    def once(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor) and id(leaf) in seen:
+            return leaf.clone()
+        seen.add(id(leaf))
+        return leaf
+
+    found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(once, (args, kwargs))
+    return found
 
 
 def _explain(model: nn.Module, error: Exception) -> str:

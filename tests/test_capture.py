@@ -9,9 +9,11 @@ from torch import Tensor, nn
 import tcc
 from tcc.capture import capture
 from tcc.errors import CallError, CaptureError
+from tcc.models.dit import DiT
 from tests.tiny_models import Block, Case, Tokens, case, dit, noise
 
 aten = torch.ops.aten
+SIZES = {"input_size": 8, "patch_size": 2, "hidden_size": 32, "depth": 2, "num_heads": 2}
 
 
 def captured(model: nn.Module, *args: object, **kwargs: object) -> tcc.capture.Captured:
@@ -54,6 +56,25 @@ def test_the_hash_is_that_of_the_graph() -> None:
     one = case("dit").info.captured.hash
     assert one == tcc.inspect(dit().model, *dit().args).captured.hash
     assert len({one, dit(batch=1).info.captured.hash, dit(depth=1).info.captured.hash}) == 3
+
+
+def test_the_hash_does_not_depend_on_the_device() -> None:
+    """A plan that was made without weights, or on another machine, is a plan for the model."""
+    with torch.device("meta"):
+        model = DiT(**{"in_channels": 4, "num_classes": 10, **SIZES}).eval()
+        t, y = torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+        on_meta = tcc.inspect(model, torch.empty(2, 4, 8, 8), t, y)
+    assert on_meta.captured.inputs[0].device.type == "meta"
+    assert on_meta.key == case("dit").info.key
+
+
+def test_one_tensor_for_two_inputs_is_captured_as_two() -> None:
+    """The graph reads each input where it belongs, though they were the same object at capture."""
+    which = case("dit")
+    same = torch.tensor([1, 2])
+    found = captured(which.model, which.args[0], same, same)
+    with torch.no_grad():
+        assert torch.equal(found.gm(*which.args)[0], which.model(*which.args))
 
 
 def test_inputs_are_named_and_described() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -152,6 +153,21 @@ def test_interleaved_sessions_do_not_meet(model: tcc.CompiledModel) -> None:
 def fresh(model: tcc.CompiledModel, count: int) -> list[Any]:
     """New sessions of `model`."""
     return [model.new_session() for _ in range(count)]
+
+
+def test_sessions_run_in_threads(model: tcc.CompiledModel) -> None:
+    """One session per thread shares the code and nothing else."""
+    which = case("dit")
+    alone = [[call(s, which, 10 * i + step) for step in range(STEPS)] for i, s in enumerate(fresh(model, 4))]
+
+    def run(number: int) -> list[torch.Tensor]:
+        mine = model.new_session()
+        return [call(mine, which, 10 * number + step) for step in range(STEPS)]
+
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(run, range(4)))
+    for one, other in zip(alone, together, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_a_new_session_is_at_step_0_and_leaves_the_model_alone(model: tcc.CompiledModel) -> None:

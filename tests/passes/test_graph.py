@@ -45,6 +45,22 @@ def test_text_and_hash_do_not_depend_on_names() -> None:
     assert graph_hash(graph) == case("dit").info.captured.hash
 
 
+def test_the_hash_does_not_see_layouts() -> None:
+    """A copy before a view, where a device needs one, and the kind of view do not matter; the shape does."""
+
+    def graph(copy: bool, target: object, sizes: list[int]) -> fx.Graph:
+        sketch = Sketch()
+        x = sketch.call(aten.t.default, sketch.input("x", 2, 6))
+        if copy:
+            x = sketch.call(aten.clone.default, x, memory_format=torch.contiguous_format)
+        return sketch.done(sketch.call(aten.exp.default, sketch.call(target, x, sizes))).graph
+
+    one = graph_hash(graph(True, aten.view.default, [12]))
+    assert one == graph_hash(graph(False, aten.reshape.default, [12]))
+    assert one == graph_hash(graph(True, aten._unsafe_view.default, [12]))
+    assert one != graph_hash(graph(True, aten.view.default, [3, 4]))
+
+
 def test_the_hash_sees_every_argument() -> None:
     """Another constant is another graph, and so is something extra."""
     graph = copy_of("dit")
