@@ -113,7 +113,8 @@ def graph_hash(graph: fx.Graph, extra: Iterable[str] = ()) -> str:
 
     Parameters count by name, shape and dtype; copies do not count, and a view is a reshape.
     """
-    digest, numbers, count = hashlib.sha256(), {}, 0
+    digest, count = hashlib.sha256(), 0
+    numbers: dict[fx.Node, str] = {}
     for node in graph.nodes:
         if node.target in _COPIES:
             numbers[node] = numbers[node.args[0]]
