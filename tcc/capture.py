@@ -107,7 +107,7 @@ class Captured:
                 raise CallError(
                     f"input '{spec_.name}' {problem}: a compiled model runs the shapes it was captured with"
                 )
-        return tensors
+        return [tensor.contiguous() for tensor in tensors]  # itself, unless it is a slice, a transpose or the like
 
     def unflatten(self, outputs: list[Any]) -> Any:
         """The model's own output structure from the graph's flat outputs."""
@@ -162,20 +162,24 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         raise CaptureError("the model is in training mode (dropout would be captured): call model.eval() first")
     try:
         with torch.no_grad():
-            return torch.export.export(model, *_distinct(args, kwargs), strict=False)
+            return torch.export.export(model, *_plain(args, kwargs), strict=False)
     except Exception as error:
         raise CaptureError(_explain(model, error)) from error
 
 
-def _distinct(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The inputs with no tensor in two places: export would read one of them wherever the other belongs."""
+def _plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs in the one layout that is compiled, and no tensor in two places.
+
+    Export would read one of two inputs that are the same tensor wherever the other belongs.
+    """
     seen: set[int] = set()
 
     def once(leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor) and id(leaf) in seen:
-            return leaf.clone()
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        first = id(leaf) not in seen
         seen.add(id(leaf))
-        return leaf
+        return leaf.contiguous() if first else leaf.clone(memory_format=torch.contiguous_format)
 
     found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(once, (args, kwargs))
     return found

@@ -165,3 +165,31 @@ def test_what_is_no_plan_or_no_pair_of_inputs_is_refused_at_once() -> None:
         tcc.compile(which.model, "plan.safetensors")
     with pytest.raises(CallError, match=r"a pair \(args, kwargs\)"):
         tcc.compile(which.model, CachePlan(num_steps=1, actions={}), example_inputs=which.args)
+
+
+LAYOUTS = {
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "a slice": lambda x: torch.cat([x, x], dim=1)[:, :4],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_input_may_lie_in_memory_as_it_likes(layout: str) -> None:
+    """The graph gets contiguous inputs, at capture and at every call: backends compile one layout."""
+    which = case("dit")
+    x, t, y = which.args
+    seen: list[tuple[int, ...]] = []
+
+    def backend(gm: torch.fx.GraphModule, examples: list[torch.Tensor]) -> Any:
+        def run(*args: torch.Tensor) -> Any:
+            seen.append(args[0].stride())
+            return gm(*args)
+
+        return run
+
+    model = tcc.compile(which.model, tcc.plans.full(which.info, num_steps=2), backend=backend)
+    for given in (LAYOUTS[layout](x), x, LAYOUTS[layout](x)):
+        with torch.no_grad():
+            assert relative_error(model(given, t, y), which.model(x, t, y)) <= CLOSE
+    assert seen == [(256, 64, 8, 1)] * 3
