@@ -1,0 +1,14 @@
+"""Policies: functions `(info, *, num_steps, ...) -> CachePlan`, one per method, one file per family.
+
+Each docstring names the method and its source. `info` is what `tcc.inspect` returns.
+"""
+
+from tcc.plans.fora import fora
+from tcc.plans.tokens import choose_tokens
+from tcc.plans.tprr import tprr, tprr_steps
+from tcc.plans.uncached import full
+
+__all__ = ["POLICIES", "choose_tokens", "fora", "full", "tprr", "tprr_steps"]
+
+#: Every policy by name: what `tcc plan --policy` takes.
+POLICIES = {policy.__name__: policy for policy in (full, fora, tprr)}

@@ -1,0 +1,127 @@
+"""Which tokens and which sites a token plan acts on; shared by the policies that prune tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from tcc.errors import PlanError
+from tcc.info import ModelInfo
+
+__all__ = ["Choice", "check_keep", "choose_blocks", "choose_tokens", "delta_sites"]
+
+Choice = Literal["uniform", "random", "checkerboard"]
+
+
+def choose_tokens(
+    info: ModelInfo, keep: float, tokens: Choice | torch.Tensor, *, cell: int = 2, seed: int = 0, turn: int = 0
+) -> torch.Tensor:
+    """The kept tokens of one P-step, `[k]` int64, sorted.
+
+    Args:
+        info: the model.
+        keep: keep ratio in (0, 1].
+        tokens: see `tprr`.
+        cell: the side of a grid cell.
+        seed: seed of `random`.
+        turn: 0, 1, ...: shifts the choice, so that successive turns keep different tokens.
+
+    Raises:
+        PlanError: the ratio or the cell is out of range, or the scores are unusable.
+    """
+    n = info.num_tokens
+    check_keep(keep)
+    count = max(1, round(keep * n))
+    if isinstance(tokens, torch.Tensor):
+        return _best_per_cell(info, _scores(tokens, n), keep, cell)
+    if tokens == "uniform":
+        places = (np.floor(np.arange(count) * n / count).astype(np.int64) + turn) % n
+        return torch.from_numpy(np.sort(places))
+    if tokens == "random":
+        order = np.random.default_rng([seed, turn]).permutation(n)
+        return torch.from_numpy(np.sort(order[:count]))
+    if tokens == "checkerboard":
+        return _best_per_cell(info, _checkerboard(info, cell, turn), keep, cell)
+    raise PlanError(f"tokens={tokens!r}: use 'uniform', 'random', 'checkerboard' or a score per token")
+
+
+def check_keep(keep: float) -> None:
+    """Refuse a keep ratio outside (0, 1]."""
+    if not 0 < keep <= 1:
+        raise PlanError(f"keep={keep}: the keep ratio is in (0, 1]; to reuse all tokens use a reuse plan such as fora")
+
+
+def _scores(scores: torch.Tensor, n: int) -> np.ndarray[Any, Any]:
+    if tuple(scores.shape) != (n,):
+        raise PlanError(f"scores have shape {list(scores.shape)}, expected one per token: [{n}]")
+    if not bool(torch.isfinite(scores).all()):
+        bad = int((~torch.isfinite(scores)).nonzero()[0])
+        raise PlanError(f"the score of token {bad} is {float(scores[bad])}: scores must be finite")
+    return scores.detach().double().cpu().numpy()
+
+
+def _grid2d(info: ModelInfo, cell: int) -> tuple[int, int, int]:
+    """Frames, height and width of the token grid."""
+    grid = info.grid
+    if len(grid) not in (2, 3) or math.prod(grid) != info.num_tokens:
+        raise PlanError(
+            f"the model's token grid is {grid or 'unknown'} for {info.num_tokens} tokens: grid cells need an image "
+            "grid; use tokens='uniform' or 'random'"
+        )
+    frames, h, w = (1, *grid) if len(grid) == 2 else grid
+    if cell < 1 or h % cell or w % cell:
+        raise PlanError(f"cell={cell}: the grid is {h} x {w}; the cell's side must divide both")
+    return frames, h, w
+
+
+def _checkerboard(info: ModelInfo, cell: int, turn: int) -> np.ndarray[Any, Any]:
+    """Scores that rank the places of a cell by a bit-reversed (Bayer-like) order, shifted by `turn`."""
+    frames, h, w = _grid2d(info, cell)
+    side = cell * cell
+    places = sorted(range(side), key=lambda p: ((p // cell + p % cell) % 2, p))
+    rank = np.empty(side, dtype=np.int64)
+    rank[places] = np.arange(side)
+    rank = (rank - turn) % side
+    tile = -rank.reshape(cell, cell).astype(np.float64)
+    return np.tile(tile, (frames, h // cell, w // cell)).reshape(-1)
+
+
+def _best_per_cell(info: ModelInfo, scores: np.ndarray[Any, Any], keep: float, cell: int) -> torch.Tensor:
+    """The same number of tokens in every cell: the highest scores (grid-based pruning, TokenCache v1)."""
+    frames, h, w = _grid2d(info, cell)
+    count = max(1, round(keep * cell * cell))
+    index = np.arange(info.num_tokens).reshape(frames, h // cell, cell, w // cell, cell)
+    cells = index.transpose(0, 1, 3, 2, 4).reshape(-1, cell * cell)
+    order = np.argsort(-scores[cells], axis=1, kind="stable")[:, :count]
+    return torch.from_numpy(np.sort(np.take_along_axis(cells, order, axis=1).reshape(-1)))
+
+
+def choose_blocks(info: ModelInfo, blocks: Iterable[int] | None) -> tuple[int, ...]:
+    """The block indices that a policy acts on: all of them where none are given."""
+    total = len(info.blocks)
+    chosen = tuple(range(total)) if blocks is None else tuple(blocks)
+    for block in chosen:
+        if not 0 <= block < total:
+            raise PlanError(f"blocks: there is no block {block}; the model has blocks 0..{total - 1}")
+    return chosen
+
+
+def delta_sites(info: ModelInfo, blocks: Sequence[int], level: str) -> list[str]:
+    """The sites of the given blocks at one level (`block`, `branch`, `out`), all of which must be prunable."""
+    kind = {"block": "block", "branch": "delta", "out": "out"}.get(level)
+    if kind is None:
+        raise PlanError(f"level={level!r}: use 'block', 'branch' or 'out'")
+    sites = [site for site in info.sites.values() if site.kind == kind and site.block in blocks]
+    for site in sites:
+        if not site.prunable:
+            raise PlanError(f"site '{site.name}' cannot be pruned: {site.reason}. Leave its block out of `blocks`")
+    for block in sorted(set(blocks) - {site.block for site in sites}):
+        raise PlanError(
+            f"block '{info.blocks[block]}' has no delta of its own, because more than its branches changes the stream "
+            "in it: use level='branch', or leave it out of `blocks`"
+        )
+    return [site.name for site in sites]

@@ -1,0 +1,18 @@
+"""The uncached model, as a plan."""
+
+from __future__ import annotations
+
+from tcc.info import ModelInfo
+from tcc.plan import CachePlan
+
+__all__ = ["full"]
+
+
+def full(info: ModelInfo, *, num_steps: int) -> CachePlan:
+    """Compute everything at every step: the uncached model, as a plan.
+
+    Args:
+        info: the model.
+        num_steps: denoising steps.
+    """
+    return info.count(CachePlan(num_steps=num_steps, actions={}, policy={"name": "full"}))

@@ -1,0 +1,1 @@
+"""Learning what to cache: training of routers and predictors on a frozen model."""
