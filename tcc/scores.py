@@ -1,7 +1,7 @@
 """Scores of a dynamic token set: how the tokens of each sample are ranked, as data.
 
-A plan names its scores (`CachePlan.scores`) and the tensors they read (`CachePlan.tables`); the compiler computes them in
-the graph, `[B, S]`, and keeps the highest (`TopK`).
+A plan names its scores (`CachePlan.scores`) and the tensors they read (`CachePlan.tables`); the compiler computes them
+in the graph, `[B, S]`, and keeps the highest (`TopK`).
 """
 
 from __future__ import annotations
