@@ -1,11 +1,12 @@
-"""What training learns, as files: routers (Learning-to-Cache) and importances (TokenCache)."""
+"""What training learns, as files: routers (Learning-to-Cache), importances and probes (TokenCache)."""
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -13,7 +14,7 @@ import torch
 
 from tcc.errors import PlanError
 
-__all__ = ["Importance", "Router", "load_learned", "save_learned"]
+__all__ = ["Importance", "Learned", "Probes", "Router", "load_learned", "save_learned"]
 
 _HEADER = "tcc.learned"
 
@@ -51,27 +52,67 @@ class Importance:
             raise PlanError(f"importances have shape [steps, blocks, tokens], got {list(self.scores.shape)}")
 
 
-def save_learned(learned: Router | Importance, path: str | os.PathLike[str]) -> None:
-    """Write a router or an importance as one safetensors file."""
-    header = {"kind": type(learned).__name__.lower(), "version": 1}
-    if isinstance(learned, Router):
-        header["sites"] = list(learned.sites)
-    tensors = {"scores": learned.scores.detach().float().cpu().contiguous()}
+@dataclass(frozen=True)
+class Probes:
+    """Importance that depends on the stream: one small network per run, read out for every block and step.
+
+    With x the stream that enters block 0, the score of a token is
+    `gelu(layer_norm(x) @ hidden + offset) @ weight[step, block] + bias[step, block]`: the terms of `tcc.scores.Probe`.
+
+    Attributes:
+        hidden: `[D, H]` float32.
+        offset: `[H]` float32.
+        weight: `[steps, blocks, H]` float32.
+        bias: `[steps, blocks, tokens]` float32.
+        mean: `[steps, blocks, tokens]` float32 in 0..1: the importance, averaged over the samples it was learned on.
+    """
+
+    hidden: torch.Tensor
+    offset: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor
+    mean: torch.Tensor
+
+    def __post_init__(self) -> None:
+        sizes = [list(t.shape) for t in (self.hidden, self.offset, self.weight, self.bias, self.mean)]
+        if [len(size) for size in sizes] != [2, 1, 3, 3, 3]:
+            raise PlanError(
+                f"probes are [D, H], [H], [steps, blocks, H] and twice [steps, blocks, tokens], got {sizes}"
+            )
+        hidden, offset, weight, bias, mean = sizes
+        if not (hidden[1:] == offset == weight[2:] and weight[:2] == bias[:2] and bias == mean):
+            raise PlanError(f"the sizes of the probes do not agree: {sizes}")
+
+
+Learned = Router | Importance | Probes
+_KINDS: dict[str, type[Router] | type[Importance] | type[Probes]] = {
+    kind.__name__.lower(): kind for kind in (Router, Importance, Probes)
+}
+
+
+def save_learned(learned: Learned, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
+    """Write what was learned as one safetensors file: a JSON header and the tensors, stored as `dtype`."""
+    content = {field.name: getattr(learned, field.name) for field in fields(learned)}
+    tensors = {name: t.detach().to("cpu", dtype).contiguous() for name, t in content.items() if torch.is_tensor(t)}
+    header = {name: list(value) for name, value in content.items() if name not in tensors}
+    header |= {"kind": type(learned).__name__.lower(), "version": 1}
     safetensors.torch.save_file(tensors, path, metadata={_HEADER: json.dumps(header)})
 
 
-def load_learned(path: str | os.PathLike[str]) -> Router | Importance:
-    """Read a file that `save_learned` wrote.
+def load_learned(path: str | os.PathLike[str]) -> Learned:
+    """Read a file that `save_learned` wrote; tensors come as float32.
 
     Raises:
-        PlanError: there is no such file, or it is no router and no importance.
+        PlanError: there is no such file, or it holds nothing that was learned.
     """
     if not Path(path).is_file():
         raise PlanError(f"there is no file {path}")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})[_HEADER])
-            scores = file.get_tensor("scores")
-            return Router(scores, tuple(header["sites"])) if header["kind"] == "router" else Importance(scores)
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise PlanError(f"{path} is neither a router nor an importance: make one with `tcc train`") from error
+            content: dict[str, Any] = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+        kind = _KINDS[header["kind"]]
+        content |= {field.name: tuple(header[field.name]) for field in fields(kind) if field.name not in content}
+        return kind(**content)
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise PlanError(f"{path} is no router, importance or probes: make one with `tcc train`") from error
