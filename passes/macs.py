@@ -20,9 +20,24 @@ __all__ = ["count", "node_macs"]
 aten = torch.ops.aten
 
 
-def count(nodes: Iterable[fx.Node]) -> int:
-    """The MACs of `nodes`, for the whole batch that the graph was captured with."""
-    return sum(node_macs(node) for node in nodes)
+#: Products of two computed values: attention, whole or written out.
+_PRODUCTS = {
+    aten.scaled_dot_product_attention.default,
+    aten.bmm.default,
+    aten.baddbmm.default,
+    aten.matmul.default,
+}
+
+
+def count(nodes: Iterable[fx.Node], *, products: bool = True) -> int:
+    """The MACs of `nodes`, for the whole batch that the graph was captured with.
+
+    Args:
+        nodes: nodes of a graph.
+        products: count products of two computed values too. Without them it is the convention of counters that watch
+            layers (pytorch-OpCounter: Learning-to-Cache's tables).
+    """
+    return sum(node_macs(node) for node in nodes if products or node.target not in _PRODUCTS)
 
 
 def node_macs(node: fx.Node) -> int:

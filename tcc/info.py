@@ -10,6 +10,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from tcc.capture import Captured, capture
+from tcc.passes.macs import count
 from tcc.passes.sites import Analysis, Site, analyse
 from tcc.plan import CachePlan, ModelKey
 from tcc.program import build_program
@@ -73,6 +74,16 @@ class ModelInfo:
         """
         program = build_program(self.captured, self.analysis, plan, check=False)
         return replace(plan, model=self.key, cost=program.cost(self.analysis))
+
+    def layer_macs(self, plan: CachePlan) -> int:
+        """MACs of the whole run per image and guidance branch, without the products inside attention.
+
+        The convention of counters that watch layers, and of the tables that were made with them (Learning-to-Cache);
+        everywhere else tcc counts all products.
+        """
+        program = build_program(self.captured, self.analysis, plan, check=False)
+        macs = [count(variant.gm.graph.nodes, products=False) for variant in program.variants]
+        return sum(macs[binding.variant] for binding in program.bindings) // self.batch
 
     def table(self) -> Table:
         """The sites as a table: shape, MACs per image, slot bytes, prunable or why not."""

@@ -27,6 +27,9 @@ class Router:
         scores: `[steps, sites]` float32 in 0..1, steps in execution order; high means compute. NaN at the steps that
             compute everything, for which nothing is learned.
         sites: the names of the sites.
+
+    Raises:
+        PlanError: the shape is another, a site is named twice, a row has some NaN, or a score is not in 0..1.
     """
 
     scores: torch.Tensor
@@ -35,6 +38,21 @@ class Router:
     def __post_init__(self) -> None:
         if self.scores.dim() != 2 or self.scores.shape[1] != len(self.sites):
             raise PlanError(f"a router has scores [steps, {len(self.sites)}], got {list(self.scores.shape)}")
+        if len(set(self.sites)) < len(self.sites):
+            raise PlanError("a router names each of its sites once")
+        for step in self.p_steps:
+            bad = ~((self.scores[step] >= 0) & (self.scores[step] <= 1))
+            if bool(bad.any()):
+                unit = int(bad.nonzero()[0])
+                raise PlanError(
+                    f"step {step}, site '{self.sites[unit]}': the router's score is {float(self.scores[step, unit])}; "
+                    "scores lie in 0..1 (all of a step's are NaN where nothing is learned for it)"
+                )
+
+    @property
+    def p_steps(self) -> tuple[int, ...]:
+        """The steps for which scores were learned."""
+        return tuple(torch.nonzero(~self.scores.isnan().all(dim=1)).flatten().tolist())
 
 
 @dataclass(frozen=True)

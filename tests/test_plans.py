@@ -48,7 +48,13 @@ def test_fora_reuses_all_branches(sites: Any) -> None:
     plan = plans.fora(case("dit").info, num_steps=4, interval=2, sites=sites)
     assert plan.sites == tuple(f"blocks.{b}.{branch}.{sites}" for b in (0, 1) for branch in ("attn", "mlp"))
     assert {type(a) for s, a in plan.column(plan.sites[0]) if s == 2} == {Reuse}
-    assert plan.policy == {"name": "fora", "interval": 2, "sites": sites}
+    assert plan.policy == {"name": "fora", "interval": 2, "sites": sites, "count": "down"}
+
+
+@pytest.mark.parametrize(("num_steps", "schedule"), [(6, "IPPIPP"), (7, "IPPIPPI"), (1, "I")])
+def test_fora_counted_from_the_first_step(num_steps: int, schedule: str) -> None:
+    """`count="up"`: every third step from step 0 on."""
+    assert str(plans.fora(case("dit").info, num_steps=num_steps, count="up").schedule) == schedule
 
 
 #: (num_steps, k1, k2, boundary): I-steps where K counts P-steps, I-steps where K is the cycle's length
@@ -258,8 +264,12 @@ def test_slots_are_counted_for_the_captured_batch() -> None:
 # --- refusals
 
 BAD = {
-    "interval": (lambda i: plans.fora(i, num_steps=4, interval=0), "fora(interval=0): the interval is at least 1"),
-    "sites": (lambda i: plans.fora(i, num_steps=4, sites="kv"), "fora(sites='kv'): use 'out' or 'delta'"),
+    "interval": (lambda i: plans.fora(i, num_steps=4, interval=0), "interval=0: expected a whole number, 1 or more"),
+    "broken interval": (lambda i: plans.fora(i, num_steps=4, interval=1.5), "interval=1.5: expected a whole number"),
+    "interval True": (lambda i: plans.fora(i, num_steps=4, interval=True), "interval=True: expected a whole number"),
+    "broken steps": (lambda i: plans.fora(i, num_steps=4.0), "num_steps=4.0: expected a whole number, 1 or more"),
+    "count": (lambda i: plans.fora(i, num_steps=4, count="both"), "fora(count='both'): use 'down' or 'up'"),
+    "sites": (lambda i: plans.fora(i, num_steps=4, sites="kv"), "sites='kv': use 'out' (before the gate) or 'delta'"),
     "k1": (lambda i: plans.tprr(i, num_steps=4, k1=-1), "tprr(k1=-1, k2=1, boundary=0.5): intervals are at least 0"),
     "cycle of 0": (
         lambda i: plans.tprr(i, num_steps=4, k2=0, cycle="length"),

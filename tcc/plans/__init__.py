@@ -3,12 +3,25 @@
 Each docstring names the method and its source. `info` is what `tcc.inspect` returns.
 """
 
+from tcc.plans.branches import i_steps_of_pairs
 from tcc.plans.fora import fora
+from tcc.plans.l2c import l2c
+from tcc.plans.routers import read_published_router
 from tcc.plans.tokens import choose_tokens
 from tcc.plans.tprr import tprr, tprr_steps
 from tcc.plans.uncached import full
 
-__all__ = ["POLICIES", "choose_tokens", "fora", "full", "tprr", "tprr_steps"]
+__all__ = [
+    "POLICIES",
+    "choose_tokens",
+    "fora",
+    "full",
+    "i_steps_of_pairs",
+    "l2c",
+    "read_published_router",
+    "tprr",
+    "tprr_steps",
+]
 
 #: Every policy by name: what `tcc plan --policy` takes.
-POLICIES = {policy.__name__: policy for policy in (full, fora, tprr)}
+POLICIES = {policy.__name__: policy for policy in (full, fora, l2c, tprr)}

@@ -6,34 +6,40 @@ from typing import Literal
 
 from tcc.errors import PlanError
 from tcc.info import ModelInfo
-from tcc.plan import Action, CachePlan, Compute, Reuse
+from tcc.plan import CachePlan
+from tcc.plans.branches import Kept, branch_plan, branch_sites, check_whole
 
 __all__ = ["fora"]
 
 
-def fora(info: ModelInfo, *, num_steps: int, interval: int = 3, sites: Literal["out", "delta"] = "out") -> CachePlan:
+def fora(
+    info: ModelInfo,
+    *,
+    num_steps: int,
+    interval: int = 3,
+    sites: Kept = "out",
+    count: Literal["down", "up"] = "down",
+) -> CachePlan:
     """FORA (Selvaraju et al., 2024): compute every `interval`-th step, reuse all branch outputs in between.
-
-    Steps are counted as in the paper's code: the descending index `num_steps - 1 - step` is a multiple of `interval`,
-    or it is the first step.
 
     Args:
         info: the model.
         num_steps: denoising steps.
         interval: steps from one computed step to the next, N in the paper.
         sites: `out` keeps the branch outputs before the gate (the paper; the gate is recomputed), `delta` after it.
+        count: which steps are the N-th: `down`, where the index that counts down to 0 is a multiple of N, and the first
+            step (the paper's code); `up`, every N-th from the first step on.
 
     Raises:
-        PlanError: the interval is below 1, or the sites are unknown.
+        PlanError: the interval is no whole number of at least 1, or another option is unknown.
     """
-    if interval < 1:
-        raise PlanError(f"fora(interval={interval}): the interval is at least 1 (1 computes every step)")
-    if sites not in ("out", "delta"):
-        raise PlanError(f"fora(sites={sites!r}): use 'out' or 'delta'")
-    computed = {s for s in range(num_steps) if s == 0 or (num_steps - 1 - s) % interval == 0}
-    names = [name for name, site in info.sites.items() if site.kind == sites]
-    actions: dict[tuple[int, str], Action] = {
-        (step, name): Compute() if step in computed else Reuse() for step in range(num_steps) for name in names
-    }
-    policy = {"name": "fora", "interval": interval, "sites": sites}
-    return info.count(CachePlan(num_steps=num_steps, actions=actions, policy=policy))
+    check_whole("num_steps", num_steps, 1)
+    check_whole("interval", interval, 1)
+    if count not in ("down", "up"):
+        raise PlanError(f"fora(count={count!r}): use 'down' or 'up'")
+    start = (num_steps - 1) % interval if count == "down" else 0
+    computed = {0, *range(start, num_steps, interval)}
+    names = branch_sites(info, sites)
+    cached = {(step, name) for step in range(num_steps) if step not in computed for name in names}
+    policy = {"name": "fora", "interval": interval, "sites": sites, "count": count}
+    return branch_plan(info, num_steps, names, cached, policy)

@@ -1,0 +1,79 @@
+"""Plans that reuse or drop whole branches: what the policies of that kind share."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, Literal
+
+from tcc.errors import PlanError
+from tcc.info import ModelInfo
+from tcc.plan import Action, CachePlan, Compute, Reuse
+
+__all__ = ["Kept", "branch_plan", "branch_sites", "check_whole", "i_steps_of_pairs"]
+
+#: Which value of a branch is kept: its output before the gate, or what is added to the stream.
+Kept = Literal["out", "delta"]
+
+
+def check_whole(name: str, value: object, least: int) -> None:
+    """Refuse what is not a whole number of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise PlanError(f"{name}={value}: expected a whole number, {least} or more")
+
+
+def branch_sites(info: ModelInfo, sites: Kept) -> list[str]:
+    """The `out` or the `delta` sites of all branches, in the model's order.
+
+    Raises:
+        PlanError: `sites` is neither.
+    """
+    if sites not in ("out", "delta"):
+        raise PlanError(f"sites={sites!r}: use 'out' (before the gate) or 'delta' (after it)")
+    return [name for name, site in info.sites.items() if site.kind == sites]
+
+
+def branch_plan(
+    info: ModelInfo,
+    num_steps: int,
+    names: Sequence[str],
+    cached: Collection[tuple[int, str]],
+    policy: dict[str, Any],
+    instead: Action | None = None,
+) -> CachePlan:
+    """The counted plan that computes the sites `names` at every step, except at the (step, site) pairs in `cached`.
+
+    Args:
+        info: the model.
+        num_steps: denoising steps.
+        names: the sites that the plan names.
+        cached: where another action than compute is taken.
+        policy: the policy's name and options.
+        instead: that action; reuse, if None.
+    """
+    check_whole("num_steps", num_steps, 1)
+    instead = instead or Reuse()
+    actions: dict[tuple[int, str], Action] = {
+        (step, name): instead if (step, name) in cached else Compute() for step in range(num_steps) for name in names
+    }
+    return info.count(CachePlan(num_steps=num_steps, actions=actions, policy=policy))
+
+
+def i_steps_of_pairs(num_steps: int, shifted: bool = False) -> tuple[int, ...]:
+    """The I-steps of Learning-to-Cache's schedule (Ma et al. 2024, Algorithm 2 and appendix B.1).
+
+    Steps come in pairs, a full one and then one that may reuse. In the paper's code the index that counts down to 0 is
+    odd at I-steps and even at P-steps. The first step is always full, for nothing is stored before it.
+
+    Args:
+        num_steps: denoising steps; for a solver that evaluates the model twice per step, evaluations.
+        shifted: the schedule of DPM-Solver-2. Its two evaluations of a solver step form a derivative, which one stale
+            value would spoil; so the first evaluation of a solver step reuses the last one of the step before.
+
+    Raises:
+        PlanError: `num_steps` is no whole number of at least 1, or is odd where `shifted`.
+    """
+    check_whole("num_steps", num_steps, 1)
+    if shifted and num_steps % 2:
+        raise PlanError(f"shifted=True: DPM-Solver-2 takes two evaluations per solver step, got num_steps={num_steps}")
+    parity = 1 if shifted else num_steps % 2
+    return tuple(step for step in range(num_steps) if step == 0 or step % 2 == parity)
