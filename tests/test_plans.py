@@ -233,13 +233,10 @@ def test_the_cost_of_every_attention_mode(r: float, level: str) -> None:
 @pytest.mark.parametrize("level", ["branch", "out"])
 def test_the_cost_of_reused_attention(r: float, level: Any) -> None:
     """Attention from the cache, MLP on the kept tokens: 8 d^2 rN per block."""
-    info, n, d = case("dit").info, 16, 32
-    plan = plans.tprr(info, num_steps=2, k1=1, keep=r, tokens="uniform", level=level)
-    reuse = {(1, site): Reuse() for site in plan.sites if ".attn." in site}
-    plan = info.count(type(plan)(num_steps=2, actions={**plan.actions, **reuse}, tokens=plan.tokens))
-    assert plan.cost is not None
+    which, n, d = case("dit"), 16, 32
+    macs = p_step_macs(which, keep=r, level=level, attention="reused")
     block = 12 * d * d * n + 2 * n * n * d
-    assert info.macs - plan.cost.step_macs[1] == 2 * (block - 8 * d * d * round(r * n))
+    assert which.info.macs - macs == 2 * (block - 8 * d * d * round(r * n))
 
 
 def test_reusing_every_branch_leaves_what_is_not_in_a_branch() -> None:
@@ -282,7 +279,14 @@ BAD = {
     "keep above 1": (lambda i: plans.tprr(i, num_steps=4, keep=1.01), "keep=1.01: the keep ratio is in (0, 1]"),
     "keep below 0": (lambda i: plans.tprr(i, num_steps=4, keep=-0.5), "keep=-0.5: the keep ratio is in (0, 1]"),
     "keep NaN": (lambda i: plans.tprr(i, num_steps=4, keep=float("nan")), "keep=nan: the keep ratio is in (0, 1]"),
-    "attention": (lambda i: plans.tprr(i, num_steps=4, attention="all"), "use one of kept, current, cached"),
+    "attention": (
+        lambda i: plans.tprr(i, num_steps=4, attention="all"),
+        "attention='all': use one of kept, current, cached, reused",
+    ),
+    "attention of blocks": (
+        lambda i: plans.tprr(i, num_steps=4, attention="reused"),
+        "attention='reused' keeps the branches of a block apart: use level='branch' or 'out'",
+    ),
     "level": (lambda i: plans.tprr(i, num_steps=4, level="layer"), "level='layer': use 'block', 'branch' or 'out'"),
     "block": (lambda i: plans.tprr(i, num_steps=4, blocks=[2]), "there is no block 2; the model has blocks 0..1"),
     "negative block": (lambda i: plans.tprr(i, num_steps=4, blocks=[-1]), "there is no block -1"),

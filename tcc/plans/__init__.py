@@ -6,9 +6,10 @@ Each docstring names the method and its source. `info` is what `tcc.inspect` ret
 from tcc.plans.branches import i_steps_of_pairs
 from tcc.plans.fora import fora
 from tcc.plans.l2c import l2c
+from tcc.plans.placement import percentile_steps, tprr_steps
 from tcc.plans.routers import read_published_router
 from tcc.plans.tokens import choose_tokens
-from tcc.plans.tprr import tprr, tprr_steps
+from tcc.plans.tprr import tprr
 from tcc.plans.uncached import full
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "full",
     "i_steps_of_pairs",
     "l2c",
+    "percentile_steps",
     "read_published_router",
     "tprr",
     "tprr_steps",

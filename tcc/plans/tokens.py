@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 
 from tcc.errors import PlanError
 from tcc.info import ModelInfo
+from tcc.passes.sites import Site
+from tcc.plan import Action, Attention, Reuse, Update
 
-__all__ = ["Choice", "check_keep", "choose_blocks", "choose_tokens", "delta_sites"]
+__all__ = [
+    "Choice",
+    "Level",
+    "TokenAttention",
+    "check_keep",
+    "choose_blocks",
+    "choose_tokens",
+    "pruned_sites",
+    "token_actions",
+]
 
 Choice = Literal["uniform", "random", "checkerboard"]
+Level = Literal["block", "branch", "out"]
+TokenAttention = Attention | Literal["reused"]
 
 
 def choose_tokens(
@@ -110,18 +124,54 @@ def choose_blocks(info: ModelInfo, blocks: Iterable[int] | None) -> tuple[int, .
     return chosen
 
 
-def delta_sites(info: ModelInfo, blocks: Sequence[int], level: str) -> list[str]:
-    """The sites of the given blocks at one level (`block`, `branch`, `out`), all of which must be prunable."""
+def pruned_sites(info: ModelInfo, blocks: Sequence[int], level: Level, attention: TokenAttention) -> list[Site]:
+    """The sites that a token plan acts on: with `cached` attention the keys of the blocks, then their deltas.
+
+    Raises:
+        PlanError: the level is unknown, a site that would be updated cannot be, or a block has no such site.
+    """
     kind = {"block": "block", "branch": "delta", "out": "out"}.get(level)
     if kind is None:
         raise PlanError(f"level={level!r}: use 'block', 'branch' or 'out'")
-    sites = [site for site in info.sites.values() if site.kind == kind and site.block in blocks]
+    modes = (*get_args(Attention), "reused")
+    if attention not in modes:
+        raise PlanError(f"attention={attention!r}: use one of {', '.join(modes)}")
+    if attention == "reused" and level == "block":
+        raise PlanError("attention='reused' keeps the branches of a block apart: use level='branch' or 'out'")
+    chosen = [site for site in info.sites.values() if site.block in blocks]
+    sites = [site for site in chosen if site.kind == kind]
     for site in sites:
-        if not site.prunable:
+        if not site.prunable and not (attention == "reused" and site.attention):
             raise PlanError(f"site '{site.name}' cannot be pruned: {site.reason}. Leave its block out of `blocks`")
     for block in sorted(set(blocks) - {site.block for site in sites}):
         raise PlanError(
             f"block '{info.blocks[block]}' has no delta of its own, because more than its branches changes the stream "
             "in it: use level='branch', or leave it out of `blocks`"
         )
-    return [site.name for site in sites]
+    keys = [site for site in chosen if site.kind == "kv"] if attention == "cached" else []
+    return [*keys, *sites]
+
+
+def token_actions(
+    sites: Sequence[Site], num_steps: int, attention: TokenAttention, row: Callable[[int, int], Action]
+) -> dict[tuple[int, str], Action]:
+    """The table of a token plan.
+
+    Args:
+        sites: what `pruned_sites` gave.
+        num_steps: denoising steps.
+        attention: what kept queries see; `reused`: self-attention is reused whole where a block is updated (ToCa, Zou
+            et al. 2024).
+        row: the action of a block at a step, given step and block.
+    """
+    actions: dict[tuple[int, str], Action] = {}
+    for step in range(num_steps):
+        for site in sites:
+            action = row(step, site.block)
+            if isinstance(action, Update):
+                whole = attention == "reused"
+                action = (
+                    Reuse() if whole and site.attention else replace(action, attention="kept" if whole else attention)
+                )
+            actions[step, site.name] = action
+    return actions

@@ -4,45 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 
-from tcc.errors import PlanError
 from tcc.info import ModelInfo
-from tcc.plan import Action, Attention, CachePlan, Compute, Update
-from tcc.plans.tokens import Choice, check_keep, choose_blocks, choose_tokens, delta_sites
+from tcc.plan import Action, CachePlan, Compute, Update
+from tcc.plans.placement import Cycle, tprr_steps
+from tcc.plans.tokens import (
+    Choice,
+    Level,
+    TokenAttention,
+    check_keep,
+    choose_blocks,
+    choose_tokens,
+    pruned_sites,
+    token_actions,
+)
 
-__all__ = ["Cycle", "tprr", "tprr_steps"]
-
-Cycle = Literal["p_steps", "length"]
-
-
-def tprr_steps(num_steps: int, k1: int, k2: int, boundary: float, cycle: Cycle = "p_steps") -> tuple[int, ...]:
-    """The I-steps of the two-phase round-robin schedule (TokenCache, Lou et al. 2024, arXiv 2409.18523, section TPRR).
-
-    Args:
-        num_steps: denoising steps.
-        k1: caching interval of the first phase (noisy steps, large).
-        k2: caching interval of the second phase.
-        boundary: the share of the steps that the first phase takes, 0..1.
-        cycle: how to read the interval: `p_steps`, K P-steps after each I-step; `length`, one I-step every K steps.
-
-    Raises:
-        PlanError: an interval or the boundary is out of range.
-    """
-    least = 0 if cycle == "p_steps" else 1
-    if min(k1, k2) < least or not 0 <= boundary <= 1:
-        raise PlanError(
-            f"tprr(k1={k1}, k2={k2}, boundary={boundary}): intervals are at least {least} with cycle='{cycle}', and "
-            "the boundary is a share of the steps, 0..1"
-        )
-    steps, step = [], 0
-    while step < num_steps:
-        steps.append(step)
-        k = k1 if step < round(boundary * num_steps) else k2
-        step += k + 1 if cycle == "p_steps" else k
-    return tuple(steps)
+__all__ = ["tprr"]
 
 
 def tprr(
@@ -54,9 +33,9 @@ def tprr(
     boundary: float = 0.5,
     cycle: Cycle = "p_steps",
     keep: float = 0.5,
-    attention: Attention = "kept",
+    attention: TokenAttention = "kept",
     blocks: Sequence[int] | None = None,
-    level: Literal["block", "branch", "out"] = "block",
+    level: Level = "block",
     tokens: Choice | torch.Tensor = "checkerboard",
     cell: int = 2,
     seed: int = 0,
@@ -76,7 +55,7 @@ def tprr(
         cycle: reading of the interval, see `tprr_steps`.
         keep: keep ratio r in (0, 1]: kept tokens / all tokens on P-steps, rounded to whole tokens (per cell, where
             tokens are chosen by cell); `plan.summary()` shows the share that comes out.
-        attention: what kept queries see, see `Update`.
+        attention: what kept queries see, see `Update`; or `reused`, the self-attention branches are reused whole.
         blocks: indices of the blocks to prune; the others are computed at every step. All, if None.
         level: `block` keeps one delta per block, `branch` one per residual branch, `out` every branch's output before
             its gate, which is then recomputed for all tokens.
@@ -91,18 +70,13 @@ def tprr(
     """
     chosen = choose_blocks(info, blocks)
     i_steps = set(tprr_steps(num_steps, k1, k2, boundary, cycle))
-    names = delta_sites(info, chosen, level)
+    sites = pruned_sites(info, chosen, level, attention)
     check_keep(keep)
     turns = range(min(info.num_tokens, math.ceil(1 / keep)) if rotate else 1)
     sets = {f"kept{t}": choose_tokens(info, keep, tokens, cell=cell, seed=seed, turn=t) for t in turns}
-    keys = [n for n, s in info.sites.items() if s.kind == "kv" and s.block in chosen] if attention == "cached" else []
-    actions: dict[tuple[int, str], Action] = {}
-    turn = 0
-    for step in range(num_steps):
-        kept = f"kept{turn % len(turns)}"
-        turn += step not in i_steps
-        for name in [*keys, *names]:
-            actions[step, name] = Compute() if step in i_steps else Update(kept, attention)
+    p_steps = [step for step in range(num_steps) if step not in i_steps]
+    rows: dict[int, Action] = {step: Update(f"kept{turn % len(turns)}") for turn, step in enumerate(p_steps)}
+    actions = token_actions(sites, num_steps, attention, lambda step, _: rows.get(step, Compute()))
     policy = {
         "name": "tprr", "k1": k1, "k2": k2, "boundary": boundary, "cycle": cycle, "keep": keep, "attention": attention,
         "blocks": list(chosen), "level": level, "tokens": tokens if isinstance(tokens, str) else "scores", "cell": cell,

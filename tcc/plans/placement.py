@@ -1,0 +1,71 @@
+"""Where the I-steps are: schedules of token plans."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from tcc.errors import PlanError
+
+__all__ = ["Cycle", "percentile_steps", "tprr_steps"]
+
+Cycle = Literal["p_steps", "length"]
+
+
+def tprr_steps(num_steps: int, k1: int, k2: int, boundary: float, cycle: Cycle = "p_steps") -> tuple[int, ...]:
+    """The I-steps of the two-phase round-robin schedule (TokenCache, Lou et al. 2024, arXiv 2409.18523, section TPRR).
+
+    Args:
+        num_steps: denoising steps.
+        k1: caching interval of the first phase (noisy steps, large).
+        k2: caching interval of the second phase.
+        boundary: the share of the steps that the first phase takes, 0..1.
+        cycle: how to read the interval: `p_steps`, K P-steps after each I-step; `length`, one I-step every K steps.
+
+    Raises:
+        PlanError: an interval or the boundary is out of range.
+    """
+    least = 0 if cycle == "p_steps" else 1
+    if min(k1, k2) < least or not 0 <= boundary <= 1:
+        raise PlanError(
+            f"tprr(k1={k1}, k2={k2}, boundary={boundary}): intervals are at least {least} with cycle='{cycle}', and "
+            "the boundary is a share of the steps, 0..1"
+        )
+    steps, step = [], 0
+    while step < num_steps:
+        steps.append(step)
+        k = k1 if step < round(boundary * num_steps) else k2
+        step += k + 1 if cycle == "p_steps" else k
+    return tuple(steps)
+
+
+def percentile_steps(importance: torch.Tensor, count: int) -> tuple[int, ...]:
+    """I-steps at uniform percentiles of the cumulative importance (the revised TokenCache paper, 2025).
+
+    The j-th I-step is the first step before which a share j / count of all importance lies, so the stretches between
+    I-steps weigh alike: where importance is dense, they are short. Where one step outweighs a stretch, the next free
+    step is taken. The first step always computes everything and nothing is learned for it: it counts as much as the
+    second.
+
+    Args:
+        importance: `[steps]`, the mean importance of every step; not negative.
+        count: how many I-steps.
+
+    Raises:
+        PlanError: the count is not in 1..steps, or the importances are negative, not finite, or all zero.
+    """
+    steps = importance.numel()
+    if not 1 <= count <= steps:
+        raise PlanError(f"i_steps={count}: a run of {steps} steps has 1..{steps} I-steps")
+    mass = importance.detach().double().cpu().clone()
+    mass[0] = mass[min(1, steps - 1)]
+    if not bool(torch.isfinite(mass).all()) or bool((mass < 0).any()) or not bool(mass.any()):
+        raise PlanError("I-steps are placed by importances that are finite, not negative, and not all zero")
+    before = (mass.cumsum(0) - mass) / mass.sum()
+    chosen: list[int] = []
+    for j in range(count):
+        first = int(torch.searchsorted(before, j / count - 1e-9))
+        free = max(first, chosen[-1] + 1 if chosen else 0)
+        chosen.append(min(free, steps - count + j))
+    return tuple(chosen)
