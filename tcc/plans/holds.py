@@ -1,0 +1,190 @@
+"""Plans that keep one value for a whole run of blocks: Delta-DiT, DeepCache and Faster Diffusion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from tcc.errors import PlanError
+from tcc.info import ModelInfo
+from tcc.plan import Action, CachePlan, Compute, Hold, Reuse
+
+__all__ = ["deepcache", "deepcache_steps", "delta_dit", "faster_diffusion"]
+
+#: The key steps of Faster Diffusion for 50 DDIM steps, from its code.
+KEY_STEPS = (0, 1, 2, 3, 5, 10, 15, 25, 35)
+
+
+def delta_dit(
+    info: ModelInfo, *, num_steps: int, interval: int = 2, span: int | None = None, boundary: float = 0.5
+) -> CachePlan:
+    r"""Delta-DiT (Chen et al. 2024, arXiv 2406.01125): what a run of blocks adds to the stream is kept, as one value.
+
+    Delta-Cache of section 3: F(x_t) = x_t + delta for the blocks in the run. Rear blocks make details and are kept in
+    the first phase, when the image gets its outlines; front blocks make outlines and are kept in the second.
+
+    Args:
+        info: the model.
+        num_steps: denoising steps.
+        interval: one step in so many computes everything, N in the paper.
+        span: how many blocks are kept, N_c in the paper: the first or the last so many. Half of them, if None.
+        boundary: share of steps in the first phase (the paper's b, as a share).
+
+    Raises:
+        PlanError: an option is out of range, or a block has no delta.
+    """
+    blocks = len(info.blocks)
+    span = max(1, blocks // 2) if span is None else span
+    if interval < 1 or not 1 <= span <= blocks or not 0 <= boundary <= 1:
+        raise PlanError(
+            f"delta_dit(interval={interval}, span={span}, boundary={boundary}): the interval is at least 1, the span "
+            f"is 1..{blocks} blocks and the boundary a share of the steps, 0..1"
+        )
+    front, rear = _deltas(info, range(span)), _deltas(info, range(blocks - span, blocks))
+    actions: dict[tuple[int, str], Action] = {}
+    for step in range(num_steps):
+        kept = rear if step < round(boundary * num_steps) else front
+        for name in dict.fromkeys([*front, *rear]):
+            actions[step, name] = Reuse() if step % interval and name in kept else Compute()
+    policy = {"name": "delta_dit", "interval": interval, "span": span, "boundary": boundary}
+    return info.count(CachePlan(num_steps=num_steps, actions=actions, policy=policy))
+
+
+def _deltas(info: ModelInfo, blocks: Iterable[int]) -> list[str]:
+    """What the blocks add to the stream: a delta per block, or its branches' where it has none of its own."""
+    names: list[str] = []
+    for block in blocks:
+        whole = [site.name for site in info.sites.values() if site.block == block and site.kind == "block"]
+        names += whole or [s.name for s in info.sites.values() if s.block == block and s.kind == "delta"]
+    return names
+
+
+def deepcache_steps(num_steps: int, interval: int, center: int | None = None, power: float = 1.2) -> tuple[int, ...]:
+    """The computed steps of DeepCache (Ma et al. 2024, arXiv 2312.00858, section 3.4).
+
+    Args:
+        num_steps: denoising steps.
+        interval: N in the paper. Uniform: every N-th step, from the first.
+        center: where computed steps are dense, for the non-uniform schedule: as many steps as the uniform one has, at
+            distances from the centre that grow by a power law. None for the uniform schedule.
+        power: the exponent, above 1; lowered by 0.02 until the steps are distinct, as in the published code.
+
+    Raises:
+        PlanError: an option is out of range, or no exponent gives distinct steps.
+    """
+    if interval < 1 or (center is not None and not (0 <= center < num_steps and power > 1)):
+        raise PlanError(
+            f"deepcache(interval={interval}, center={center}, power={power}): the interval is at least 1, the centre "
+            f"is one of the steps 0..{num_steps - 1} and the power is above 1"
+        )
+    uniform = tuple(range(0, num_steps, interval))
+    if center is None:
+        return uniform
+    while power > 1:
+        steps = _around(num_steps, len(uniform), center, power)
+        if len(steps) == len(uniform):
+            return steps
+        power -= 0.02
+    raise PlanError(
+        f"deepcache(interval={interval}, center={center}): no power law has so many distinct steps around it"
+    )
+
+
+def _around(num_steps: int, count: int, center: int, power: float) -> tuple[int, ...]:
+    """`x ** power + center` for x on a line; below the centre x is complex in the published code, and so it is here."""
+    line = np.linspace(complex(-center) ** (1 / power), (num_steps - center) ** (1 / power), count + 1)
+    offsets = np.unique((line**power).real.astype(np.int64))
+    return (0, *(int(x) + center for x in offsets[1:-1]))
+
+
+def deepcache(
+    info: ModelInfo,
+    *,
+    num_steps: int,
+    interval: int = 5,
+    rear: int = 1,
+    center: int | None = None,
+    power: float = 1.2,
+) -> CachePlan:
+    """DeepCache (Ma et al. 2024, arXiv 2312.00858): the stream that enters the last blocks is held between full steps.
+
+    What only fed the held stream is not computed. In a U-shaped model the last blocks also take long skips, so the
+    blocks that those come from are computed at every step, as in the paper; in others all blocks before are left out.
+
+    Args:
+        info: the model.
+        num_steps: denoising steps.
+        interval: one step in so many computes everything, N in the paper.
+        rear: how many blocks at the end every step computes; the paper's branch number plus one.
+        center: where full steps are dense; see `deepcache_steps`. The schedule is uniform, if None.
+        power: the exponent of the schedule around a centre.
+
+    Raises:
+        PlanError: an option is out of range.
+    """
+    if not 1 <= rear < len(info.blocks):
+        raise PlanError(
+            f"deepcache(rear={rear}): the model has {len(info.blocks)} blocks; use 1..{len(info.blocks) - 1}"
+        )
+    computed = deepcache_steps(num_steps, interval, center, power)
+    policy = {"name": "deepcache", "interval": interval, "rear": rear, "center": center, "power": power}
+    return _held(info, num_steps, computed, [_stream(info, len(info.blocks) - rear)], policy)
+
+
+def faster_diffusion(
+    info: ModelInfo, *, num_steps: int, key_steps: Sequence[int] | int | None = None, decoder: int | None = None
+) -> CachePlan:
+    """Faster Diffusion (Li et al. 2024, arXiv 2312.09608): the encoder runs at key steps only (encoder propagation).
+
+    At the other steps, the decoder gets the stream and the long skips of the last key step. The paper's noise injection
+    belongs to the sampler and is not part of the plan.
+
+    Args:
+        info: the model.
+        num_steps: denoising steps.
+        key_steps: the steps that compute everything, or m for every m-th. The published list for 50 DDIM steps, scaled
+            to `num_steps`, if None.
+        decoder: the first block of the decoder. If None: the first that takes a long skip, or the middle of the model
+            where none does.
+
+    Raises:
+        PlanError: an option is out of range, or the first step is no key step.
+    """
+    blocks = len(info.blocks)
+    skips = [site for site in info.sites.values() if site.kind == "skip"]
+    decoder = min((site.block for site in skips), default=blocks // 2) if decoder is None else decoder
+    keys = _key_steps(num_steps, key_steps)
+    if not 0 <= decoder < blocks:
+        raise PlanError(f"faster_diffusion(decoder={decoder}): the model has blocks 0..{blocks - 1}")
+    held = [_stream(info, decoder), *(site.name for site in skips if site.block >= decoder)]
+    policy = {"name": "faster_diffusion", "key_steps": list(keys), "decoder": decoder}
+    return _held(info, num_steps, keys, held, policy)
+
+
+def _key_steps(num_steps: int, given: Sequence[int] | int | None) -> tuple[int, ...]:
+    if given is None:
+        keys = sorted({step * num_steps // 50 for step in KEY_STEPS})
+    else:
+        keys = sorted(set(range(0, num_steps, max(1, given)) if isinstance(given, int) else given))
+    if given == 0 or not keys or keys[0] != 0 or keys[-1] >= num_steps:
+        raise PlanError(
+            f"faster_diffusion(key_steps={given}): steps are 0..{num_steps - 1} and the first is a key step; or give "
+            "one number m >= 1 for every m-th step"
+        )
+    return tuple(keys)
+
+
+def _stream(info: ModelInfo, block: int) -> str:
+    return next(s.name for s in info.sites.values() if s.kind == "stream" and s.block == block)
+
+
+def _held(
+    info: ModelInfo, num_steps: int, computed: Iterable[int], sites: list[str], policy: dict[str, object]
+) -> CachePlan:
+    """Hold the sites at every step but the computed ones."""
+    full = set(computed)
+    actions: dict[tuple[int, str], Action] = {
+        (step, name): Compute() if step in full else Hold() for step in range(num_steps) for name in sites
+    }
+    return info.count(CachePlan(num_steps=num_steps, actions=actions, policy=policy))

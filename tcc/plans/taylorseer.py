@@ -1,0 +1,93 @@
+"""TaylorSeer: compute every N-th step, forecast every branch output in between by a Taylor series."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from tcc.errors import PlanError
+from tcc.info import ModelInfo
+from tcc.plan import Action, CachePlan, Compute, Reuse
+
+__all__ = ["forecast_weights", "taylorseer", "taylorseer_steps"]
+
+
+def taylorseer_steps(num_steps: int, interval: int, first_full: int = 2) -> tuple[int, ...]:
+    """The computed steps of TaylorSeer: the first `first_full`, then every `interval`-th after the last of them."""
+    return (*range(min(first_full, num_steps)), *range(first_full - 1 + interval, num_steps, interval))
+
+
+def forecast_weights(computed: Sequence[int], step: int, order: int) -> tuple[float, ...]:
+    """What a Taylor forecast at `step` weighs the last computed values with, newest value first.
+
+    TaylorSeer (Liu et al. 2025, arXiv 2503.06923), the prediction F(x_{t-k}) = sum_i D^i F(x_t) (-k)^i / (i! N^i) with
+    the finite differences D^i F. The interval N is that of the two newest computed steps when a difference is taken,
+    as in the published code; so it holds for unequal intervals too.
+
+    Args:
+        computed: the steps computed so far, ascending.
+        step: the step that is forecast.
+        order: the order m of the series; as many weights as it needs values, m + 1, or one per computed step where
+            fewer were computed.
+    """
+    derivatives: list[np.ndarray] = []  # row i: the i-th derivative, as weights of all computed values, oldest first
+    for number, at in enumerate(computed):
+        value = np.eye(len(computed))[number]
+        updated = [value]
+        for older in derivatives[:order]:
+            updated.append((updated[-1] - older) / (at - computed[number - 1]))
+        derivatives = updated
+    ahead = step - computed[-1]
+    weights = sum(row * ahead**i / math.factorial(i) for i, row in enumerate(derivatives))
+    return tuple(float(w) for w in np.asarray(weights)[::-1][: order + 1])
+
+
+def taylorseer(
+    info: ModelInfo,
+    *,
+    num_steps: int,
+    interval: int = 3,
+    order: int = 2,
+    first_full: int = 2,
+    sites: Literal["out", "delta"] = "out",
+) -> CachePlan:
+    """TaylorSeer (Liu et al. 2025, arXiv 2503.06923): branch outputs are forecast between computed steps.
+
+    The forecast is a Taylor series in the step number (see `forecast_weights`). Before `order + 1` steps have been
+    computed, its order is the highest that the computed values allow, as in the published code. Its weights are known
+    when the plan is made and are inputs of the graph: steps forecast with one order share a variant.
+
+    Args:
+        info: the model.
+        num_steps: denoising steps.
+        interval: steps from one computed step to the next, N in the paper.
+        order: order of the series, O in the paper; 0 reuses the last value.
+        first_full: steps that are computed before the first interval.
+        sites: `out` keeps the branch outputs before the gate (the paper; the gate is recomputed), `delta` after it.
+
+    Raises:
+        PlanError: an option is out of range.
+    """
+    if interval < 1 or order < 0 or first_full < 1:
+        raise PlanError(
+            f"taylorseer(interval={interval}, order={order}, first_full={first_full}): the interval and first_full are "
+            "at least 1, the order at least 0"
+        )
+    if sites not in ("out", "delta"):
+        raise PlanError(f"taylorseer(sites={sites!r}): use 'out' or 'delta'")
+    computed = taylorseer_steps(num_steps, interval, first_full)
+    names = [name for name, site in info.sites.items() if site.kind == sites]
+    actions: dict[tuple[int, str], Action] = {}
+    for step in range(num_steps):
+        action: Action = Compute() if step in computed else _forecast([s for s in computed if s < step], step, order)
+        actions |= {(step, name): action for name in names}
+    policy = {"name": "taylorseer", "interval": interval, "order": order, "first_full": first_full, "sites": sites}
+    return info.count(CachePlan(num_steps=num_steps, actions=actions, policy=policy))
+
+
+def _forecast(computed: Sequence[int], step: int, order: int) -> Reuse:
+    weights = forecast_weights(computed, step, order)
+    return Reuse(len(weights) - 1, weights) if len(weights) > 1 else Reuse()
