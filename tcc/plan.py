@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 
 from tcc.errors import PlanError
+from tcc.scores import Attended, Score, Stale, check_score, check_table, keeps_part_of
 
 __all__ = [
     "Action",
@@ -43,9 +44,11 @@ class Compute:
 class TopK:
     """A dynamic token set: the `count` tokens of each sample with the highest score, chosen in the graph.
 
+    The same `TopK` at several sites of a step is one set. Of tokens with equal scores, the first ones are taken.
+
     Attributes:
-        score: the name of the score.
-        count: how many tokens are kept.
+        score: the name of a score of the plan.
+        count: how many tokens are kept, over all grid cells.
     """
 
     score: str
@@ -169,7 +172,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class CachePlan:
-    """The table step x site -> action, with the token sets it names.
+    """The table step x site -> action, with the token sets and the scores it names.
 
     Sites that the plan does not name are computed at every step and never stored. A named site is computed and stored
     at every step that gives it no other action.
@@ -178,6 +181,8 @@ class CachePlan:
         num_steps: the denoising steps of one run, numbered 0.. in execution order.
         actions: `{(step, site): action}`.
         tokens: `{name: [k] int64}`, sorted positions in the stream.
+        scores: `{name: score}`, what dynamic token sets (`TopK`) are chosen by.
+        tables: `{name: tensor}`, floating-point tensors that the scores read.
         model: the model it was made for, or None for a plan written by hand.
         policy: the policy that made it, with its options, for the record.
         cost: what it costs, where a policy has counted it.
@@ -192,16 +197,24 @@ class CachePlan:
     model: ModelKey | None = None
     policy: Mapping[str, Any] = field(default_factory=dict)
     cost: Cost | None = None
+    scores: Mapping[str, Score] = field(default_factory=dict)
+    tables: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.num_steps, int) or self.num_steps < 1:
             raise PlanError(f"a plan needs at least one step, a whole number, got num_steps={self.num_steps}")
         for name, kept in self.tokens.items():
             _check_tokens(name, kept)
+        for name, table in self.tables.items():
+            check_table(name, table)
+        for name, score in self.scores.items():
+            check_score(name, score, self.tables)
         for (step, site), action in self.actions.items():
             self._check_action(step, site, action)
         for site in self.sites:
             self._check_reads(site)
+        for name, (step, site) in self._first_choices().items():
+            self._check_score_reads(f"step {step}, site '{site}'", step, name)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -219,6 +232,15 @@ class CachePlan:
     def column(self, site: str) -> Iterator[tuple[int, Action]]:
         """The actions of `site`, step by step."""
         return ((step, self.action(step, site)) for step in range(self.num_steps))
+
+    def computes(self, step: int, branch: str) -> bool:
+        """Whether `step` computes the whole of `branch`: no site that keeps a part of it has another action."""
+        sites = (site for site in self.sites if keeps_part_of(branch, site))
+        return all(isinstance(self.action(step, site), Compute) for site in sites)
+
+    def score_of(self, tokens: TopK) -> Score:
+        """The score that a dynamic set is chosen by."""
+        return self.scores[tokens.score]
 
     @property
     def schedule(self) -> Schedule:
@@ -300,6 +322,9 @@ class CachePlan:
         if isinstance(action, Update) and isinstance(action.tokens, str) and action.tokens not in self.tokens:
             known = ", ".join(self.tokens) or "none"
             raise PlanError(f"{where}: unknown token set '{action.tokens}' (the plan has: {known})")
+        if isinstance(action, Update) and isinstance(action.tokens, TopK) and action.tokens.score not in self.scores:
+            known = ", ".join(self.scores) or "none"
+            raise PlanError(f"{where}: unknown score '{action.tokens.score}' (the plan has: {known})")
 
     def _check_reads(self, site: str) -> None:
         """Every value read was stored earlier in the same run."""
@@ -322,6 +347,37 @@ class CachePlan:
                     f"step {step}, site '{site}': {type(action).__name__.lower()} reads {need} stored value(s), but "
                     f"{stored} were computed before it in the run: compute the site at {need - stored} earlier step(s)"
                 )
+
+    def _first_choices(self) -> dict[str, tuple[int, str]]:
+        """The scores that choose tokens, each with the first step and site that they are used at."""
+        rows = sorted(self.actions.items(), key=lambda row: row[0][0], reverse=True)
+        return {a.tokens.score: at for at, a in rows if isinstance(a, Update) and isinstance(a.tokens, TopK)}
+
+    def _check_score_reads(self, where: str, step: int, name: str) -> None:
+        """What a score reads of earlier steps exists: maps of branches, and the age of a site's tokens."""
+        for _, term in self.scores[name].terms:
+            if isinstance(term, Attended) and not any(self.computes(s, term.branch) for s in range(step)):
+                raise PlanError(
+                    f"{where}: score '{name}' reads how branch '{term.branch}' attended, but no earlier step computes "
+                    "the branch in full: compute it at an earlier step"
+                )
+            if not isinstance(term, Stale):
+                continue
+            column = list(self.column(term.site)) if term.site in self.sites else []
+            if not any(isinstance(a, Update) and _chosen_by(a, name) for _, a in column):
+                raise PlanError(
+                    f"{where}: score '{name}' counts the age of the tokens of '{term.site}', but the plan never "
+                    "updates that site with a set chosen by the score: update it so, or name another site"
+                )
+            if not any(isinstance(a, Compute) for s, a in column if s < step):
+                raise PlanError(
+                    f"{where}: score '{name}' counts the age of the tokens of '{term.site}', which no earlier step "
+                    "computes: compute it at an earlier step"
+                )
+
+
+def _chosen_by(action: Update, score: str) -> bool:
+    return isinstance(action.tokens, TopK) and action.tokens.score == score
 
 
 def _finite(x: float) -> bool:

@@ -1,4 +1,4 @@
-"""A plan as one safetensors file: the table as JSON in the header, the token sets as tensors.
+"""A plan as one safetensors file: the table as JSON in the header, the token sets and the scores' tables as tensors.
 
 Nothing in the file is executed. A checksum over header and tensors tells a file that was cut or altered.
 """
@@ -16,11 +16,13 @@ from safetensors.torch import save_file
 
 from tcc.errors import PlanError, TccError
 from tcc.plan import Action, CachePlan, Compute, Cost, Hold, ModelKey, Reuse, Skip, TopK, Update
+from tcc.scores import Attended, Fixed, Norm, Probe, Score, Stale, Term
 
 __all__ = ["load", "save"]
 
 FORMAT = "tcc-plan-1"
 _KINDS: dict[str, type[Any]] = {c.__name__.lower(): c for c in (Compute, Update, Reuse, Hold, Skip)}
+_TERMS: dict[str, type[Any]] = {c.__name__.lower(): c for c in (Fixed, Norm, Attended, Stale, Probe)}
 
 
 def save(plan: CachePlan, path: str) -> None:
@@ -41,11 +43,14 @@ def save(plan: CachePlan, path: str) -> None:
         "kinds": kinds,
         "actions": rows,
         "tokens": list(plan.tokens),
+        "scores": {name: _encode_score(score) for name, score in plan.scores.items()},
+        "tables": list(plan.tables),
         "model": None if plan.model is None else asdict(plan.model),
         "policy": dict(plan.policy),
         "cost": None if plan.cost is None else asdict(plan.cost),
     }
     tensors = {f"tokens.{i}": kept.contiguous() for i, kept in enumerate(plan.tokens.values())}
+    tensors |= {f"tables.{i}": table.detach().cpu().clone() for i, table in enumerate(plan.tables.values())}
     try:
         text = json.dumps(body)  # in this order: a policy's options are shown as they were given
     except (TypeError, ValueError) as error:
@@ -104,6 +109,8 @@ def _decode(body: dict[str, Any], tensors: dict[str, torch.Tensor]) -> CachePlan
         model=model,
         policy=dict(body["policy"]),
         cost=cost,
+        scores={name: _score(entry) for name, entry in body.get("scores", {}).items()},  # none in older files
+        tables={name: tensors[f"tables.{i}"] for i, name in enumerate(body.get("tables", ()))},
     )
 
 
@@ -119,6 +126,20 @@ def _action(entry: dict[str, Any]) -> Action:
         fields["coefficients"] = tuple(fields["coefficients"])
     action: Action = _KINDS[entry["kind"]](**fields)
     return action
+
+
+def _encode_score(score: Score) -> dict[str, Any]:
+    terms = [[weight, {"kind": type(term).__name__.lower(), **asdict(term)}] for weight, term in score.terms]
+    return {**asdict(score), "terms": terms}
+
+
+def _score(entry: dict[str, Any]) -> Score:
+    return Score(**{**entry, "terms": tuple((weight, _term(fields)) for weight, fields in entry["terms"])})
+
+
+def _term(entry: dict[str, Any]) -> Term:
+    term: Term = _TERMS[entry["kind"]](**{key: val for key, val in entry.items() if key != "kind"})
+    return term
 
 
 def _digest(text: str, tensors: dict[str, torch.Tensor]) -> str:

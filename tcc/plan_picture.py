@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import textwrap
 from collections import Counter
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from tcc.plan import Action, CachePlan, Reuse, TopK, Update
+from tcc.scores import Score
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,6 +28,7 @@ _LOOKS = {
     "hold": "#d07c5c",
     "skip": "#e4e4e4",
 }
+_SCORES = 6  # scores that a summary spells out
 _WIDTH = 100  # characters to a line of the schedule
 
 
@@ -41,6 +44,7 @@ def facts(plan: CachePlan) -> dict[str, Any]:
         "tokens": {
             name: {"k": kept.numel(), "share": _share(plan, kept.numel())} for name, kept in plan.tokens.items()
         },
+        "scores": {name: _formula(score) for name, score in plan.scores.items()},
         "num_tokens": plan.model.num_tokens if plan.model else None,
         "macs": plan.macs if cost else None,
         "full_macs": cost.full_macs * plan.num_steps if cost else None,
@@ -180,8 +184,36 @@ def _token_lines(plan: CachePlan) -> list[str]:
         share = _share(plan, kept.numel())
         of = f" of {plan.model.num_tokens} ({share:.0%})" if plan.model and share is not None else ""
         lines.append(f"{name}: {kept.numel()}{of}")
-    dynamic = {a.tokens for a in plan.actions.values() if isinstance(a, Update) and isinstance(a.tokens, TopK)}
-    return lines + [f"top {d.count} by {d.score}, chosen at run time" for d in sorted(dynamic, key=str)]
+    dynamic = _dynamic(plan)
+    lines += [f"top {_range(dynamic[name])} by {name}: {_formula(plan.scores[name])}" for name in [*dynamic][:_SCORES]]
+    return lines + ([f"and by {len(dynamic) - _SCORES} more scores"] if len(dynamic) > _SCORES else [])
+
+
+def _dynamic(plan: CachePlan) -> dict[str, list[int]]:
+    """The scores that choose tokens, in the order of the plan, each with the sizes of its sets."""
+    found: dict[str, set[int]] = {}
+    for action in plan.actions.values():
+        if isinstance(action, Update) and isinstance(action.tokens, TopK):
+            found.setdefault(action.tokens.score, set()).add(action.tokens.count)
+    return {name: sorted(found[name]) for name in plan.scores if name in found}
+
+
+def _range(counts: list[int]) -> str:
+    return str(counts[0]) if len(counts) == 1 else f"{counts[0]}..{counts[-1]}"
+
+
+def _formula(score: Score) -> str:
+    """A score in one line: its weighted terms, and how the highest are taken."""
+    terms = []
+    for weight, term in score.terms:
+        of = next(iter(asdict(term).values()))
+        terms.append(f"{weight:g} {type(term).__name__.lower()}({of})")
+    text = " + ".join(terms)
+    if score.cell:
+        text += f", cells of {score.cell} x {score.cell}"
+    if score.bonus:
+        text += f", bonus {score.bonus:g}"
+    return text + (", per cell" if score.per_cell else "") + (", shared by the batch" if score.shared else "")
 
 
 def _share(plan: CachePlan, count: int) -> float | None:

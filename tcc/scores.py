@@ -1,12 +1,17 @@
 """Scores of a dynamic token set: how the tokens of each sample are ranked, as data.
 
 A plan names its scores (`CachePlan.scores`) and the tensors they read (`CachePlan.tables`); the compiler computes them
-in the graph, `[B, S]`, and keeps the highest (`TopK`).
+in the graph, `[B, S]` float32, and keeps the highest (`TopK`). Stored values, maps and ages are read as they stood when
+the step began.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+import torch
 
 from tcc.errors import PlanError
 
@@ -28,7 +33,7 @@ class Fixed:
 class Norm:
     """The L2 norm over the channels of a site's value (of V for a `kv` site), divided by its L2 norm over the tokens.
 
-    The value is the stored one where the step updates or reuses the site, else the one that the step computes.
+    The value is the stored one where the step updates, reuses or holds the site, else the one that the step computes.
 
     Attributes:
         site: the site.
@@ -41,8 +46,8 @@ class Norm:
 class Attended:
     """How much each token is attended to (ToCa, Zou et al. 2024, s1).
 
-    Column sums of the head-averaged softmax map, kept from the last step that computed the branch in full, divided by
-    their L2 norm over the tokens.
+    Column sums of the head-averaged softmax map, kept from the last earlier step that computed the branch in full,
+    divided by their L2 norm over the tokens.
 
     Attributes:
         branch: a branch with one self-attention, such as `blocks.0.attn`.
@@ -53,7 +58,9 @@ class Attended:
 
 @dataclass(frozen=True)
 class Stale:
-    """Steps since the token was last computed at a site (ToCa, s3); 0 after a step that computes the site in full.
+    """Steps since the token was last computed at a site (ToCa, s3).
+
+    0 after a step that computes the site in full and for the tokens that a step keeps; each other step adds 1.
 
     Attributes:
         site: the site, which the plan updates with the score's own token set.
@@ -64,7 +71,7 @@ class Stale:
 
 @dataclass(frozen=True)
 class Probe:
-    """A small network on a stream: `gelu(layer_norm(x) @ hidden + offset) @ weight + bias`.
+    """A small network on a stream: `gelu(layer_norm(x) @ hidden + offset) @ weight + bias`, in float32.
 
     Attributes:
         site: a `stream` site, x `[B, S, D]`.
@@ -90,7 +97,7 @@ class Score:
 
     Attributes:
         terms: `((weight, term), ...)`.
-        cell: the side of the grid cells that `bonus` and `per_cell` speak of; 0 for none.
+        cell: the side of the grid cells (of one frame) that `bonus` and `per_cell` speak of; 0 for none.
         bonus: in every cell, the highest token gets this share of its own score on top (ToCa, s4).
         per_cell: keep the same number of tokens in every cell (grid-based pruning, TokenCache v1).
         shared: rank the tokens once for the whole batch, by the mean over the samples.
@@ -105,5 +112,77 @@ class Score:
     def __post_init__(self) -> None:
         if not self.terms:
             raise PlanError("a score needs at least one term")
+        for weight, term in self.terms:
+            if not isinstance(term, Term):
+                raise PlanError(f"Score(terms=...): {term!r} is not a term: use Fixed, Norm, Attended, Stale or Probe")
+            if not math.isfinite(weight):
+                raise PlanError(f"Score(terms=...): the weight of {term} must be finite, got {weight}")
+        if not math.isfinite(self.bonus):
+            raise PlanError(f"Score(bonus={self.bonus}): the bonus must be finite")
         if (self.bonus or self.per_cell) and self.cell < 1:
             raise PlanError(f"Score(cell={self.cell}): a bonus or a count per cell needs a cell of side 1 or more")
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The names of the tables that it reads, in the order of their first use."""
+        return tuple(dict.fromkeys(name for _, term in self.terms for name, _ in table_ranks(term)))
+
+
+def table_ranks(term: Term) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """The tables that `term` reads, each with the numbers of dimensions that it may have."""
+    if isinstance(term, Fixed):
+        return ((term.table, (1, 2)),)
+    if isinstance(term, Probe):
+        return ((term.hidden, (2,)), (term.offset, (1,)), (term.weight, (1,)), (term.bias, (1,)))
+    return ()
+
+
+def keeps_part_of(branch: str, site: str) -> bool:
+    """Whether `site` keeps a part of `branch`: its output, its delta, its keys, or its block's delta."""
+    owner, _, kind = site.split("@")[0].rpartition(".")
+    return owner == branch or (kind == "delta" and owner == branch.rpartition(".")[0])
+
+
+def check_table(name: str, table: torch.Tensor) -> None:
+    """Refuse a table that holds anything but finite floating-point numbers."""
+    if not table.dtype.is_floating_point or table.dim() not in (1, 2) or table.numel() == 0:
+        raise PlanError(
+            f"table '{name}': expected a non-empty floating-point tensor of 1 or 2 dimensions, "
+            f"got {table.dtype} {list(table.shape)}"
+        )
+    if not bool(torch.isfinite(table).all()):
+        raise PlanError(f"table '{name}': the numbers must be finite")
+
+
+def check_score(name: str, score: Score, tables: Mapping[str, torch.Tensor]) -> None:
+    """Check what a score says by itself: its tables, and the form of the names in it.
+
+    Raises:
+        PlanError: names the score, the term and the remedy.
+    """
+    if not isinstance(score, Score):
+        raise PlanError(f"score '{name}': {score!r} is not a Score")
+    for _, term in score.terms:
+        for table, ranks in table_ranks(term):
+            if table not in tables:
+                known = ", ".join(tables) or "none"
+                raise PlanError(f"score '{name}', {term}: unknown table '{table}' (the plan has: {known})")
+            if tables[table].dim() not in ranks:
+                raise PlanError(
+                    f"score '{name}', {term}: table '{table}' has shape {list(tables[table].shape)}, "
+                    f"expected {' or '.join(map(str, ranks))} dimension(s)"
+                )
+        if isinstance(term, Probe):
+            _check_probe(name, term, tables)
+
+
+def _check_probe(name: str, term: Probe, tables: Mapping[str, torch.Tensor]) -> None:
+    if term.site.rpartition(".")[2].split("@")[0] != "stream":
+        raise PlanError(f"score '{name}', {term}: a probe reads a site that ends in .stream, not '{term.site}'")
+    width = tables[term.hidden].shape[1]
+    for table in (term.offset, term.weight):
+        if tables[table].shape[0] != width:
+            raise PlanError(
+                f"score '{name}', {term}: table '{table}' has shape {list(tables[table].shape)}, expected [{width}] "
+                f"like the columns of '{term.hidden}'"
+            )

@@ -10,15 +10,17 @@ import torch
 
 from tcc.errors import PlanError
 from tcc.plan import COMPUTE, Action, CachePlan, Compute, Cost, Hold, Reuse, Skip, TopK, Update
+from tcc.scores import Norm, Score
 
 SITE, KEYS, STREAM = "blocks.0.delta", "blocks.0.attn.kv", "blocks.0.stream"
 SETS = {"T": torch.tensor([0, 2])}
+SCORES = {"norm": Score(((1.0, Norm(SITE)),))}
 
 
 def column(*actions: Action, site: str = SITE, tokens: dict[str, torch.Tensor] | None = None) -> CachePlan:
     """A plan with one site, given step by step."""
     table = {(step, site): action for step, action in enumerate(actions)}
-    return CachePlan(num_steps=len(actions), actions=table, tokens=SETS if tokens is None else tokens)
+    return CachePlan(num_steps=len(actions), actions=table, tokens=SETS if tokens is None else tokens, scores=SCORES)
 
 
 BAD_ACTIONS = {
@@ -82,6 +84,10 @@ BAD_TABLES: dict[str, tuple[Any, str]] = {
     "reused skip": ({(0, "blocks.2.skip"): Reuse()}, "site 'blocks.2.skip': reuse is not for this kind of site"),
     "skipped keys": ({(0, KEYS): Skip()}, "keys and values cannot be skipped; skip the branch's delta"),
     "unknown set": ({(1, SITE): Update("U")}, "site 'blocks.0.delta': unknown token set 'U' (the plan has: T)"),
+    "unknown score": (
+        {(1, SITE): Update(TopK("s", 2))},
+        "site 'blocks.0.delta': unknown score 's' (the plan has: norm)",
+    ),
 }
 
 
@@ -90,7 +96,7 @@ def test_a_table_names_steps_sites_and_sets_that_exist(kind: str) -> None:
     """What is wrong in the table is refused with its step and site, and what would be right."""
     table, message = BAD_TABLES[kind]
     with pytest.raises(PlanError, match=re.escape(message)):
-        CachePlan(num_steps=2, actions=table, tokens=SETS)
+        CachePlan(num_steps=2, actions=table, tokens=SETS, scores=SCORES)
 
 
 @pytest.mark.parametrize("num_steps", [0, -3, 2.0, "4"])

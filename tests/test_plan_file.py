@@ -18,6 +18,7 @@ import tcc
 from tcc import plan_file
 from tcc.errors import PlanError
 from tcc.plan import Action, CachePlan, Compute, Cost, Hold, ModelKey, Reuse, Skip, TopK, Update
+from tcc.scores import Attended, Fixed, Norm, Probe, Score, Stale
 from tests.tiny_models import case
 
 SITE = "blocks.0.delta"
@@ -37,6 +38,25 @@ ACTIONS: dict[tuple[int, str], Action] = {
     (1, "blocks.0.attn.delta@text"): Reuse(),
 }
 TOKENS = {"some": torch.tensor([0, 3, 15]), "all": torch.arange(16)}
+TABLES = {
+    "fixed": torch.randn(2, 16, generator=torch.Generator().manual_seed(0)),
+    "in": torch.ones(32, 4, dtype=torch.bfloat16),
+    "row": torch.arange(4.0),
+    "bias": torch.zeros(16, dtype=torch.float64),
+}
+SCORES = {
+    "norm": Score(((1.0, Norm("blocks.1.mlp.out")), (0.1 + 0.2, Stale("blocks.1.mlp.out"))), cell=2, bonus=0.6),
+    "rest": Score(
+        (
+            (1.0, Fixed("fixed")),
+            (-2.0, Attended("blocks.0.attn")),
+            (1e-7, Probe("out.stream", "in", "row", "row", "bias")),
+        ),
+        cell=4,
+        per_cell=True,
+        shared=True,
+    ),
+}
 
 
 def full_plan() -> CachePlan:
@@ -48,6 +68,8 @@ def full_plan() -> CachePlan:
         model=ModelKey("ab" * 32, (("x", (2, 4, 8, 8)), ("t", (2,))), 16),
         policy={"name": "by hand", "keep": 0.5, "blocks": [0, 1], "note": "größer"},
         cost=Cost(1000, (1000, 500, 500, 250, 250, 0), 4096),
+        scores=SCORES,
+        tables=TABLES,
     )
 
 
@@ -70,11 +92,28 @@ def assert_same(one: CachePlan, other: CachePlan) -> None:
     assert dict(one.policy) == dict(other.policy)
     assert list(one.tokens) == list(other.tokens)
     assert all(torch.equal(one.tokens[name], kept) for name, kept in other.tokens.items())
+    assert (dict(one.scores), list(one.tables)) == (dict(other.scores), list(other.tables))
+    assert all(torch.equal(one.tables[name], table) for name, table in other.tables.items())
+    assert all(one.tables[name].dtype == table.dtype for name, table in other.tables.items())
 
 
 def test_everything_comes_back(tmp_path: pathlib.Path) -> None:
     """Every action with its numbers, token sets, model key, policy and cost."""
     assert_same(CachePlan.load(saved(tmp_path, full_plan())), full_plan())
+
+
+def test_a_file_from_before_scores_is_read(tmp_path: pathlib.Path) -> None:
+    """Older files say nothing of scores and tables: there are none."""
+    plan = CachePlan(num_steps=1, actions={(0, SITE): Compute()}, tokens={"some": torch.tensor([1])})
+    path = saved(tmp_path, plan)
+    with safe_open(path, framework="pt") as file:
+        meta, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    body = json.loads(meta["plan"])
+    del body["scores"], body["tables"]
+    meta["plan"] = json.dumps(body)
+    meta["sha256"] = plan_file._digest(meta["plan"], tensors)
+    save_file(tensors, path, metadata=meta)
+    assert_same(CachePlan.load(path), plan)
 
 
 def test_a_plan_with_nothing_in_it_comes_back(tmp_path: pathlib.Path) -> None:

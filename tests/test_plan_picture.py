@@ -10,6 +10,7 @@ import torch
 
 from tcc.plan import Action, CachePlan, Compute, Cost, Hold, ModelKey, Reuse, Skip, TopK, Update
 from tcc.plan_picture import facts, plot, summary
+from tcc.scores import Norm, Score, Stale
 
 SITES = ("blocks.0.attn.out", "blocks.0.mlp.out")
 
@@ -39,6 +40,7 @@ def every_action() -> CachePlan:
             (3, "b.2.stream"): Hold(),
             (3, "b.3.delta"): Update(TopK("norm", 4), "current"),
         },
+        scores={"norm": Score(((1.0, Norm("b.3.delta")),))},
     )
 
 
@@ -58,13 +60,30 @@ def test_summary_says_it_all_in_few_lines() -> None:
     ]
 
 
+def test_summary_names_what_dynamic_sets_are_chosen_by() -> None:
+    """One line per score with the sizes of its sets; of many scores, the first ones."""
+    names = [f"s{i}" for i in range(8)]
+    terms = ((0.5, Norm("b.0.delta")), (-1.0, Stale("b.0.delta")))
+    plan = CachePlan(
+        num_steps=9,
+        actions={(i + 1, "b.0.delta"): Update(TopK(name, i + 1)) for i, name in enumerate(names)}
+        | {(8, "b.1.delta"): Update(TopK("s0", 5))},
+        scores={name: Score(terms, cell=2, bonus=0.6, per_cell=True, shared=True) for name in names},
+    )
+    lines = summary(plan).splitlines()
+    formula = "0.5 norm(b.0.delta) + -1 stale(b.0.delta), cells of 2 x 2, bonus 0.6, per cell, shared by the batch"
+    assert lines[4] == f"tokens   top 1..5 by s0: {formula}"
+    assert [line[9:] for line in lines[9:11]] == [f"top 6 by s5: {formula}", "and by 2 more scores"]
+    assert facts(plan)["scores"]["s7"] == formula
+
+
 def test_summary_of_a_plan_that_was_not_counted() -> None:
     """A plan written by hand has no cost yet; the summary says how to get it."""
     lines = summary(every_action())
 
     assert "policy   written by hand" in lines
     assert "1 forecast, 1 reuse, 1 hold, 1 skip (4 sites)" in lines
-    assert "top 4 by norm, chosen at run time" in lines
+    assert "top 4 by norm: 1 norm(b.3.delta)" in lines
     assert "not counted yet: info.count(plan)" in lines
     assert "bound" not in lines
 
