@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import re
 from collections.abc import Callable
@@ -14,11 +13,10 @@ import pytest
 import torch
 
 from tcc import plans
-from tcc.cli.subjects import load_subject
 from tcc.errors import PlanError
-from tcc.info import ModelInfo, inspect
 from tcc.learned import Importance, Router, load_learned, save_learned
 from tcc.plan import CachePlan, Compute, Reuse
+from tests.published import dit_xl2
 from tests.tiny_models import case, dit
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "l2c-routers"
@@ -305,13 +303,6 @@ def published(name: str) -> Path:
     if not (PUBLISHED / name).is_file():
         pytest.skip(f"{name} is not at {PUBLISHED}: the published routers are not shipped, they state no licence")
     return PUBLISHED / name
-
-
-@functools.cache
-def dit_xl2() -> ModelInfo:
-    """DiT-XL/2 at 256 x 256 pixels, without memory for its weights."""
-    subject = load_subject("DiT-XL/2", batch=1, input_size=32, device="meta")
-    return inspect(subject.model, *subject.args)
 
 
 #: Computed attention and MLP units of every P-step, from the last step back to the noisy ones (methods.md 2.8).

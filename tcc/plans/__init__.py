@@ -4,11 +4,14 @@ Each docstring names the method and its source. `info` is what `tcc.inspect` ret
 """
 
 from tcc.plans.branches import i_steps_of_pairs
+from tcc.plans.drops import learning_to_drop, random_drop
 from tcc.plans.fora import fora
+from tcc.plans.heuristics import bottom_up, metric, random_units, time_cut, top_down
 from tcc.plans.holds import deepcache, delta_dit, faster_diffusion
 from tcc.plans.l2c import l2c
 from tcc.plans.placement import percentile_steps, tprr_steps
 from tcc.plans.routers import read_published_router
+from tcc.plans.smoothcache import smoothcache
 from tcc.plans.taylorseer import taylorseer
 from tcc.plans.tokens import choose_tokens
 from tcc.plans.tprr import tprr
@@ -16,6 +19,7 @@ from tcc.plans.uncached import full
 
 __all__ = [
     "POLICIES",
+    "bottom_up",
     "choose_tokens",
     "deepcache",
     "delta_dit",
@@ -24,9 +28,16 @@ __all__ = [
     "full",
     "i_steps_of_pairs",
     "l2c",
+    "learning_to_drop",
+    "metric",
     "percentile_steps",
+    "random_drop",
+    "random_units",
     "read_published_router",
+    "smoothcache",
     "taylorseer",
+    "time_cut",
+    "top_down",
     "tprr",
     "tprr_steps",
 ]
@@ -43,5 +54,13 @@ POLICIES = {
         deepcache,
         faster_diffusion,
         l2c,
+        learning_to_drop,
+        smoothcache,
+        time_cut,
+        bottom_up,
+        top_down,
+        random_units,
+        metric,
+        random_drop,
     )
 }

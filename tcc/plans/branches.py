@@ -9,8 +9,9 @@ from tcc.errors import PlanError
 from tcc.info import ModelInfo
 from tcc.plan import Action, CachePlan, Compute, Reuse
 
-__all__ = ["Kept", "branch_plan", "branch_sites", "check_whole", "i_steps_of_pairs"]
+__all__ = ["Kept", "branch_plan", "branch_sites", "check_share", "check_whole", "i_steps_of_pairs", "p_steps"]
 
+REUSE = Reuse()
 #: Which value of a branch is kept: its output before the gate, or what is added to the stream.
 Kept = Literal["out", "delta"]
 
@@ -19,6 +20,23 @@ def check_whole(name: str, value: object, least: int) -> None:
     """Refuse what is not a whole number of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise PlanError(f"{name}={value}: expected a whole number, {least} or more")
+
+
+def check_share(name: str, value: float) -> None:
+    """Refuse what is not a share, 0..1."""
+    if not 0 <= value <= 1:
+        raise PlanError(f"{name}={value}: expected a share, 0..1")
+
+
+def p_steps(num_steps: int, interval: int) -> list[int]:
+    """All steps but every `interval`-th, counted from the first.
+
+    Raises:
+        PlanError: one of them is no whole number of at least 1.
+    """
+    check_whole("num_steps", num_steps, 1)
+    check_whole("interval", interval, 1)
+    return [step for step in range(num_steps) if step % interval]
 
 
 def branch_sites(info: ModelInfo, sites: Kept) -> list[str]:
@@ -38,7 +56,7 @@ def branch_plan(
     names: Sequence[str],
     cached: Collection[tuple[int, str]],
     policy: dict[str, Any],
-    instead: Action | None = None,
+    instead: Action = REUSE,
 ) -> CachePlan:
     """The counted plan that computes the sites `names` at every step, except at the (step, site) pairs in `cached`.
 
@@ -48,10 +66,9 @@ def branch_plan(
         names: the sites that the plan names.
         cached: where another action than compute is taken.
         policy: the policy's name and options.
-        instead: that action; reuse, if None.
+        instead: that action.
     """
     check_whole("num_steps", num_steps, 1)
-    instead = instead or Reuse()
     actions: dict[tuple[int, str], Action] = {
         (step, name): instead if (step, name) in cached else Compute() for step in range(num_steps) for name in names
     }
