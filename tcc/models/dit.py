@@ -10,7 +10,6 @@ Shape legend used below: B batch, C channels, H/W image or latent size, S tokens
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tcc.errors import ModelError
+from tcc.models.config import ModelConfig
 
 # (depth, width, heads) of the four published sizes; each exists with patch 2, 4 and 8.
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -30,53 +30,25 @@ SIZES: dict[str, tuple[int, int, int]] = {
 PATCHES = (2, 4, 8)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class DiTConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiTConfig(ModelConfig):
     """Everything that is needed to rebuild a DiT before its weights are loaded.
 
     Attributes:
-        input_size: (H, W) of the image or latent.
-        patch_size: side P of a square patch; one patch is one token.
-        in_channels: channels C of the input.
-        hidden_size: width D of the residual stream.
-        depth: number of blocks.
-        num_heads: attention heads; must divide ``hidden_size``.
-        mlp_ratio: hidden width of the MLP over D.
         class_dropout_prob: share of labels replaced by the null class in training; above 0 adds the null row.
-        num_classes: number of classes, the null class not counted.
         learn_sigma: whether the output has C more channels for the learned-range variance.
     """
 
-    input_size: tuple[int, int]
-    patch_size: int
-    in_channels: int
-    hidden_size: int
-    depth: int
-    num_heads: int
-    mlp_ratio: float
     class_dropout_prob: float
-    num_classes: int
     learn_sigma: bool
 
     def __post_init__(self) -> None:
         """Refuse sizes that cannot be built, naming the offender and the remedy."""
-        height, width = self.input_size
-        if height % self.patch_size or width % self.patch_size:
-            raise ModelError(
-                f"input_size {height}x{width} is not a multiple of patch_size {self.patch_size}: "
-                "pad the input or choose another patch size"
-            )
-        if self.hidden_size % self.num_heads:
-            raise ModelError(f"num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}")
+        super().__post_init__()
         if self.hidden_size % 4:
             raise ModelError(f"hidden_size {self.hidden_size} is not a multiple of 4, as 2-D positions need")
         if not 0.0 <= self.class_dropout_prob <= 1.0:
             raise ModelError(f"class_dropout_prob must lie in [0, 1], got {self.class_dropout_prob}")
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Token grid (rows, columns)."""
-        return self.input_size[0] // self.patch_size, self.input_size[1] // self.patch_size
 
     @property
     def num_tokens(self) -> int:
@@ -92,17 +64,6 @@ class DiTConfig:
     def null_class(self) -> int | None:
         """Label of the unconditional row, or None if the model has none."""
         return self.num_classes if self.class_dropout_prob > 0 else None
-
-    def to_json(self) -> str:
-        """Serialise to one line of JSON."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
-
-    @classmethod
-    def from_json(cls, text: str) -> DiTConfig:
-        """Inverse of :meth:`to_json`."""
-        fields: dict[str, Any] = json.loads(text)
-        height, width = fields.pop("input_size")
-        return cls(input_size=(height, width), **fields)
 
 
 def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
@@ -131,6 +92,21 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
+def unpatchify(x: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """Put patches ``[B, S, P * P * C]`` of a token grid back together: ``[B, C, H, W]``."""
+    (rows, columns), channels = grid, x.shape[-1] // patch_size**2
+    x = x.reshape(x.shape[0], rows, columns, patch_size, patch_size, channels).permute(0, 5, 1, 3, 2, 4)
+    return x.reshape(x.shape[0], channels, rows * patch_size, columns * patch_size)
+
+
+def timestep_features(t: Tensor, width: int) -> Tensor:
+    """Noise level ``[B]``, integer or fractional, to float32 ``[B, width]``: cos, then sin, max period 10000."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = t[:, None].float() * frequencies[None]
+    return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
+
+
 class PatchEmbed(nn.Module):
     """Image ``[B, C, H, W]`` to tokens ``[B, S, D]`` by a convolution with stride P."""
 
@@ -154,10 +130,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """Embed integer or fractional timesteps."""
-        half = self.num_features // 2
-        frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-        angles = t[:, None].float() * frequencies[None]
-        features = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
+        features = timestep_features(t, self.num_features)
         embedded: Tensor = self.mlp(features.to(next(self.mlp.parameters()).dtype))
         return embedded
 
@@ -183,34 +156,35 @@ class LabelEmbedder(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention over ``[B, S, D]`` with one fused qkv projection."""
 
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, *, qkv_bias: bool = True) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = hidden_size // num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=qkv_bias)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Attend over all tokens."""
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Attend over all tokens; `bias`, `[heads, S, S]`, is added to the logits."""
         batch, tokens, width = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, S, head_dim]
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         projected: Tensor = self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
         return projected
 
 
 class Mlp(nn.Module):
-    """Linear, tanh-GELU, Linear over ``[B, S, D]``."""
+    """Linear, GELU (by default its tanh form), Linear over ``[B, S, D]``."""
 
-    def __init__(self, hidden_size: int, inner_size: int) -> None:
+    def __init__(self, hidden_size: int, inner_size: int, *, approximate: str = "tanh") -> None:
         super().__init__()
+        self.approximate = approximate
         self.fc1 = nn.Linear(hidden_size, inner_size)
         self.fc2 = nn.Linear(inner_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform every token on its own."""
-        out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
         return out
 
 
@@ -334,10 +308,7 @@ class DiT(nn.Module):
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """Put patches ``[B, S, P * P * C_out]`` back together: ``[B, C_out, H, W]``."""
-        rows, columns = self.config.grid
-        patch, channels = self.config.patch_size, self.config.out_channels
-        x = x.reshape(x.shape[0], rows, columns, patch, patch, channels).permute(0, 5, 1, 3, 2, 4)
-        return x.reshape(x.shape[0], channels, rows * patch, columns * patch)
+        return unpatchify(x, self.config.grid, self.config.patch_size)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Predict the noise.
