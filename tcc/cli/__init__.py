@@ -67,7 +67,7 @@ def start(
 
       tcc demo                                     speed and error of several plans
       tcc inspect                                  what a plan can act on
-      tcc plan --keep 0.5 --out plan.safetensors   make a plan
+      tcc plan -o keep=0.5 --out plan.safetensors  make a plan
       tcc sample --plan plan.safetensors           draw images with it
     """
     if not debug:

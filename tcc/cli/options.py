@@ -7,7 +7,19 @@ from typing import Annotated, Literal
 
 import typer
 
-__all__ = ["Backend", "Batch", "Cfg", "Classes", "InputSize", "Json", "ModelName", "Seed", "WeightsName", "numbers"]
+__all__ = [
+    "Backend",
+    "Batch",
+    "Cfg",
+    "Classes",
+    "InputSize",
+    "Json",
+    "ModelName",
+    "Seed",
+    "WeightsName",
+    "numbers",
+    "whole_numbers",
+]
 
 _MODEL = (
     "[bold]reference[/] (the trained model that comes with tcc), a size such as [bold]DiT-S/2[/] (random weights), a "
@@ -40,10 +52,22 @@ def numbers(text: str, option: str) -> list[int]:
     Raises:
         typer.BadParameter: not such a list; names the option.
     """
+    try:
+        return whole_numbers(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from error
+
+
+def whole_numbers(text: str) -> list[int]:
+    """The numbers in `0,1,2` or `0-9` or a mixture.
+
+    Raises:
+        ValueError: not such a list.
+    """
     found: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise typer.BadParameter(f"{text!r} is not a list of numbers such as 0,1,2 or 0-9", param_hint=option)
+            raise ValueError(f"{text!r} is not a list of numbers such as 0,1,2 or 0-9")
         found += range(int(first), int(last if dash else first) + 1)
     return found

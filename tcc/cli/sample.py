@@ -51,7 +51,7 @@ def sample(
     [bold]Examples[/]
 
       tcc sample --classes 7,7,7,9 --seed 1 --backend eager
-      tcc plan --batch 6 --keep 0.5 --out plan.safetensors
+      tcc plan --batch 6 -o keep=0.5 --out plan.safetensors
       tcc sample --plan plan.safetensors --classes 0,1,2
     """
     dit, labels = load_pixel_dit(model), torch.tensor(options.numbers(classes, "--classes"))
