@@ -12,9 +12,10 @@ from torch.export import ExportedProgram
 from tcc.checks import check_model
 from tcc.errors import CallError, PlanError
 from tcc.info import ModelInfo, inspect
+from tcc.passes.pipeline import StepKind
 from tcc.plan import CachePlan
-from tcc.program import Program, build_program
-from tcc.runtime import Backend, Executable, Session, lower
+from tcc.program import Program, Variant, build_program
+from tcc.runtime import Backend, Compiled, Executable, Session, lower
 
 __all__ = ["CompiledModel", "compile"]
 
@@ -47,16 +48,28 @@ class CompiledModel(nn.Module):
         self._context = ""
         self._info: ModelInfo | None = None
         self._plan: CachePlan | None = plan if isinstance(plan, CachePlan) else None
+        self._variants: dict[StepKind, Variant] = {}
+        self._runners: dict[StepKind, Compiled] = {}
+
+    def with_plan(self, plan: CachePlan | Policy) -> CompiledModel:
+        """The same model under another plan: capture, analysis and the variants that both plans have are shared.
+
+        Sessions are not shared. After the first call of this model or `prepare`, nothing is captured again.
+        """
+        backend, options, progress, mode = self._lowering
+        other = CompiledModel(self._model[0], plan, backend=backend, options=options, progress=progress, mode=mode)
+        other._info, other._variants, other._runners = self._info, self._variants, self._runners
+        return other
 
     def prepare(self, *args: Any, **kwargs: Any) -> CompiledModel:
         """Capture, rewrite and compile now, for calls like this one."""
         if self._executable is None:
             backend, options, progress, mode = self._lowering
-            self._info = inspect(self._model[0], *args, **kwargs)
-            plan = self._request if isinstance(self._request, CachePlan) else self._request(self._info)
-            check_model(plan, self._info.key)
-            program = build_program(self._info.captured, self._info.analysis, plan, progress=progress)
-            self._executable = lower(program, backend, options, progress, mode=mode)
+            info = self._info = self._info or inspect(self._model[0], *args, **kwargs)
+            plan = self._request if isinstance(self._request, CachePlan) else self._request(info)
+            check_model(plan, info.key)
+            program = build_program(info.captured, info.analysis, plan, progress=progress, known=self._variants)
+            self._executable = lower(program, backend, options, progress, mode=mode, known=self._runners)
             self._plan = plan
         return self
 

@@ -94,6 +94,7 @@ def build_program(
     *,
     check: bool = True,
     progress: Callable[[str], None] | None = None,
+    known: dict[StepKind, Variant] | None = None,
 ) -> Program:
     """Rewrite the captured graph once per distinct kind of step.
 
@@ -103,6 +104,7 @@ def build_program(
         plan: the plan.
         check: verify the graph after every pass.
         progress: called with a line before each variant is built.
+        known: variants of the same graph that exist already; new ones are added to it.
 
     Raises:
         PlanError: the plan does not fit the graph.
@@ -111,11 +113,13 @@ def build_program(
     check_sites(plan, analysis)
     kinds, tables = _step_kinds(plan, analysis)
     distinct = list(dict.fromkeys(kinds))
-    variants = []
+    known = {} if known is None else known
     for number, kind in enumerate(distinct):
-        if progress:
-            progress(f"rewriting variant {number + 1}/{len(distinct)}")
-        variants.append(_build_variant(captured.gm, kind, f"variant{number}", check))
+        if kind not in known:
+            if progress:
+                progress(f"rewriting variant {number + 1}/{len(distinct)}")
+            known[kind] = _build_variant(captured.gm, kind, f"variant{number}", check)
+    variants = [known[kind] for kind in distinct]
     bindings = tuple(
         Binding(distinct.index(kind), _tensors(plan, analysis, table))
         for kind, table in zip(kinds, tables, strict=True)

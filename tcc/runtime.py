@@ -15,6 +15,7 @@ from tcc.cuda_graphs import Replay
 from tcc.errors import CallError
 from tcc.passes.base import run_passes
 from tcc.passes.graph import value
+from tcc.passes.pipeline import StepKind
 from tcc.passes.write_slots import WriteSlots
 from tcc.program import Program, Variant
 
@@ -22,6 +23,8 @@ __all__ = ["Backend", "Executable", "Session", "lower"]
 
 logger = logging.getLogger(__name__)
 Runner = Callable[..., Sequence[torch.Tensor]]
+#: A compiled variant, and the names of its inputs after the model's own.
+Compiled = tuple[Runner, tuple[str, ...]]
 
 #: `backend(gm, example_inputs)` returns a function of the same inputs: the protocol of `torch.compile` backends.
 Backend = Callable[[fx.GraphModule, list[torch.Tensor]], Runner]
@@ -54,6 +57,7 @@ def lower(
     *,
     check: bool = True,
     mode: str = "default",
+    known: dict[StepKind, Compiled] | None = None,
 ) -> Executable:
     """Compile every variant of `program`.
 
@@ -64,6 +68,7 @@ def lower(
         progress: called with a line before each variant is compiled.
         check: verify the graph after slots have become buffers.
         mode: `default`, or `reduce-overhead`: replay every variant as a CUDA graph (no difference on other devices).
+        known: what the same backend made of variants of the same model before; new ones are added to it.
 
     Raises:
         CallError: the mode is not known.
@@ -72,12 +77,15 @@ def lower(
         raise CallError(f"mode={mode!r}: use 'default', or 'reduce-overhead' for CUDA graphs")
     replay = mode == "reduce-overhead" and program.captured.inputs[0].device.type == "cuda"
     compile_one = _backend(backend, options or {})
+    known = {} if known is None else known
     runners, extras, seconds = [], [], []
     for number, variant in enumerate(program.variants):
-        if progress:
-            progress(f"compiling variant {number + 1}/{len(program.variants)}")
         start = time.perf_counter()
-        runner, names = _compile(variant, compile_one, check)
+        if variant.kind not in known:
+            if progress:
+                progress(f"compiling variant {number + 1}/{len(program.variants)}")
+            known[variant.kind] = _compile(variant, compile_one, check)
+        runner, names = known[variant.kind]
         runners.append(runner)
         extras.append(names)
         seconds.append(time.perf_counter() - start)
@@ -85,7 +93,7 @@ def lower(
     return Executable(program, tuple(runners), tuple(extras), tuple(seconds), replay)
 
 
-def _compile(variant: Variant, compile_one: Backend, check: bool) -> tuple[Runner, tuple[str, ...]]:
+def _compile(variant: Variant, compile_one: Backend, check: bool) -> Compiled:
     graph = fx.Graph()
     graph.output(graph.graph_copy(variant.gm.graph, {}))
     gm = fx.GraphModule(variant.gm, graph)

@@ -288,3 +288,29 @@ def test_variants_share_the_models_weights(model: tcc.CompiledModel) -> None:
         weights = [*variant.gm.parameters(), *(b for n, b in variant.gm.named_buffers() if "lifted" not in n)]
         assert weights
         assert {w.data_ptr() for w in weights if w.numel() > 128} <= own
+
+
+# --- one model, several plans
+
+
+def test_two_plans_of_one_model_share_what_they_have_in_common() -> None:
+    """Capture, analysis and equal variants are made once; sessions are apart, and results are those of each plan."""
+    which = case("dit")
+    made: list[int] = []
+
+    def backend(gm: torch.fx.GraphModule, _: list[torch.Tensor]) -> Any:
+        made.append(len(gm.graph.nodes))
+        return gm.forward
+
+    first = tcc.compile(which.model, tcc.plans.fora(which.info, num_steps=4, interval=2), backend=backend)
+    call(first, which, 0)
+    second = first.with_plan(tcc.plans.fora(which.info, num_steps=6, interval=3))
+    oracle = tcc.reference.Reference(which.model, second.plan, which.info)
+    for step in range(6):
+        assert relative_error(call(second, which, step), call(oracle, which, step)) <= CLOSE
+    assert len(made) == 2
+    assert second.info is first.info
+    assert (first.session.step, second.session.step) == (1, 0)
+    third = first.with_plan(tcc.plans.taylorseer(which.info, num_steps=4, interval=2, order=1))
+    call(third, which, 0)
+    assert len(made) > 2
