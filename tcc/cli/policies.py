@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import os
@@ -58,10 +59,8 @@ class PolicyOption:
             PlanError: none does.
         """
         for kind in self.types:
-            try:
+            with contextlib.suppress(ValueError):
                 return _READERS[_family(kind)](kind, text)
-            except ValueError:
-                continue
         raise PlanError(f"option {self.name}={text}: give {self.forms}")
 
 
