@@ -6,6 +6,7 @@ Each docstring names the method and its source. `info` is what `tcc.inspect` ret
 from tcc.plans.branches import i_steps_of_pairs
 from tcc.plans.drops import learning_to_drop, random_drop
 from tcc.plans.fora import fora
+from tcc.plans.forecast import forecast
 from tcc.plans.heuristics import bottom_up, metric, random_units, time_cut, top_down
 from tcc.plans.holds import deepcache, delta_dit, faster_diffusion
 from tcc.plans.l2c import l2c
@@ -25,6 +26,7 @@ __all__ = [
     "delta_dit",
     "faster_diffusion",
     "fora",
+    "forecast",
     "full",
     "i_steps_of_pairs",
     "l2c",
@@ -50,6 +52,7 @@ POLICIES = {
         fora,
         tprr,
         taylorseer,
+        forecast,
         delta_dit,
         deepcache,
         faster_diffusion,

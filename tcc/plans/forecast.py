@@ -1,0 +1,99 @@
+"""Polynomial forecasts: what the blocks add to the stream is extrapolated between the computed steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from tcc.errors import PlanError
+from tcc.info import ModelInfo
+from tcc.plan import Action, CachePlan, Compute, Reuse
+
+__all__ = ["even_steps", "forecast", "polynomial_weights"]
+
+
+def even_steps(num_steps: int, count: int) -> tuple[int, ...]:
+    """`count` steps spread evenly from the first to the last.
+
+    Raises:
+        PlanError: there are not so many steps.
+    """
+    if not 1 <= count <= num_steps:
+        raise PlanError(f"i_steps={count}: a run of {num_steps} steps has 1..{num_steps} I-steps")
+    return tuple(round(i * (num_steps - 1) / max(1, count - 1)) for i in range(count))
+
+
+def polynomial_weights(computed: Sequence[int], step: int, order: int) -> tuple[float, ...]:
+    """What the polynomial through the last `order + 1` computed values weighs them with at `step`, newest first.
+
+    Lagrange's form; the same extrapolation as Newton's backward differences, and as the Adams-Bashforth solvers use.
+    TaylorSeer's series (`forecast_weights`) lacks the mixed products of Newton's form, so from order 2 on it misses
+    polynomials that this one meets.
+
+    Args:
+        computed: the steps computed so far, ascending.
+        step: the step that is forecast.
+        order: the polynomial's order; lower where fewer values were computed.
+    """
+    points = list(computed)[::-1][: order + 1]
+    return tuple(math.prod((step - b) / (a - b) for b in points if b != a) for a in points)
+
+
+def forecast(
+    info: ModelInfo,
+    *,
+    num_steps: int,
+    i_steps: Sequence[int] | int,
+    order: int = 2,
+    level: Literal["block", "branch", "out"] = "block",
+) -> CachePlan:
+    """Forecast between freely placed I-steps, by a polynomial in the step number.
+
+    TaylorSeer (Liu et al. 2025, arXiv 2503.06923) with three changes: the extrapolation is exact for polynomials (see
+    `polynomial_weights`), the I-steps may stand anywhere (`tcc train steps` searches where), and by default the value
+    that is forecast is the change of the whole stream, one slot and one history for all blocks together: a P-step then
+    costs what stands before and after the blocks. On the reference model this is the best plan per second that tcc has
+    (benchmarks/quality.py).
+
+    Args:
+        info: the model.
+        num_steps: denoising steps.
+        i_steps: the steps that compute everything, the first among them; or how many, spread evenly.
+        order: the polynomial's order; 0 reuses the last value. The first P-steps have what the computed values allow.
+        level: `block` forecasts the change of the stream, `branch` every branch's change, `out` every branch's output
+            before its gate, which is then recomputed.
+
+    Raises:
+        PlanError: an option is out of range.
+    """
+    computed = even_steps(num_steps, i_steps) if isinstance(i_steps, int) else tuple(sorted(set(i_steps)))
+    if not computed or computed[0] != 0 or computed[-1] >= num_steps:
+        raise PlanError(f"i_steps={i_steps}: steps are 0..{num_steps - 1}, and the first computes everything")
+    if order < 0:
+        raise PlanError(f"forecast(order={order}): the order is at least 0, which reuses the last value")
+    names = _names(info, level)
+    actions: dict[tuple[int, str], Action] = {}
+    for step in range(num_steps):
+        action: Action = Compute() if step in computed else _action([s for s in computed if s < step], step, order)
+        actions |= {(step, name): action for name in names}
+    policy = {"name": "forecast", "i_steps": list(computed), "order": order, "level": level}
+    return info.count(CachePlan(num_steps=num_steps, actions=actions, policy=policy))
+
+
+def _action(computed: Sequence[int], step: int, order: int) -> Reuse:
+    weights = polynomial_weights(computed, step, order)
+    return Reuse(len(weights) - 1, weights) if len(weights) > 1 else Reuse()
+
+
+def _names(info: ModelInfo, level: str) -> list[str]:
+    """The sites of a level; a block without a change of its own is forecast branch by branch."""
+    kinds = {"block": ("block", "delta"), "branch": ("delta",), "out": ("out",)}.get(level)
+    if kinds is None:
+        raise PlanError(f"level={level!r}: use 'block', 'branch' or 'out'")
+    whole = {site.block for site in info.sites.values() if site.kind == "block"} if level == "block" else set()
+    return [
+        site.name
+        for site in info.sites.values()
+        if site.kind in kinds and (site.kind == "block" or site.block not in whole)
+    ]
