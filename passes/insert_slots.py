@@ -73,7 +73,8 @@ class InsertSlots(Pass):
 
     1. compute: the value becomes an output.
     2. reuse, hold: the slot stands in for the value. A forecast is a linear combination of the history slots.
-    3. update: as above; `current` leaves keys and values alone, `cached` is an update of the `kv` site.
+    3. update: as above, without the output where it does not store; `current` leaves keys and values alone, `cached`
+       is an update of the `kv` site.
     4. skip: zero stands in for the value.
     """
 
@@ -142,7 +143,7 @@ class _Edit:
             with self.graph.inserting_before(node.next):
                 new = self._stand_in(entry, slot, node)
             self._replace(node, new)
-            if isinstance(entry.action, Update):
+            if isinstance(entry.action, Update) and entry.action.store:
                 self._store(entry, slot, new)
 
     def _apply_to_stream(self, entry: Entry) -> None:
@@ -168,7 +169,8 @@ class _Edit:
         kept, place = self._tokens(str(entry.action.tokens))
         slot, dim = self._slot(entry, entry.slots[0], after), entry.sites[0].axis.dim
         delta = self._call(gather_tokens, self._sum(entry), kept, dim, like=after)
-        self._store(entry, entry.slots[0], self._call(scatter_tokens, slot, delta, kept, place, dim, like=after))
+        if entry.action.store:
+            self._store(entry, entry.slots[0], self._call(scatter_tokens, slot, delta, kept, place, dim, like=after))
         base = self._call(aten.add.Tensor, before, slot, like=after)
         rows = self._call(gather_tokens, after, kept, dim, like=after)
         return self._call(scatter_tokens, base, rows, kept, place, dim, like=after)

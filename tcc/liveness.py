@@ -81,8 +81,11 @@ def live_stores(plan: CachePlan, span: Span, num_tokens: int) -> list[frozenset[
         elif isinstance(action, Update):
             kept = nothing.clone()
             kept[plan.tokens[str(action.tokens)]] = True
-            store = {0} if bool((live[0] & kept).any()) else set()
-            live = [~kept, *live[1:]]
+            if action.store:
+                store = {0} if bool((live[0] & kept).any()) else set()
+                live = [~kept, *live[1:]]
+            else:
+                live = [live[0] | ~kept, *live[1:]]
         elif isinstance(action, (Reuse, Hold)):
             order = action.order if isinstance(action, Reuse) else 0
             live = [everything if age <= order else live[age] for age in range(depth)]

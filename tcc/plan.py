@@ -61,18 +61,20 @@ class TopK:
 
 @dataclass(frozen=True)
 class Update:
-    """Some tokens are recomputed and stored; the others keep their stored value.
+    """Some tokens are recomputed; the others have their stored value.
 
     Attributes:
         tokens: the name of a token set of the plan, or a dynamic set.
         attention: what the kept queries see: `kept` (the kept tokens alone), `current` (keys and values of all
             tokens, computed now) or `cached` (keys and values from the branch's `kv` slot, whose kept rows are
             refreshed first).
+        store: whether the recomputed tokens are stored, or all tokens keep the value that was stored before.
     """
 
     letter: ClassVar[str] = "U"
     tokens: str | TopK
     attention: Attention = "kept"
+    store: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.tokens, (str, TopK)):

@@ -100,8 +100,10 @@ class Reference:
             return computed
         if isinstance(action, Update):
             kept = self._mask(action, site.axis.dim, computed)
-            stored[0] = torch.where(kept, computed, stored[0])
-            return stored[0]
+            value = torch.where(kept, computed, stored[0])
+            if action.store:
+                stored[0] = value
+            return value
         if isinstance(action, Skip):
             return torch.zeros_like(computed)
         if isinstance(action, Reuse) and action.order:

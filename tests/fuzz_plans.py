@@ -9,7 +9,7 @@ import argparse
 import functools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import hypothesis
@@ -79,7 +79,7 @@ class Example:
 
 def _cell(action: Action) -> str:
     if isinstance(action, Update):
-        return f"update {action.tokens} {action.attention}"
+        return f"update {action.tokens} {action.attention}{'' if action.store else ' unstored'}"
     if isinstance(action, Reuse) and action.order:
         return f"reuse {action.coefficients}"
     return type(action).__name__.lower()
@@ -160,7 +160,9 @@ class _Draft:
             options += [_forecasts()] * 2
         elif site.prunable:
             attention = st.sampled_from(["kept", "kept", "current", "cached"])
-            options.append(st.builds(Update, st.sampled_from(sorted(self.tokens)), attention))
+            options.append(
+                st.builds(Update, st.sampled_from(sorted(self.tokens)), attention, st.sampled_from([True, True, False]))
+            )
         return st.one_of(options)
 
     def _repair(self, site: Site, step: int, action: Action, stored: int) -> Action:
@@ -173,11 +175,11 @@ class _Draft:
         keys = [s for s in self.info.sites.values() if s.kind == "kv" and s.attention[0] in site.attention]
         theirs = [self.actions.get((step, s.name), Compute()) for s in keys]
         if action.attention == "kept" and not all(isinstance(t, Compute) for t in theirs):
-            action = Update(action.tokens, "cached")
+            action = replace(action, attention="cached")
         if action.attention == "cached":
             sets = {t.tokens for t in theirs if isinstance(t, Update)}
             same = len(sets) == 1 and all(isinstance(t, Update) for t in theirs)
-            return Update(sets.pop(), "cached") if same else Update(action.tokens, "current")
+            return replace(action, tokens=sets.pop()) if same else replace(action, attention="current")
         return action
 
 

@@ -16,7 +16,7 @@ EXPECTED = {
     *(f"{kind} forecast" for kind in ("block", "delta", "out", "kv")),
     *("kv compute", "kv reuse", "kv update", "stream compute", "stream hold", "out.stream hold"),
     *("order 1", "order 2", "order 3", "one step", "eight steps", "verified", "not verified"),
-    *("several token sets in a step", "merged span"),
+    *("several token sets in a step", "merged span", "update without store"),
 }
 
 
@@ -26,6 +26,7 @@ def features(example: Example) -> set[str]:
     found = {example.model, "verified" if example.check else "not verified"}
     for step in range(plan.num_steps):
         updates = {a.tokens for a in plan.at(step).values() if isinstance(a, Update)}
+        found |= {"update without store" for a in plan.at(step).values() if isinstance(a, Update) and not a.store}
         found |= {"several token sets in a step"} if len(updates) > 1 else set()
         found |= {f"{info.sites[name].kind} {word(info.sites[name].kind, a)}" for name, a in plan.at(step).items()}
         found |= {f"out.stream {word('stream', a)}" for name, a in plan.at(step).items() if name == "out.stream"}
@@ -49,7 +50,7 @@ def test_random_plans_agree_with_the_reference() -> None:
     seen: list[set[str]] = []
     for name in MODELS:
         count = 12 if name.startswith("hf_") else 18
-        fuzz_plans.run(count, seed=1, names=(name,), done=lambda example: seen.append(features(example)))
+        fuzz_plans.run(count, seed=2, names=(name,), done=lambda example: seen.append(features(example)))
     assert len(seen) >= 300
     assert set().union(*seen) >= EXPECTED | set(MODELS)
 
@@ -81,9 +82,9 @@ def test_the_command_shows_the_smallest_plan_that_fails(
         return (float("inf"), 1) if held else (0.0, 0)
 
     monkeypatch.setattr(fuzz_plans, "worst_error", holds)
-    assert fuzz_plans.main(["--examples", "60", "--seed", "5", "--models", "separate"]) == 1
+    assert fuzz_plans.main(["--examples", "60", "--seed", "6", "--models", "separate"]) == 1
     text = capsys.readouterr().err
-    assert "mismatch with --seed 5" in text
+    assert "mismatch with --seed 6" in text
     table = text.split("model separate, 2 steps")[1].split("Failing test case")[0]
     assert table.count(".stream") == table.count("compute | hold") == 1
 

@@ -21,6 +21,7 @@ R1, R2 = Reuse(1, (2.0, -1.0)), Reuse(2, (3.0, -3.0, 1.0))
 SETS = {"few": [0], "other": [1, 2], "more": [0, 1], "all": [0, 1, 2, 3]}
 TOKENS = {name: torch.tensor(kept) for name, kept in SETS.items()}
 FEW, OTHER, MORE, ALL = (Update(name) for name in SETS)
+LOOK = Update("few", store=False)
 
 # --- stores
 
@@ -43,6 +44,8 @@ STORES: dict[str, tuple[list[Action], str]] = {
     "the next set is smaller": ([C, MORE, FEW], "0 0 ."),
     "rows that are read only after another set": ([C, FEW, MORE, FEW], "0 . 0 ."),
     "reuse after an update": ([C, FEW, R], "0 0 ."),
+    "an update that does not store": ([C, LOOK, R], "0 . ."),
+    "what it reads was stored by an update": ([C, OTHER, LOOK, FEW], "0 0 . ."),
     "an update of all tokens needs nothing": ([C, ALL, R], ". 0 ."),
     "a new I-step ends what was stored": ([C, FEW, C, FEW], "0 . 0 ."),
     "a skip reads and writes nothing": ([C, S, R], "0 . ."),
@@ -81,7 +84,7 @@ def run(plan: CachePlan, stored: Sequence[frozenset[int]]) -> list[Any]:
             kept = SETS[str(action.tokens)]
             mixed = [new[token] if token in kept else slots[0][token] for token in range(4)]
             reads.append(mixed)
-            slots[0] = mixed if 0 in stored[step] else slots[0]
+            slots[0] = mixed if action.store and 0 in stored[step] else slots[0]
         elif isinstance(action, Reuse):
             reads.append(slots[: action.order + 1])
     return reads
@@ -90,7 +93,7 @@ def run(plan: CachePlan, stored: Sequence[frozenset[int]]) -> list[Any]:
 @st.composite
 def columns(draw: st.DrawFn) -> CachePlan:
     """A valid plan for one site and up to eight steps, with updates or with forecasts."""
-    partial = draw(st.sampled_from([[FEW, OTHER, MORE, ALL], [R1, R2]]))
+    partial = draw(st.sampled_from([[FEW, OTHER, MORE, ALL, LOOK], [R1, R2]]))
     actions: list[Action] = []
     for action in draw(st.lists(st.sampled_from([C, C, R, S, *partial]), min_size=1, max_size=8)):
         needed = {Skip: 0, Compute: 0}.get(type(action), 1 + getattr(action, "order", 0))

@@ -32,6 +32,7 @@ ACTIONS: dict[tuple[int, str], Action] = {
     (2, "blocks.1.mlp.out"): Update("all", "current"),
     (3, "blocks.1.mlp.out"): Update("some", "cached"),
     (4, "blocks.1.mlp.out"): Update(TopK("norm", 3), "current"),
+    (5, "blocks.1.mlp.out"): Update("some", store=False),
     (0, "out.stream"): Compute(),
     (1, "out.stream"): Hold(),
     (0, "blocks.0.attn.delta@text"): Compute(),

@@ -63,7 +63,8 @@ def branches(block: Any, x: Tensor, c: Tensor, store: Store, key: str, how: Upda
     if how is not None and how.attention == "cached":
         mask = keep(str(how.tokens)).unsqueeze(1)
         k, v = torch.where(mask, k, store[key + ".k"]), torch.where(mask, v, store[key + ".v"])
-    store[key + ".k"], store[key + ".v"] = k, v
+    if how is None or how.store:
+        store[key + ".k"], store[key + ".v"] = k, v
     attn = block.attn.proj(attend(q, k, v, visible).transpose(1, 2).reshape(2, 16, 32))
 
     def mlp(stream: Tensor) -> Tensor:
@@ -108,15 +109,16 @@ def test_without_actions_it_is_the_model() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["kept", "current", "cached"])
-def test_updated_block_deltas(attention: Any) -> None:
+@pytest.mark.parametrize("stores", [True, False])
+def test_updated_block_deltas(attention: Any, stores: bool) -> None:
     """Kept tokens get the new change, dropped ones the stored; each attention mode sees its own keys."""
     model: Any = double_dit().model
     rows: list[Action] = [
         Compute(),
-        Update("T0", attention),
-        Update("T1", attention),
+        Update("T0", attention, stores),
+        Update("T1", attention, stores),
         Compute(),
-        Update("T0", attention),
+        Update("T0", attention, stores),
     ]
     sites = ["blocks.0.delta", "blocks.1.delta"]
     sites += ["blocks.0.attn.kv", "blocks.1.attn.kv"] if attention == "cached" else []
@@ -131,7 +133,8 @@ def test_updated_block_deltas(attention: Any) -> None:
             delta = gate * attn + gate2 * mlp(x + gate * attn)
             if how is not None:
                 delta = torch.where(keep(str(how.tokens)), delta, store[f"delta{name}"])
-            store[f"delta{name}"] = delta
+            if how is None or how.store:
+                store[f"delta{name}"] = delta
             x = x + delta
         expected.append(read_off(x, c))
     assert_same(reference_outputs(actions, len(rows)), expected)

@@ -120,6 +120,16 @@ def test_update_of_an_output() -> None:
 
 
 @pytest.mark.parametrize("site", ["out", "delta"])
+def test_an_update_that_does_not_store(site: str) -> None:
+    """The stream is the same, and the slot stays what it was."""
+    gm, storing = inserted(site, Update("0", store=False)), inserted(site, Update("0"))
+    (inputs, outputs), (others, expected) = run(gm), run(storing)
+    assert all(torch.equal(value, others[name]) for name, value in inputs.items())
+    assert torch.equal(stream(outputs), stream(expected))
+    assert (gm.meta["stores"], storing.meta["stores"]) == ((), (f"b.mlp.{site}",))
+
+
+@pytest.mark.parametrize("site", ["out", "delta"])
 def test_a_forecast_combines_the_history(site: str) -> None:
     """Newest first, with the weights of its input."""
     gm = inserted(site, Reuse(2, (0.0,) * 3), depth=3)
