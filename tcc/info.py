@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rich.table import Table
@@ -11,9 +11,10 @@ from torch.export import ExportedProgram
 
 from tcc.capture import Captured, capture
 from tcc.passes.macs import count
+from tcc.passes.pipeline import StepKind
 from tcc.passes.sites import Analysis, Site, analyse
 from tcc.plan import CachePlan, ModelKey
-from tcc.program import build_program
+from tcc.program import Variant, build_program
 
 __all__ = ["ModelInfo", "inspect"]
 
@@ -29,6 +30,7 @@ class ModelInfo:
 
     captured: Captured
     analysis: Analysis
+    _counted: dict[StepKind, Variant] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -72,7 +74,7 @@ class ModelInfo:
         Raises:
             PlanError: the plan does not fit the model.
         """
-        program = build_program(self.captured, self.analysis, plan, check=False)
+        program = build_program(self.captured, self.analysis, plan, check=False, known=self._counted)
         return replace(plan, model=self.key, cost=program.cost(self.analysis))
 
     def layer_macs(self, plan: CachePlan) -> int:
@@ -81,7 +83,7 @@ class ModelInfo:
         The convention of counters that watch layers, and of the tables that were made with them (Learning-to-Cache);
         everywhere else tcc counts all products.
         """
-        program = build_program(self.captured, self.analysis, plan, check=False)
+        program = build_program(self.captured, self.analysis, plan, check=False, known=self._counted)
         macs = [count(variant.gm.graph.nodes, products=False) for variant in program.variants]
         return sum(macs[binding.variant] for binding in program.bindings) // self.batch
 
