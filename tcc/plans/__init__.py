@@ -14,6 +14,7 @@ from tcc.plans.placement import percentile_steps, tprr_steps
 from tcc.plans.routers import read_published_router
 from tcc.plans.smoothcache import smoothcache
 from tcc.plans.taylorseer import taylorseer
+from tcc.plans.toca import duca, toca
 from tcc.plans.tokens import choose_tokens
 from tcc.plans.tprr import tprr
 from tcc.plans.uncached import full
@@ -24,6 +25,7 @@ __all__ = [
     "choose_tokens",
     "deepcache",
     "delta_dit",
+    "duca",
     "faster_diffusion",
     "fora",
     "forecast",
@@ -39,6 +41,7 @@ __all__ = [
     "smoothcache",
     "taylorseer",
     "time_cut",
+    "toca",
     "top_down",
     "tprr",
     "tprr_steps",
@@ -56,6 +59,8 @@ POLICIES = {
         delta_dit,
         deepcache,
         faster_diffusion,
+        toca,
+        duca,
         l2c,
         learning_to_drop,
         smoothcache,

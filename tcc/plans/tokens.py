@@ -22,6 +22,7 @@ __all__ = [
     "check_keep",
     "choose_blocks",
     "choose_tokens",
+    "grid_cells",
     "pruned_sites",
     "token_actions",
 ]
@@ -106,12 +107,21 @@ def _checkerboard(info: ModelInfo, cell: int, turn: int) -> np.ndarray[Any, Any]
 
 def _best_per_cell(info: ModelInfo, scores: np.ndarray[Any, Any], keep: float, cell: int) -> torch.Tensor:
     """The same number of tokens in every cell: the highest scores (grid-based pruning, TokenCache v1)."""
-    frames, h, w = _grid2d(info, cell)
+    cells = grid_cells(info, cell)
     count = max(1, round(keep * cell * cell))
-    index = np.arange(info.num_tokens).reshape(frames, h // cell, cell, w // cell, cell)
-    cells = index.transpose(0, 1, 3, 2, 4).reshape(-1, cell * cell)
     order = np.argsort(-scores[cells], axis=1, kind="stable")[:, :count]
     return torch.from_numpy(np.sort(np.take_along_axis(cells, order, axis=1).reshape(-1)))
+
+
+def grid_cells(info: ModelInfo, cell: int) -> np.ndarray[Any, Any]:
+    """The tokens of every grid cell, `[cells, cell * cell]`.
+
+    Raises:
+        PlanError: the model's tokens lie on no image grid, or the cell's side does not divide it.
+    """
+    frames, h, w = _grid2d(info, cell)
+    index = np.arange(info.num_tokens).reshape(frames, h // cell, cell, w // cell, cell)
+    return index.transpose(0, 1, 3, 2, 4).reshape(-1, cell * cell)
 
 
 def choose_blocks(info: ModelInfo, blocks: Iterable[int] | None) -> tuple[int, ...]:

@@ -1,0 +1,300 @@
+"""ToCa and DuCa: attention is reused between full steps, the MLP recomputed for the tokens that score highest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from tcc.errors import PlanError
+from tcc.info import ModelInfo
+from tcc.passes.sites import Site
+from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, TopK, Update
+from tcc.plans.tokens import grid_cells
+from tcc.scores import Attended, Norm, Score, Stale, Term
+
+__all__ = ["duca", "toca", "toca_steps"]
+
+Kind = Literal["full", "first", "partial", "aggressive"]
+ScoreKind = Literal["attention", "norm", "value", "random"]
+
+
+def toca_steps(num_steps: int, interval: int, *, quirk: bool = True, aggressive: bool = False) -> tuple[Kind, ...]:
+    """What every step does under ToCa's schedule (Zou et al., ICLR 2025, arXiv 2410.05317, section 3.4, and its code).
+
+    Steps are counted down, i = num_steps - 1 - step. A step is full where i is a multiple of the interval
+    `N / (1.4 - 0.8 i / num_steps)`, rounded, that the last full step has set: long ones first. It is 2 in the sensitive
+    window, 0.2 <= i / num_steps < 0.4. The first step is always full.
+
+    Args:
+        num_steps: denoising steps.
+        interval: N.
+        quirk: as the published code does, set the interval after the first block of a full step already. Where the step
+            is no multiple of the new interval, the other blocks take it for a partial one: `first`.
+        aggressive: DuCa: partial steps at an even distance from the next multiple are `aggressive`.
+    """
+    kinds: list[Kind] = []
+    current = interval
+    for i in range(num_steps - 1, -1, -1):
+        first, offset = i == num_steps - 1, i % current
+        if first or offset == 0:
+            sensitive = 0.2 * num_steps <= i < 0.4 * num_steps
+            current = 2 if sensitive else max(1, round(interval / (1.4 - 0.8 * i / num_steps)))
+            kinds.append("first" if quirk and not first and i % current else "full")
+        else:
+            kinds.append("aggressive" if aggressive and offset % 2 == 0 else "partial")
+    return tuple(kinds)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The options of both policies; see `toca`."""
+
+    interval: int
+    ratio: float
+    score: ScoreKind
+    layer_slope: float
+    step_slope: float
+    mlp: float
+    cross: float
+    stale: float
+    cell: int
+    bonus: float
+    quirk: bool
+    levels: int | None
+    seed: int
+
+
+def toca(
+    info: ModelInfo,
+    *,
+    num_steps: int,
+    interval: int = 3,
+    ratio: float = 0.07,
+    score: ScoreKind = "attention",
+    layer_slope: float = -0.2,
+    step_slope: float = 2.0,
+    mlp: float = 2.5,
+    cross: float = 0.6,
+    stale: float = 0.25,
+    cell: int = 2,
+    bonus: float = 0.6,
+    quirk: bool = True,
+    levels: int | None = None,
+    seed: int = 0,
+) -> CachePlan:
+    """ToCa (Zou et al., ICLR 2025, arXiv 2410.05317): the MLP runs on tokens that matter, attention is reused.
+
+    Between full steps (`toca_steps`), every block reuses its self-attention, and recomputes its MLP for the
+    `floor(S ratio mlp layer step)` tokens of the highest score, with `layer = 1 + w - 2 w l / (L - 1)` for block l of L
+    and `step = 1 + w - 2 w i / num_steps` for the step i counted down, at least 0; no token means reuse. The score is
+    `s1 + stale s3 / interval` (section 3.3), and the highest of each grid cell gets `bonus` times its score on top, s4.
+    The published s2, the entropy of cross attention, is left out: no score of tcc reads it. Here s3 also counts the
+    steps on which no token of the branch is recomputed.
+
+    The defaults are those for DiT with 50 DDIM steps; for 250 DDPM steps: interval=4, layer_slope=0.8, step_slope=0.4.
+    The number of tokens differs from step to step, and each number makes a variant: `levels` bounds them.
+
+    Args:
+        info: the model.
+        num_steps: denoising steps.
+        interval: N in the paper, see `toca_steps`.
+        ratio: the share of tokens that is recomputed, before the factors.
+        score: s1: `attention`, how much a token is attended to (its map is computed at full steps); `norm`, the norm of
+            the token in the stream that enters the block; `value`, the norm of its attention value (DuCa); `random`,
+            drawn when the plan is made, the same for every image: a static token set per block and step.
+        layer_slope: w of the layer factor; above 0, front blocks recompute more.
+        step_slope: w of the step factor; above 0, late steps recompute more.
+        mlp: the factor of the MLPs, and of every branch that is no attention.
+        cross: the factor of cross attention.
+        stale: weight of s3, the steps since the token was recomputed.
+        cell: the side of a grid cell of s4; 0 for a model without a grid.
+        bonus: weight of s4.
+        quirk: some full steps compute only the first block, see `toca_steps`; the published numbers are with it.
+        levels: how many different step factors there may be, for fewer variants: partial steps of similar factor take
+            their mean. None keeps the paper's.
+        seed: seed of `random`.
+
+    Raises:
+        PlanError: an option is out of range, or the model has no token grid or a branch that cannot be pruned.
+    """
+    options = _Options(
+        interval, ratio, score, layer_slope, step_slope, mlp, cross, stale, cell, bonus, quirk, levels, seed
+    )
+    return _Table("toca", info, num_steps, options, aggressive=False).plan()
+
+
+def duca(
+    info: ModelInfo,
+    *,
+    num_steps: int,
+    interval: int = 3,
+    ratio: float = 0.05,
+    score: ScoreKind = "attention",
+    layer_slope: float = -0.2,
+    step_slope: float = 2.0,
+    mlp: float = 2.5,
+    cross: float = 0.6,
+    stale: float = 0.25,
+    cell: int = 2,
+    bonus: float = 0.8,
+    quirk: bool = True,
+    levels: int | None = None,
+    seed: int = 0,
+) -> CachePlan:
+    """DuCa (Zou et al. 2024, arXiv 2412.18911): ToCa's partial steps alternate with aggressive ones.
+
+    An aggressive step holds the stream after the last block and computes only what follows it. All else is as in
+    `toca`, with another ratio and bonus. The revised paper finds `score='random'` no worse than the others.
+
+    Args:
+        info: the model.
+        num_steps: denoising steps.
+        interval: N in the paper, see `toca_steps`.
+        ratio: the share of tokens that is recomputed, before the factors.
+        score: what tokens are chosen by, see `toca`.
+        layer_slope: w of the layer factor, see `toca`.
+        step_slope: w of the step factor, see `toca`.
+        mlp: the factor of the MLPs, and of every branch that is no attention.
+        cross: the factor of cross attention.
+        stale: weight of the steps since the token was recomputed.
+        cell: the side of a grid cell; 0 for a model without a grid.
+        bonus: what the highest token of a cell gets on top, as a share of its score.
+        quirk: some full steps compute only the first block, see `toca_steps`.
+        levels: how many different step factors there may be, see `toca`.
+        seed: seed of `random`.
+
+    Raises:
+        PlanError: an option is out of range, or the model has no token grid or a branch that cannot be pruned.
+    """
+    options = _Options(
+        interval, ratio, score, layer_slope, step_slope, mlp, cross, stale, cell, bonus, quirk, levels, seed
+    )
+    return _Table("duca", info, num_steps, options, aggressive=True).plan()
+
+
+class _Table:
+    """Makes the table step x site -> action, with the scores or token sets it names."""
+
+    def __init__(self, name: str, info: ModelInfo, num_steps: int, options: _Options, *, aggressive: bool) -> None:
+        _check(name, info, options)
+        self.name, self.info, self.options = name, info, options
+        self.kinds = toca_steps(num_steps, options.interval, quirk=options.quirk, aggressive=aggressive)
+        self.factors = _step_factors(self.kinds, options)
+        self.sites = [site for site in info.sites.values() if site.kind == "out"]
+        self.actions: dict[tuple[int, str], Action] = {}
+        self.scores: dict[str, Score] = {}
+        self.tokens: dict[str, torch.Tensor] = {}
+        self.ages = {site.name: np.zeros(info.num_tokens) for site in self.sites}
+
+    def plan(self) -> CachePlan:
+        """The plan, counted."""
+        for step, kind in enumerate(self.kinds):
+            for site in self.sites:
+                if kind == "full" or (kind == "first" and site.block == 0):
+                    self.actions[step, site.name] = Compute()
+                    self.ages[site.name][:] = 0
+                else:
+                    self.actions[step, site.name] = Reuse() if kind == "aggressive" else self._partial(step, site)
+            if "aggressive" in self.kinds:
+                self.actions[step, "out.stream"] = Hold() if kind == "aggressive" else Compute()
+        self._keep_values()
+        policy = {"name": self.name, **asdict(self.options)}
+        plan = CachePlan(len(self.kinds), self.actions, tokens=self.tokens, scores=self.scores, policy=policy)
+        return self.info.count(plan)
+
+    def _partial(self, step: int, site: Site) -> Action:
+        """Some tokens of the site, or none."""
+        count = 0 if site.attention else self._count(step, site)
+        if count == 0:
+            return Reuse()
+        if not site.prunable:
+            raise PlanError(f"{self.name}: site '{site.name}' cannot be pruned: {site.reason}")
+        if self.options.score == "random":
+            return Update(self._draw(step, site, count))
+        self.scores.setdefault(site.name, self._score(site))
+        return Update(TopK(site.name, count))
+
+    def _count(self, step: int, site: Site) -> int:
+        """How many tokens: S x ratio x factors of layer, step and module, rounded down."""
+        w, depth = self.options.layer_slope, max(1, len(self.info.blocks) - 1)
+        layer = 1 + w - 2 * w * site.block / depth
+        module = self.options.cross if site.name.split(".")[-2] == "cross" else self.options.mlp
+        share = min(1.0, self.options.ratio * layer * self.factors[step] * module)
+        return max(0, int(share * self.info.num_tokens))
+
+    def _score(self, site: Site) -> Score:
+        options = self.options
+        terms: list[tuple[float, Term]] = [(1.0, self._term(site))]
+        if options.stale:
+            terms.append((options.stale / options.interval, Stale(site.name)))
+        return Score(tuple(terms), cell=options.cell, bonus=options.bonus if options.cell else 0.0)
+
+    def _term(self, site: Site) -> Term:
+        """What ranks the tokens of a branch, s1."""
+        mates = [other for other in self.info.sites.values() if other.block == site.block]
+        kind = {"attention": "kv", "value": "kv", "norm": "stream"}[self.options.score]
+        found = next((other.name for other in mates if other.kind == kind), None)
+        if found is None:
+            raise PlanError(
+                f"{self.name}(score='{self.options.score}'): block '{self.info.blocks[site.block]}' has no branch with "
+                "one self-attention to read: use score='norm' or 'random'"
+            )
+        return Attended(found.removesuffix(".kv")) if self.options.score == "attention" else Norm(found)
+
+    def _keep_values(self) -> None:
+        """`value` reads the values of the last full step, so they are kept, as attention is."""
+        for score in list(self.scores.values()):
+            for site in (t.site for _, t in score.terms if isinstance(t, Norm) and t.site.endswith(".kv")):
+                attention = site.removesuffix(".kv") + ".out"
+                self.actions |= {(s, site): self.actions[s, attention] for s in range(len(self.kinds))}
+
+    def _draw(self, step: int, site: Site, count: int) -> str:
+        """The name of a random set, drawn with the terms s3 and s4 as a dynamic score has them."""
+        options, ages = self.options, self.ages[site.name]
+        draw = np.random.default_rng([options.seed, step, self.sites.index(site)]).random(ages.size)
+        ranks = draw + options.stale / options.interval * ages
+        if options.cell and options.bonus:
+            cells = grid_cells(self.info, options.cell)
+            best = np.take_along_axis(cells, ranks[cells].argmax(axis=1)[:, None], axis=1)[:, 0]
+            ranks[best] *= 1 + options.bonus
+        kept = np.sort(np.argsort(-ranks, kind="stable")[:count])
+        ages += 1
+        ages[kept] = 0
+        name = f"{site.name}:{step}"
+        self.tokens[name] = torch.from_numpy(kept)
+        return name
+
+
+def _step_factors(kinds: Sequence[Kind], options: _Options) -> np.ndarray[Any, Any]:
+    """The step factor of every step, at least 0; of partial ones at most `levels` different ones above 0."""
+    i = np.arange(len(kinds))[::-1]
+    w = options.step_slope
+    factors = np.maximum(0.0, 1 + w - 2 * w * i / len(kinds))
+    if options.levels is not None:
+        steps = np.array(
+            [s for s, kind in enumerate(kinds) if kind in ("partial", "first") and factors[s] > 0], dtype=int
+        )
+        for group in np.array_split(steps[np.argsort(factors[steps], kind="stable")], options.levels):
+            if group.size:
+                factors[group] = factors[group].mean()
+    return factors
+
+
+def _check(name: str, info: ModelInfo, options: _Options) -> None:
+    if options.interval < 1 or not 0 <= options.ratio <= 1 or (options.levels is not None and options.levels < 1):
+        raise PlanError(
+            f"{name}(interval={options.interval}, ratio={options.ratio}, levels={options.levels}): the interval and "
+            "the levels are at least 1, and the ratio is in 0..1"
+        )
+    if min(options.mlp, options.cross, options.stale, options.bonus, options.cell) < 0:
+        raise PlanError(f"{name}: mlp, cross, stale, bonus and cell are at least 0")
+    if options.score not in ("attention", "norm", "value", "random"):
+        raise PlanError(f"{name}(score={options.score!r}): use 'attention', 'norm', 'value' or 'random'")
+    if options.cell and not info.grid:
+        raise PlanError(f"{name}(cell={options.cell}): the model's token grid is unknown: use cell=0")
+    if options.cell:
+        grid_cells(info, options.cell)
