@@ -132,7 +132,7 @@ class _Edit:
             alias.replace_all_uses_with(alias.all_input_nodes[0])
 
     def _apply_each(self, entry: Entry) -> None:
-        """Sites whose values are replaced one by one: `out`, `kv`, `stream`."""
+        """Sites whose values are replaced one by one: `out`, `kv`, `stream`, `skip`."""
         site = entry.sites[0]
         for name, slot in zip(site.values, site.slots, strict=True):
             node = self._now(self.nodes[name])
@@ -142,7 +142,7 @@ class _Edit:
             # before the next node, not after this one: several calls then stand in the order they are made
             with self.graph.inserting_before(node.next):
                 new = self._stand_in(entry, slot, node)
-            self._replace(node, new)
+            self._replace(node, new, site.readers)
             if isinstance(entry.action, Update) and entry.action.store:
                 self._store(entry, slot, new)
 
@@ -266,8 +266,12 @@ class _Edit:
             self.inputs[name] = node
         return self.inputs[name]
 
-    def _replace(self, node: fx.Node, new: fx.Node) -> None:
-        """Let `new` take the place of `node` for everyone but what `new` is made from."""
+    def _replace(self, node: fx.Node, new: fx.Node, readers: tuple[str, ...] = ()) -> None:
+        """Let `new` take the place of `node`, for `readers` if given, else for all but what `new` is made from."""
+        self.count += 1
+        if readers:
+            node.replace_all_uses_with(new, delete_user_cb=lambda user: user.name in readers)
+            return
         made = {new}
         todo = [new]
         while todo:
@@ -277,7 +281,6 @@ class _Edit:
                     todo.append(source)
         node.replace_all_uses_with(new, delete_user_cb=lambda user: user not in made)
         self.moved[node] = new
-        self.count += 1
 
     def _now(self, node: fx.Node) -> fx.Node:
         while node in self.moved:

@@ -14,7 +14,7 @@ from torch import fx
 
 from tcc.passes.graph import shape, source_line, value
 from tcc.passes.macs import count
-from tcc.passes.streams import Block, Branch, Dataflow, Stream, find_stream
+from tcc.passes.streams import Block, Branch, Dataflow, Skip, Stream, find_stream
 from tcc.passes.token_axis import NotTokenLocal, narrowing, operands
 from tcc.passes.tokens import Axis
 
@@ -30,8 +30,8 @@ class Site:
     """A value that can be kept from step to step.
 
     Attributes:
-        name: `<block>.<branch>.out`, `.delta`, `.kv`, `<block>.delta` or `<block>.stream`.
-        kind: `out`, `delta`, `block`, `stream` or `kv`.
+        name: `<block>.<branch>.out`, `.delta`, `.kv`, `<block>.delta`, `<block>.stream` or `<block>.skip`.
+        kind: `out`, `delta`, `block`, `stream`, `skip` or `kv`.
         block: the index of its block; one past the last for `out.stream`.
         values: names of the graph values it consists of: one; K and V for `kv`; the summands for `block`.
         stream_in: name of the stream value that a `delta` or `block` is added to, else "".
@@ -43,6 +43,7 @@ class Site:
         macs: multiply-accumulates of computing it from the stream, for the captured batch.
         reason: why its tokens cannot be pruned, "" where they can.
         sole_reader: whether nothing but this site reads the stream value that it is added to.
+        readers: names of the nodes for which alone the site stands in for its value (a long skip); () means all.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Site:
     macs: int
     reason: str
     sole_reader: bool = False
+    readers: tuple[str, ...] = ()
 
     @property
     def prunable(self) -> bool:
@@ -76,7 +78,7 @@ class Site:
 
     def overlaps(self, other: Site) -> bool:
         """Whether both sites keep parts of the same branch, so that a plan can act on only one of them."""
-        if self.block != other.block or "kv" in (self.kind, other.kind) or "stream" in (self.kind, other.kind):
+        if self.block != other.block or {self.kind, other.kind} & {"kv", "stream", "skip"}:
             return False
         if "block" in (self.kind, other.kind):
             return True
@@ -183,7 +185,8 @@ def _token_axis(stream: Stream, flow: Dataflow) -> Axis:
 
 
 def _block_sites(block: Block, index: int, axis: Axis, flow: Dataflow) -> list[Site]:
-    sites = [_stream_site(block.name, index, block.stream_in, axis)]
+    sites = [_stream_site(block.name, index, block.entry, axis)]
+    sites += [_skip_site(block.name, index, number, skip, axis) for number, skip in enumerate(block.skips)]
     for name, branch in block.branches:
         sites += _branch_sites(f"{block.name}.{name}", index, branch, axis, flow)
     if block.continuous:
@@ -197,6 +200,16 @@ def _stream_site(block: str, index: int, node: fx.Node, axis: Axis) -> Site:
     return Site(
         f"{block}.stream", "stream", index, (node.name,), "", "", (), tuple(val.shape), val.dtype, axis, 0, reason
     )
+
+
+def _skip_site(block: str, index: int, number: int, skip: Skip, axis: Axis) -> Site:
+    val = value(skip.value)
+    name = f"{block}.skip{number + 1}.skip" if number else f"{block}.skip"
+    reason = "a long skip is held as a whole: prune the sites that are added to the stream"
+    return Site(
+        name, "skip", index, (skip.value.name,), "", "", (), tuple(val.shape), val.dtype, axis, 0, reason,
+        readers=(skip.reader.name,),
+    )  # fmt: skip
 
 
 def _branch_sites(prefix: str, index: int, branch: Branch, axis: Axis, flow: Dataflow) -> list[Site]:

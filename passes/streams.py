@@ -2,13 +2,14 @@
 
 A *residual add* is an add whose one operand, the stream, is an ancestor of the other, the branch. The stream is the
 longest run of residual adds of one shape in which each add depends on the one before it. Adds made by the same block
-(the module path up to its last number) form a block. No class is known by name.
+(the module path up to its last number) form a block. Between two blocks something else may make the stream anew, such
+as a linear map of the stream and of an earlier one: the latter is a long skip. No class is known by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import networkx as nx
@@ -19,7 +20,7 @@ from tcc.errors import AnalysisError
 from tcc.passes.graph import module_path, shape, value
 from tcc.passes.macs import node_macs
 
-__all__ = ["Block", "Branch", "Dataflow", "Stream", "find_stream"]
+__all__ = ["Block", "Branch", "Dataflow", "Skip", "Stream", "find_stream"]
 
 aten = torch.ops.aten
 
@@ -74,15 +75,37 @@ class Branch:
 
 
 @dataclass(frozen=True)
+class Skip:
+    """A long skip: an earlier value of the stream that enters again between two blocks.
+
+    Attributes:
+        value: what enters, of the stream's shape.
+        reader: the node that takes it in.
+        beside: the operand of `reader` that comes from the block before, of the stream's shape; None if there is none.
+    """
+
+    value: fx.Node
+    reader: fx.Node
+    beside: fx.Node | None
+
+
+@dataclass(frozen=True)
 class Block:
-    """A transformer block: consecutive branches on the stream, under one name."""
+    """A transformer block: consecutive branches on the stream, under one name, and the long skips that enter it."""
 
     name: str
     branches: tuple[tuple[str, Branch], ...]
+    skips: tuple[Skip, ...] = ()
+
+    @property
+    def entry(self) -> fx.Node:
+        """The stream entering the block, before any long skip is joined to it, `[B, S, D]`."""
+        beside = self.skips[0].beside if self.skips else None
+        return self.stream_in if beside is None else beside
 
     @property
     def stream_in(self) -> fx.Node:
-        """The stream entering the block, `[B, S, D]`."""
+        """The stream that the first branch is added to, after all long skips, `[B, S, D]`."""
         return self.branches[0][1].stream_in
 
     @property
@@ -121,7 +144,7 @@ def find_stream(graph: fx.Graph) -> Stream:
             "Check that the whole model was captured and that its blocks add to their input"
         )
     branches = _branches(chain, flow)
-    return Stream(shape(chain[0].add), _blocks(branches))
+    return Stream(shape(chain[0].add), _with_skips(_blocks(branches), flow))
 
 
 @dataclass(frozen=True)
@@ -228,6 +251,25 @@ def _blocks(branches: Sequence[Branch]) -> tuple[Block, ...]:
             groups.append((path, [branch]))
     names = _unique([path for path, _ in groups])
     return tuple(Block(name, _named(parts)) for name, (_, parts) in zip(names, groups, strict=True))
+
+
+def _with_skips(blocks: Sequence[Block], flow: Dataflow) -> tuple[Block, ...]:
+    """Find the long skips of every block: what enters between it and the block before, and is not from that block."""
+    first, found = blocks[0].stream_in, [blocks[0]]
+    for before, block in pairwise(blocks):
+        way = [before.stream_out, *flow.between(before.stream_out, [block.stream_in])]
+        skips = [
+            Skip(entering, reader, next((n for n in reader.all_input_nodes if n in way and _alike(n, first)), None))
+            for reader in way[1:]
+            for entering in reader.all_input_nodes
+            if entering not in way and _alike(entering, first) and (entering is first or flow.depends(entering, first))
+        ]
+        found.append(replace(block, skips=tuple(skips)))
+    return tuple(found)
+
+
+def _alike(a: fx.Node, b: fx.Node) -> bool:
+    return shape(a) == shape(b)
 
 
 def _block_path(path: str) -> str:

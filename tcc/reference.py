@@ -66,7 +66,8 @@ class Reference:
         env: dict[str, Any] = {}
         rest = iter(inputs)
         for node in gm.graph.nodes:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n.name])
+            seen = self._seen(node.name, actions, env)
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n, seen=seen: seen[n.name])
             if node.op == "placeholder":
                 env[node.name] = next(rest)
             elif node.op == "get_attr":
@@ -81,6 +82,13 @@ class Reference:
                 self._act(site, action, node.name, env)
         raise AssertionError("a graph ends with its output")
 
+    def _seen(self, name: str, actions: dict[Site, Action], env: dict[str, Any]) -> dict[str, Any]:
+        """What node `name` sees: the values so far, with the long skips that it alone takes in as the plan has them."""
+        skips = {s.values[0]: (s, action) for s, action in actions.items() if name in s.readers}
+        return (
+            {**env, **{v: self._value(s, s.name, action, env[v]) for v, (s, action) in skips.items()}} if skips else env
+        )
+
     def _act(self, site: Site, action: Action, name: str, env: dict[str, Any]) -> None:
         """Apply the action where `name` has just completed the site."""
         if site.kind == "block":
@@ -88,7 +96,7 @@ class Reference:
                 delta = self._value(site, site.name, action, sum(env[v] for v in site.values))
                 if not isinstance(action, Compute):
                     env[name] = env[site.stream_in] + delta
-        elif name in site.values:
+        elif name in site.values and not site.readers:
             slot = site.slots[site.values.index(name)]
             env[name] = self._value(site, slot, action, env[name])
 

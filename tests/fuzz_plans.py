@@ -43,6 +43,7 @@ STYLES: dict[str, Callable[[], Case]] = {
         name: functools.partial(tiny_models.case, name)
         for name in ("separate", "parallel", "flat", "headless", "long_skip", "rescaled", "conv", "hf_pixart")
     },
+    "uvit": functools.partial(tiny_models.case, "uvit"),
     "rotary": styles.rotary,
     "masked": styles.masked,
     "written_out": styles.written_out,
@@ -122,7 +123,8 @@ class _Draft:
     def _pick_sites(self, sites: list[Site], block: int) -> list[Site]:
         """Sites of one block that do not overlap, keys first: what the others may do depends on them."""
         here = 0 if self.alike else block
-        by_kind = {kind: [s for s in sites if s.kind == kind] for kind in ("kv", "stream", "block", "out", "delta")}
+        kinds = ("kv", "stream", "skip", "block", "out", "delta")
+        by_kind = {kind: [s for s in sites if s.kind == kind] for kind in kinds}
         levels = ["none", "branch", "branch", *(["block", "block"] if by_kind["block"] else [])]
         picked = [s for s in by_kind["kv"] if self._once(("kv", here), st.booleans())]
         level = self._once(("level", here), st.sampled_from(levels))
@@ -133,8 +135,10 @@ class _Draft:
                 branch = out.name.rsplit(".", 2)[1]
                 kind = self._once(("branch", here, branch), st.sampled_from(["out", "delta", "delta", "none"]))
                 picked += {"out": [out], "delta": [delta], "none": []}[kind]
-        held = self._once(("stream", block), st.sampled_from([False, True, False]))
-        return picked + (by_kind["stream"] if held else [])
+        for kind in ("stream", "skip"):
+            held = bool(by_kind[kind]) and self._once((kind, block), st.sampled_from([False, True, False]))
+            picked += by_kind[kind] if held else []
+        return picked
 
     def _fill_column(self, site: Site) -> None:
         here = site.name if not self.alike else site.name.removeprefix(self._block_name(site))
@@ -151,7 +155,7 @@ class _Draft:
         return self.info.blocks[site.block] if site.block < len(self.info.blocks) else "out"
 
     def _action(self, site: Site, forecasts: bool) -> st.SearchStrategy[Action]:
-        if site.kind == "stream":
+        if site.kind in ("stream", "skip"):
             return st.sampled_from([Compute(), Hold()])
         options: list[st.SearchStrategy[Action]] = [st.just(Reuse()), st.just(Compute())]
         if site.kind != "kv":

@@ -15,6 +15,7 @@ EXPECTED = {
     *(f"{kind} update {mode}" for kind in ("block", "delta", "out") for mode in ("kept", "current", "cached")),
     *(f"{kind} forecast" for kind in ("block", "delta", "out", "kv")),
     *("kv compute", "kv reuse", "kv update", "stream compute", "stream hold", "out.stream hold"),
+    *("skip compute", "skip hold"),
     *("order 1", "order 2", "order 3", "one step", "eight steps", "verified", "not verified"),
     *("several token sets in a step", "merged span", "update without store"),
 }

@@ -16,7 +16,7 @@ from torch import Tensor
 import tcc
 from tcc.errors import PlanError
 from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, Skip, Update
-from tests.tiny_models import Case, dit
+from tests.tiny_models import Case, dit, noise, uvit
 
 CLOSE = 1e-12
 TOKENS = {"T0": torch.tensor([0, 3, 5, 6, 11]), "T1": torch.tensor([1, 2, 3, 15])}
@@ -234,6 +234,26 @@ def test_a_held_stream_enters_the_block() -> None:
     _, c = embed(*inputs(1))
     expected.append(read_off(model.blocks[1](stream, c), c))
     assert_same(reference_outputs(actions, 2), expected)
+
+
+@torch.no_grad()
+def test_a_held_skip_enters_one_block_and_leaves_the_stream_alone() -> None:
+    """The middle block sees the second block's present stream, and only the block with the skip the stored one."""
+    which = uvit()
+    model: Any = which.model.double()
+    args = [(noise(2, 4, 8, 8, seed=step).double(), *which.args[1:]) for step in range(2)]
+    plan = CachePlan(num_steps=2, actions={(0, "out_blocks.0.skip"): Compute(), (1, "out_blocks.0.skip"): Hold()})
+    reference = tcc.Reference(model, plan)
+    results = [reference(*inputs) for inputs in args]
+
+    kept: list[Tensor] = []
+    model.in_blocks[1].register_forward_hook(lambda *call: kept.append(call[2]))
+    expected = [model(*args[0])]
+    hook = model.out_blocks[0].register_forward_pre_hook(lambda _, call: (call[0], kept[0]))
+    expected.append(model(*args[1]))
+    hook.remove()
+    assert float((expected[1] - model(*args[1])).abs().max()) > 1e-3
+    assert_same(results, expected)
 
 
 @pytest.mark.parametrize("order", [1, -1])

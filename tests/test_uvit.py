@@ -14,7 +14,9 @@ import tcc
 from tcc.errors import ModelError
 from tcc.models import UViT, UViTConfig
 from tcc.passes.macs import node_macs
-from tests.tiny_models import fill, noise
+from tcc.plan import Compute, Hold
+from tests.running import CLOSE, call, session, token_plan
+from tests.tiny_models import case, fill, noise, relative_error
 
 #: (blocks, width, heads) by size, from the paper's table 1 with its middle block.
 PUBLISHED = {"S": (13, 512, 8), "M": (17, 768, 12), "L": (21, 1024, 16), "H": (29, 1152, 16)}
@@ -201,3 +203,79 @@ def test_labels_are_asked_for() -> None:
     model = tiny()
     with pytest.raises(ModelError, match="a model of 5 classes needs the labels y"):
         model(*inputs(model)[:2])
+
+
+def held(sites: list[str], computed: tuple[int, ...], num_steps: int = 4) -> tcc.CachePlan:
+    """A plan that holds the sites at every step but the computed ones."""
+    rows = {(step, site): Compute() if step in computed else Hold() for step in range(num_steps) for site in sites}
+    return tcc.CachePlan(num_steps=num_steps, actions=rows)
+
+
+def linears(*counts: int) -> int:
+    """MACs per image of that many (blocks, skip linears) on 18 tokens of width 16."""
+    blocks, skips = counts
+    return blocks * (18 * 12 * 16**2 + 2 * 18 * 18 * 16) + skips * 18 * 2 * 16**2
+
+
+ENDS = 16 * 16 * 16 + 18 * 16 * 16  #: patch embedding and head of the tiny model
+
+
+@pytest.mark.parametrize(
+    ("sites", "left"),
+    [
+        (["out_blocks.1.stream"], (2, 1)),
+        (["out_blocks.0.stream"], (4, 2)),
+        (["out_blocks.0.stream", "out_blocks.0.skip", "out_blocks.1.skip"], (2, 2)),
+        (["out_blocks.1.skip"], (5, 2)),
+    ],
+)
+def test_what_only_fed_a_held_value_disappears(sites: list[str], left: tuple[int, int]) -> None:
+    """DeepCache runs the outermost blocks, Faster Diffusion the decoder with its skip linears, and nothing else."""
+    plan = case("uvit").info.count(held(sites, computed=(0, 2)))
+    full = linears(5, 2) + ENDS
+    ends = ENDS - (16**3 if len(sites) > 1 else 0)  # without the encoder, nothing reads the image
+    assert plan.cost is not None
+    assert plan.cost.step_macs == (full, linears(*left) + ends) * 2
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        held(["out_blocks.1.stream"], (0, 2)),
+        held(["out_blocks.0.stream", "out_blocks.0.skip", "out_blocks.1.skip"], (0, 2)),
+        held(["mid_block.stream", "out_blocks.0.skip"], (0,)),
+    ],
+)
+def test_held_streams_and_skips_equal_the_reference(plan: tcc.CachePlan) -> None:
+    """Also where the held stream is the value of a skip that is held or computed."""
+    assert_equal_the_reference(plan)
+
+
+@pytest.mark.parametrize("attention", ["kept", "current", "cached"])
+@pytest.mark.parametrize("level", ["block", "branch", "out"])
+def test_token_plans_equal_the_reference(level: str, attention: str) -> None:
+    """Pruned blocks on both sides of the long skips."""
+    assert_equal_the_reference(token_plan("uvit", level=level, attention=attention))
+
+
+def assert_equal_the_reference(plan: tcc.CachePlan) -> None:
+    """Compiled without a backend, verified after each pass, on two images."""
+    which = case("uvit")
+    compiled, reference = session(which, plan, check=True), tcc.Reference(which.model, plan, which.info)
+    for step in range(2 * plan.num_steps):
+        assert relative_error(call(compiled, which, step), call(reference, which, step)) < CLOSE
+
+
+def test_a_reuse_plan_equals_the_reference() -> None:
+    """FORA on all branches."""
+    assert_equal_the_reference(tcc.plans.fora(case("uvit").info, num_steps=4, interval=2))
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_plan_that_only_computes_is_the_model(stored: bool) -> None:
+    """Bit for bit, also where streams and skips are stored on the way."""
+    which = case("uvit")
+    sites = [s.name for s in which.info.sites.values() if s.kind in ("skip", "stream")] if stored else []
+    model = session(which, held(sites, computed=(0, 1), num_steps=2))
+    with torch.no_grad():
+        assert all(torch.equal(call(model, which, step), call(which.model, which, step)) for step in range(2))

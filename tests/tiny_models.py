@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tcc
-from tcc.models.dit import DiT
+from tcc.models import DiT, UViT
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +79,13 @@ def dit(batch: int = 2, **overrides: Any) -> Case:
     h, w = model.config.input_size  # type: ignore[union-attr, misc]
     labels = torch.arange(batch) % sizes["num_classes"]
     return Case(model, (noise(batch, sizes["in_channels"], h, w), torch.full((batch,), 5), labels), {})
+
+
+def uvit(batch: int = 2, **overrides: Any) -> Case:
+    """Our U-ViT: 16 image tokens after 2 conditions, width 16, five blocks, two long skips, unless overridden."""
+    sizes: dict[str, Any] = {"input_size": 8, "hidden_size": 16, "depth": 4, "num_heads": 2, "num_classes": 10}
+    model = fill(UViT(**(sizes | overrides)), std=0.2)
+    return Case(model, (noise(batch, 4, 8, 8), torch.full((batch,), 5), torch.arange(batch)), {})
 
 
 def hf_dit() -> Case:
@@ -271,6 +278,7 @@ def _blocks(count: int = 2, **options: Any) -> list[nn.Module]:
 
 BUILDERS: dict[str, Callable[[], Case]] = {
     "dit": dit,
+    "uvit": uvit,
     "hf_dit": hf_dit,
     "hf_pixart": hf_pixart,
     "separate": lambda: tokens_case(Tokens(_blocks())),

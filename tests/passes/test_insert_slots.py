@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -35,8 +36,10 @@ def block() -> tuple[fx.GraphModule, dict[str, Site]]:
         return Site(name, kind, 0, (node.name,), *added, (), (B, S, D), torch.float32, Axis(1), 0, "")
 
     sites = {"out": site("b.mlp.out", "out", out), "delta": site("b.mlp.delta", "delta", delta)}
+    negative = sketch.call(aten.neg.default, after)
     sites |= {"stream": site("out.stream", "stream", after)}
-    return sketch.done(sketch.call(aten.neg.default, after), sketch.call(aten.relu.default, after)), sites
+    sites |= {"skip": replace(site("b.skip", "skip", after), readers=(negative.name,))}
+    return sketch.done(negative, sketch.call(aten.relu.default, after)), sites
 
 
 def inserted(site: str, action: Action, depth: int = 1) -> fx.GraphModule:
@@ -68,6 +71,19 @@ def test_compute_makes_the_value_an_output() -> None:
     inputs, outputs = run(inserted("delta", Compute()))
     assert torch.equal(outputs["b.mlp.delta"], inputs["x"].exp() * 3)
     assert torch.equal(stream(outputs), inputs["x"] + inputs["x"].exp() * 3)
+
+
+def test_a_held_skip_enters_its_reader_alone() -> None:
+    """The slot stands in for the value at one of its two readers; the other sees what is computed."""
+    inputs, outputs = run(inserted("skip", Hold()))
+    assert torch.equal(outputs["neg"], -inputs["slot:b.skip"])
+    assert torch.equal(outputs["relu"], (inputs["x"] + inputs["x"].exp() * 3).relu())
+
+
+def test_a_computed_skip_is_stored() -> None:
+    """Both readers see it."""
+    _, outputs = run(inserted("skip", Compute()))
+    assert torch.equal(stream(outputs), outputs["b.skip"])
 
 
 def test_reuse_of_a_delta_adds_the_slot_to_the_stream() -> None:

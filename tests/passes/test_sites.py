@@ -12,7 +12,7 @@ import tcc
 from tcc.passes.sites import Site
 from tcc.passes.tokens import Axis
 from tests.styles import tokens_first, written_out
-from tests.tiny_models import Attention, Block, Tokens, case, dit, noise
+from tests.tiny_models import Attention, Block, LongSkip, Tokens, case, dit, noise
 
 HELD = "a stream is held as a whole: prune the sites that are added to it"
 
@@ -191,6 +191,42 @@ def test_overlapping_sites() -> None:
     assert not block.overlaps(sites["blocks.0.stream"])
     assert not out.overlaps(sites["blocks.0.attn.kv"])
     assert not replace(out, block=1).overlaps(block)
+
+
+def test_a_long_skip_is_a_site_of_the_block_that_takes_it() -> None:
+    """One more site, a held one; the block's delta begins behind the linear map, its stream before it."""
+    sites = case("uvit").info.sites
+    names = ["stream", "skip", "attn.kv", "attn.out", "attn.delta", "mlp.out", "mlp.delta", "delta"]
+    assert [name for name in sites if name.startswith("out_blocks.1.")] == [f"out_blocks.1.{name}" for name in names]
+    skip, stream, delta = (sites[f"out_blocks.1.{name}"] for name in ("skip", "stream", "delta"))
+    assert (skip.kind, skip.shape, skip.axis, skip.macs, skip.prunable) == ("skip", (2, 18, 16), Axis(1), 0, False)
+    assert skip.reason == "a long skip is held as a whole: prune the sites that are added to the stream"
+    assert skip.values == (sites["in_blocks.0.delta"].stream_out,)
+    assert stream.values == (sites["out_blocks.0.delta"].stream_out,)
+    assert delta.stream_in not in (*skip.values, *stream.values)
+    assert not skip.overlaps(delta)
+    assert not skip.overlaps(stream)
+
+
+class TwoSkips(LongSkip):
+    """Both earlier streams enter the last block."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Join one by a linear map and add the other."""
+        first = self.embed(x)
+        early = self.blocks[0](first)
+        joined = self.join(torch.cat([self.blocks[1](early), early], dim=-1))
+        out: Tensor = self.head(self.blocks[2](joined + first))
+        return out
+
+
+def test_several_skips_of_a_block_are_numbered() -> None:
+    """The second has a number, and its own reader."""
+    sites = tcc.inspect(TwoSkips().eval(), noise(2, 12, 16)).sites
+    one, two = sites["blocks.2.skip"], sites["blocks.2.skip2.skip"]
+    assert [s.name for s in sites.values() if s.kind == "skip"] == [one.name, two.name]
+    assert one.readers != two.readers
+    assert two.values == sites["blocks.0.stream"].values
 
 
 def test_who_else_reads_the_stream() -> None:

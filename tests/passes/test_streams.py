@@ -80,6 +80,53 @@ def test_other_adds_are_no_stream() -> None:
     assert sum(len(block.branches) for block in found.blocks) == 4
 
 
+def test_long_skips_enter_between_blocks() -> None:
+    """The later half takes the streams of the earlier half in, latest first; the block's own stream comes before."""
+    blocks = {block.name: block for block in stream("uvit").blocks}
+    assert list(blocks) == ["in_blocks.0", "in_blocks.1", "mid_block", "out_blocks.0", "out_blocks.1"]
+    assert [len(block.skips) for block in blocks.values()] == [0, 0, 0, 1, 1]
+    for taker, source, before in (("out_blocks.0", "in_blocks.1", "mid_block"), ("out_blocks.1", "in_blocks.0", "")):
+        (skip,), block = blocks[taker].skips, blocks[taker]
+        assert skip.value is blocks[source].stream_out
+        assert skip.reader.target is aten.cat.default
+        assert block.entry is skip.beside is blocks[before or "out_blocks.0"].stream_out
+        assert block.stream_in.target is aten.linear.default
+        assert block.continuous
+    assert blocks["mid_block"].entry is blocks["mid_block"].stream_in is blocks["in_blocks.1"].stream_out
+
+
+class Joined(nn.Module):
+    """Three blocks; between them something of the stream's shape is added that is or is not an earlier stream."""
+
+    def __init__(self, *, embedded: bool) -> None:
+        super().__init__()
+        self.embed, self.other = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.blocks, self.embedded = nn.ModuleList(Block(16) for _ in range(3)), embedded
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add the embedded input, or a value that never was in the stream, before the last block."""
+        first = self.embed(x)
+        later = self.blocks[1](self.blocks[0](first))
+        out: Tensor = self.blocks[2](later + (first if self.embedded else self.other(x)))
+        return out
+
+
+def test_an_added_skip_is_one_too() -> None:
+    """The embedded input is the first stream. The add is no branch: it would skip the blocks between."""
+    found = stream_of(Joined(embedded=True))
+    assert [len(block.skips) for block in found.blocks] == [0, 0, 1]
+    (skip,) = found.blocks[2].skips
+    assert (skip.value, skip.reader) == (found.blocks[0].stream_in, found.blocks[2].stream_in)
+    assert skip.beside is found.blocks[1].stream_out
+
+
+def test_what_was_never_in_the_stream_is_no_skip() -> None:
+    """A value beside the stream changes it; it does not come from it."""
+    found = stream_of(Joined(embedded=False))
+    assert [len(block.branches) for block in found.blocks] == [2, 2, 2]
+    assert [block.skips for block in found.blocks] == [(), (), ()]
+
+
 class Unnumbered(nn.Module):
     """Two blocks that do not stand in a list: one module holds all the adds."""
 
