@@ -164,10 +164,10 @@ class _Draft:
             options += [_forecasts()] * 2
         elif site.prunable:
             attention = st.sampled_from(["kept", "kept", "current", "cached"])
-            options.append(
-                st.builds(Update, st.sampled_from(sorted(self.tokens)), attention, st.sampled_from([True, True, False]))
-            )
-        return st.one_of(options)
+            store = st.sampled_from([True, True, False])
+            options += [st.builds(Update, st.sampled_from(sorted(self.tokens)), attention, store)] * 3
+        # st.one_of would take a strategy that is listed twice only once
+        return st.integers(0, len(options) - 1).flatmap(options.__getitem__)
 
     def _repair(self, site: Site, step: int, action: Action, stored: int) -> Action:
         """The nearest valid action: nothing is read before it is stored, and attention agrees with the keys."""

@@ -51,7 +51,7 @@ def test_random_plans_agree_with_the_reference() -> None:
     seen: list[set[str]] = []
     for name in MODELS:
         count = 12 if name.startswith("hf_") else 18
-        fuzz_plans.run(count, seed=2, names=(name,), done=lambda example: seen.append(features(example)))
+        fuzz_plans.run(count, seed=1, names=(name,), done=lambda example: seen.append(features(example)))
     assert len(seen) >= 300
     assert set().union(*seen) >= EXPECTED | set(MODELS)
 
