@@ -102,9 +102,9 @@ def parse_options(name: str, given: Iterable[str]) -> dict[str, Any]:
             what = f"policy {name} has no option '{option}'" if equals else f"'{text}' is not of the form name=value"
             raise PlanError(f"{what}; {takes} (tcc plan --policy {name} --explain)")
         found[option] = known[option].parse(value)
-    for option in known.values():
-        if option.default is inspect.Parameter.empty and option.name not in found:
-            raise PlanError(f"policy {name} needs -o {option.name}=VALUE: {option.forms}")
+    for missing in known.values():
+        if missing.default is inspect.Parameter.empty and missing.name not in found:
+            raise PlanError(f"policy {name} needs -o {missing.name}=VALUE: {missing.forms}")
     return found
 
 
