@@ -116,13 +116,19 @@ def test_deepcache_holds_the_stream_before_the_last_blocks() -> None:
 
 
 def test_deepcache_computes_what_long_skips_take() -> None:
-    """The stream before the last block is held, and the block that a skip into it comes from is computed."""
-    info = case("long_skip").info
-    held, skipped = (plans.deepcache(info, num_steps=2, interval=2, rear=rear).cost for rear in (1, 2))
-    assert held is not None
-    assert skipped is not None
-    assert held.step_macs[1] < info.macs
-    assert skipped.step_macs[1] > held.step_macs[1]
+    """A U-ViT of five blocks: the outer two are computed, and the inner three with the skip between them are not."""
+    info = case("uvit").info
+    plan = plans.deepcache(info, num_steps=2, interval=2)
+    assert plan.sites == ("out_blocks.1.stream",)
+    assert plan.cost is not None
+    assert info.macs - plan.cost.step_macs[1] == uvit_macs(info, "in_blocks.1", "mid_block", "out_blocks.0", joins=1)
+
+
+def uvit_macs(info: tcc.ModelInfo, *blocks: str, joins: int) -> int:
+    """MACs of blocks of a U-ViT and of some of the maps that join skips, for one image."""
+    width = info.analysis.stream_shape[-1]
+    whole = sum(info.sites[f"{block}.delta"].macs for block in blocks) // info.batch
+    return whole + joins * info.num_tokens * 2 * width * width
 
 
 # --- Faster Diffusion
@@ -139,6 +145,20 @@ def test_given_key_steps() -> None:
     """A list, or every m-th."""
     assert plans.faster_diffusion(deep.info, num_steps=9, key_steps=[0, 5]).schedule.i_steps == (0, 5)
     assert plans.faster_diffusion(deep.info, num_steps=9, key_steps=4).schedule.i_steps == (0, 4, 8)
+
+
+def test_the_decoder_gets_the_skips_of_the_last_key_step() -> None:
+    """On a U-ViT: the stream after the middle block and every skip are held, and the first half is not computed."""
+    info = case("uvit").info
+    plan = plans.faster_diffusion(info, num_steps=2, key_steps=[0])
+    assert plan.sites == ("out_blocks.0.stream", "out_blocks.0.skip", "out_blocks.1.skip")
+    assert set(plan.at(1).values()) == {Hold()}
+    assert plan.cost is not None
+    decoder = uvit_macs(info, "out_blocks.0", "out_blocks.1", joins=2)
+    encoder = uvit_macs(info, "in_blocks.0", "in_blocks.1", "mid_block", joins=0)
+    assert decoder < plan.cost.step_macs[1] <= info.macs - encoder
+    later = plans.faster_diffusion(info, num_steps=2, key_steps=[0], decoder=4)
+    assert later.sites == ("out_blocks.1.stream", "out_blocks.1.skip")
 
 
 def test_the_encoder_is_the_first_half_where_there_are_no_skips() -> None:
@@ -159,7 +179,7 @@ PLANS: dict[str, Callable[[Case], tcc.CachePlan]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["dit", "long_skip", "rescaled", "hf_dit"])
+@pytest.mark.parametrize("name", ["dit", "uvit", "long_skip", "rescaled", "hf_dit"])
 @pytest.mark.parametrize("plan", PLANS)
 def test_programs_compute_what_the_reference_computes(name: str, plan: str) -> None:
     """Every step of a run."""
