@@ -1,4 +1,4 @@
-"""The published model whose FLOPs the papers state, and FLOPs as they count them."""
+"""The published models whose cost the papers state, and FLOPs as some of them count."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import torch
 
 import tcc
-from tcc.models import DiT
+from tcc.models import DiT, UViT
 from tcc.plan import CachePlan
 
 
@@ -17,6 +17,14 @@ def dit_xl2() -> tcc.ModelInfo:
     with torch.device("meta"):
         model = DiT.from_name("DiT-XL/2", input_size=32).eval()
         return tcc.inspect(model, torch.zeros(2, 4, 32, 32), torch.zeros(2).long(), torch.zeros(2).long())
+
+
+@functools.cache
+def uvit_h2() -> tcc.ModelInfo:
+    """U-ViT-H/2 at 256 x 256 pixels (32 x 32 latents, 258 tokens), built without memory."""
+    with torch.device("meta"):
+        model = UViT.from_name("UViT-H/2", input_size=32).eval()
+        return tcc.inspect(model, torch.zeros(1, 4, 32, 32), torch.zeros(1).long(), torch.zeros(1).long())
 
 
 def tera_flops(plan: CachePlan) -> float:

@@ -116,8 +116,11 @@ def test_the_metric_takes_the_smallest_changes_first() -> None:
 
 def test_the_metric_looks_back_to_the_computed_step() -> None:
     """With an interval of 3: 21, 23 at step 1, 2 x 31, 2 x 33 at step 2, 51, 53 at step 4, 122 at step 5; MLPs: 88."""
-    plan = plans.metric(case("dit").info, num_steps=6, errors=errors(), share=6 / 16, interval=3)
-    assert chosen(plan) == {1: [OUT[0], OUT[2]], 2: [OUT[0], OUT[2]], 4: [OUT[0], OUT[2]]}
+    info, attention = case("dit").info, [OUT[0], OUT[2]]
+    plan = plans.metric(info, num_steps=6, errors=errors(), share=4 / 16, interval=3)
+    assert chosen(plan) == {1: attention, 4: attention}
+    plan = plans.metric(info, num_steps=6, errors=errors(), share=6 / 16, interval=3)
+    assert chosen(plan) == {1: attention, 2: attention, 4: attention}
 
 
 # --- drops
@@ -152,7 +155,7 @@ def test_learning_to_drop_skips_where_the_router_says() -> None:
     info = case("dit").info
     plan = plans.learning_to_drop(info, num_steps=4, router=Router(scores, tuple(OUT)), theta=0.1)
     assert chosen(plan, Skip()) == {1: ["blocks.0.attn.delta", "blocks.0.mlp.delta"], 3: ["blocks.1.mlp.delta"]}
-    assert plan.policy == {"name": "learning_to_drop", "theta": 0.1, "shifted": False}
+    assert plan.policy == {"name": "learning_to_drop", "router": "given", "theta": 0.1, "shifted": False}
     assert (plan.macs, plan.slot_bytes) == (4 * info.macs - dropped_macs(info, chosen(plan, Skip())), 0)
 
 

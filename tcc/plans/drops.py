@@ -10,7 +10,7 @@ from tcc.info import ModelInfo
 from tcc.learned import Router
 from tcc.plan import CachePlan, Skip
 from tcc.plans.branches import branch_plan, branch_sites, check_share, p_steps
-from tcc.plans.l2c import find_router, scored_below
+from tcc.plans.l2c import find_router, name_of, scored_below
 
 __all__ = ["learning_to_drop", "random_drop"]
 
@@ -59,5 +59,5 @@ def learning_to_drop(
         PlanError: the router has another number of steps or sites that the model lacks, or an option is out of range.
     """
     found = find_router(info, num_steps, router, shifted, "delta")
-    policy = {"name": "learning_to_drop", "theta": theta, "shifted": shifted}
+    policy = {"name": "learning_to_drop", "router": name_of(router), "theta": theta, "shifted": shifted}
     return branch_plan(info, num_steps, found.sites, scored_below(found, theta), policy, Skip())

@@ -13,7 +13,7 @@ from tcc.plan import CachePlan
 from tcc.plans.branches import Kept, branch_plan
 from tcc.plans.routers import read_published_router
 
-__all__ = ["find_router", "l2c", "scored_below"]
+__all__ = ["find_router", "l2c", "name_of", "scored_below"]
 
 
 def l2c(
@@ -47,8 +47,13 @@ def l2c(
         PlanError: the router has another number of steps or sites that the model lacks, or an option is out of range.
     """
     found = find_router(info, num_steps, router, shifted, sites)
-    policy = {"name": "l2c", "theta": theta, "shifted": shifted, "sites": sites}
+    policy = {"name": "l2c", "router": name_of(router), "theta": theta, "shifted": shifted, "sites": sites}
     return branch_plan(info, num_steps, found.sites, scored_below(found, theta), policy)
+
+
+def name_of(router: Router | str | os.PathLike[str]) -> str:
+    """What a plan records of the router it was made from: the name of its file."""
+    return "given" if isinstance(router, Router) else Path(router).name
 
 
 def scored_below(router: Router, theta: float) -> set[tuple[int, str]]:
