@@ -10,6 +10,7 @@ __all__ = [
     "PassError",
     "PlanError",
     "TccError",
+    "TrainError",
     "VerificationError",
 ]
 
@@ -44,3 +45,7 @@ class PassError(TccError, RuntimeError):
 
 class VerificationError(TccError, RuntimeError):
     """A graph broke a rule after a pass; names the rule and shows the neighbourhood of the node."""
+
+
+class TrainError(TccError, RuntimeError):
+    """Training cannot start or go on: no images, a loss that is no number, or a state of another run."""

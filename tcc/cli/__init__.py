@@ -1,4 +1,4 @@
-"""The command line: `tcc demo | inspect | plan | sample`, one file each."""
+"""The command line: `tcc demo | inspect | plan | train | sample`, one file each."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tcc.cli.demo import demo
 from tcc.cli.inspect import inspect
 from tcc.cli.plan import plan
 from tcc.cli.sample import sample
+from tcc.cli.train import app as train
 from tcc.errors import TccError
 
 __all__ = ["app", "main"]
@@ -69,6 +70,7 @@ def start(
       tcc inspect                                  what a plan can act on
       tcc plan -o keep=0.5 --out plan.safetensors  make a plan
       tcc sample --plan plan.safetensors           draw images with it
+      tcc train router --out plan.safetensors      learn a plan
     """
     if not debug:
         warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")  # torch.export, of its own code
@@ -77,6 +79,7 @@ def start(
 app.command()(demo)
 app.command()(inspect)
 app.command()(plan)
+app.add_typer(train, name="train")
 app.command()(sample)
 
 

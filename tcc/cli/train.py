@@ -1,0 +1,240 @@
+"""`tcc train router | predictor`: learn what to cache, on a frozen model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from tcc.cli import options
+from tcc.cli.training import Files, Kept, Run, run_training, settings_of
+from tcc.info import ModelInfo
+from tcc.learned import Importance, Probes, Router
+from tcc.plan import CachePlan
+from tcc.train.objective import Target
+from tcc.train.predictors import FORMS, Sizes
+from tcc.train.weights import Choices, RouterWeights, TokenWeights, Weights
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
+
+_LEARN, _PLAN, _RUN = "What is learned from what", "The plan", "How long and where"
+
+Out = Annotated[
+    Path,
+    typer.Option(metavar="FILE", help="The plan to write; the training's state is kept beside it.", show_default=False),
+]
+Learned = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Also write the scores that were learned, to make other plans from."),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="One sub-folder of images per class, or the Fashion-MNIST files. Without: [bold]trajectory[/].",
+        rich_help_panel=_LEARN,
+    ),
+]
+RecipeName = Annotated[
+    Literal["pairs", "trajectory"] | None,
+    typer.Option(
+        "--recipe",
+        help="[bold]pairs[/]: noised images, two neighbouring steps (Learning-to-Cache). [bold]trajectory[/]: whole "
+        "runs from noise, where values get as stale as they will; needs no images. [dim]default: pairs where there is "
+        "--data[/]",
+        rich_help_panel=_LEARN,
+    ),
+]
+Steps = Annotated[int, typer.Option(min=2, max=1000, help="Denoising steps of one run.", rich_help_panel=_LEARN)]
+K1 = Annotated[
+    int,
+    typer.Option(min=1, help="P-steps after each I-step, first half; above 1: trajectory.", rich_help_panel=_LEARN),
+]
+K2 = Annotated[int, typer.Option(min=1, help="Likewise, second half.", rich_help_panel=_LEARN)]
+SiteKind = Annotated[
+    Kept,
+    typer.Option(
+        help="What is kept: branch outputs before the gate, after it ([bold]delta[/]), or a block's whole change.",
+        rich_help_panel=_LEARN,
+    ),
+]
+Price = Annotated[
+    float | None,
+    typer.Option(
+        "--lambda",
+        min=0.0,
+        help="Price of computing one site at one step, in units of the squared error. Larger caches more; 0 caches "
+        "nothing. [dim]default: 1e-4, or 0 where there is a target[/]",
+        rich_help_panel=_LEARN,
+    ),
+]
+TargetWeight = Annotated[
+    float | None,
+    typer.Option("--target", min=0.0, max=1.0, help="Instead: a mean weight to reach.", rich_help_panel=_LEARN),
+]
+Compared = Annotated[
+    Target,
+    typer.Option(
+        "--compare", help="Student and teacher agree in the output, or in the final stream.", rich_help_panel=_LEARN
+    ),
+]
+Cfg = Annotated[
+    float, typer.Option(min=1.0, help="Guidance of the trajectories; above 1 they cost twice.", rich_help_panel=_LEARN)
+]
+Iterations = Annotated[int | None, typer.Option(min=1, help="Steps of the optimiser.", rich_help_panel=_RUN)]
+Minutes = Annotated[
+    float | None,
+    typer.Option(min=0.0, help="Time limit. [dim]default: 10 without --iterations[/]", rich_help_panel=_RUN),
+]
+TrainBatch = Annotated[
+    int, typer.Option("--batch", "-b", min=1, help="Images per step of the optimiser.", rich_help_panel=_RUN)
+]
+Groups = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Parts of the batch, each with a pair of steps or a run of its own. They are dealt out to the processes.",
+        rich_help_panel=_RUN,
+    ),
+]
+Rate = Annotated[float, typer.Option("--lr", help="Learning rate of AdamW.", rich_help_panel=_RUN)]
+TrainSeed = Annotated[int, typer.Option(help="Seed of everything that is drawn.", rich_help_panel=_RUN)]
+Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to train.", rich_help_panel=_RUN)]
+Fast = Annotated[bool, typer.Option("--compile", help="Compile teacher and student first.", rich_help_panel=_RUN)]
+PlanBatch = Annotated[int, typer.Option(min=1, help="Rows of one model call under the plan.", rich_help_panel=_PLAN)]
+Theta = Annotated[
+    float, typer.Option(min=0.0, max=1.0, help="Branches with a score up to this are reused.", rich_help_panel=_PLAN)
+]
+Form = Annotated[
+    Literal["table", "network", "stream"],
+    typer.Option(
+        help="[bold]table[/]: a score per step, block and token. [bold]network[/]: a small network over their "
+        "embeddings. [bold]stream[/]: scores that depend on the stream, ranked in the graph.",
+        rich_help_panel=_LEARN,
+    ),
+]
+Keep = Annotated[
+    float, typer.Option(help="Keep ratio: share of the tokens updated on a P-step.", rich_help_panel=_PLAN)
+]
+
+
+@app.callback()
+def start() -> None:
+    """Learn what to cache, on a frozen model.
+
+    At every P-step each kept value becomes a mixture, weight x computed + (1 - weight)
+    x stored, and the weights are trained so that the model's output stays what it was
+    while computing has its price. [bold]router[/] learns one weight per branch and step
+    (Learning-to-Cache), [bold]predictor[/] one per token, block and step (TokenCache).
+    The weights become a plan.
+    """
+
+
+@app.command()
+def router(
+    out: Out,
+    learned: Learned = None,
+    json: options.Json = None,
+    model: options.WeightsName = "reference",
+    data: Data = None,
+    recipe: RecipeName = None,
+    steps: Steps = 50,
+    k1: K1 = 1,
+    k2: K2 = 1,
+    sites: SiteKind = "out",
+    price: Price = None,
+    target: TargetWeight = None,
+    compare: Compared = "output",
+    cfg: Cfg = 1.0,
+    iterations: Iterations = None,
+    minutes: Minutes = None,
+    batch: TrainBatch = 8,
+    groups: Groups = 1,
+    lr: Rate = 0.1,
+    seed: TrainSeed = 0,
+    device: Device = "cpu",
+    compile: Fast = False,
+    theta: Theta = 0.1,
+    plan_batch: PlanBatch = 20,
+) -> None:
+    """Learn which branches a P-step computes (Learning-to-Cache).
+
+    A stopped training goes on with the same command, to the same result.
+
+    [bold]Examples[/]
+
+      tcc train router --data fashion-mnist --out router50.safetensors
+      tcc train router --steps 20 --lambda 3e-4 --minutes 5 --out router20.safetensors
+      torchrun --nproc-per-node 2 -m tcc train router --groups 2 --out router50.safetensors
+    """
+    run = Run(model, data, recipe, steps, (k1, k2), sites, price, target, compare, cfg, batch, groups, device, compile)
+    settings = settings_of(iterations, minutes, lr, groups, seed)
+
+    def make(info: ModelInfo, names: tuple[str, ...], choices: Choices) -> Weights:
+        return RouterWeights(steps, names, choices, seed=seed).to(device)
+
+    def policy(info: ModelInfo, weights: Weights) -> CachePlan:
+        from tcc.plans import l2c
+
+        found = weights.learned()
+        assert isinstance(found, Router)
+        return l2c(info, num_steps=steps, router=found, theta=theta)
+
+    run_training(run, settings, make, policy, Files(out, learned, json), theta, plan_batch)
+
+
+@app.command()
+def predictor(
+    out: Out,
+    learned: Learned = None,
+    json: options.Json = None,
+    model: options.WeightsName = "reference",
+    form: Form = "table",
+    data: Data = None,
+    recipe: RecipeName = None,
+    steps: Steps = 50,
+    k1: K1 = 1,
+    k2: K2 = 1,
+    sites: SiteKind = "out",
+    price: Price = None,
+    target: TargetWeight = None,
+    compare: Compared = "output",
+    cfg: Cfg = 1.0,
+    iterations: Iterations = None,
+    minutes: Minutes = None,
+    batch: TrainBatch = 8,
+    groups: Groups = 1,
+    lr: Rate = 0.03,
+    seed: TrainSeed = 0,
+    device: Device = "cpu",
+    compile: Fast = False,
+    keep: Keep = 0.5,
+    plan_batch: PlanBatch = 20,
+) -> None:
+    """Learn which tokens a P-step updates (TokenCache).
+
+    A stopped training goes on with the same command, to the same result.
+
+    [bold]Examples[/]
+
+      tcc train predictor --out tokens50.safetensors --learned importance.safetensors
+      tcc train predictor --form stream --data photos --target 0.5 --out tokens50.safetensors
+    """
+    run = Run(model, data, recipe, steps, (k1, k2), sites, price, target, compare, cfg, batch, groups, device, compile)
+    settings = settings_of(iterations, minutes, lr, groups, seed)
+
+    def make(info: ModelInfo, names: tuple[str, ...], choices: Choices) -> Weights:
+        return TokenWeights(FORMS[form](Sizes.of(info, steps), seed=seed), info, choices).to(device)
+
+    def policy(info: ModelInfo, weights: Weights) -> CachePlan:
+        from tcc.plans import tokencache
+
+        found = weights.learned()
+        assert isinstance(found, (Importance, Probes))
+        level: Any = {"out": "out", "delta": "branch", "block": "block"}[sites]
+        return tokencache(info, num_steps=steps, importance=found, keep=keep, k1=k1, k2=k2, level=level)
+
+    run_training(run, settings, make, policy, Files(out, learned, json), 0.1, plan_batch)

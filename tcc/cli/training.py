@@ -1,0 +1,250 @@
+"""What `tcc train` does once its options are known: train, in one process or several, and write what came out."""
+
+from __future__ import annotations
+
+import collections
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import typer
+
+from tcc.cli import screen
+from tcc.cli.subjects import dit_inputs, load_subject, look
+from tcc.errors import ModelError
+from tcc.info import ModelInfo
+from tcc.learned import save_learned
+from tcc.models import DiT
+from tcc.plan import CachePlan
+from tcc.plan_picture import facts
+from tcc.plans import tprr_steps
+from tcc.train.images import open_images
+from tcc.train.loop import Report, Settings, train
+from tcc.train.objective import Objective, Recipe, Target
+from tcc.train.pairs import Pairs
+from tcc.train.predictors import StreamPredictor
+from tcc.train.student import Student
+from tcc.train.trajectories import Trajectories, collect_streams
+from tcc.train.weights import Budget, Choices, TokenWeights, Weights, choices_of_pairs
+from tcc.train.world import World, join_world
+
+__all__ = ["Files", "Kept", "Run", "run_training", "settings_of"]
+
+Kept = Literal["out", "delta", "block"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The options that say what is learned from what."""
+
+    model: str
+    data: Path | None
+    recipe: str | None
+    steps: int
+    cycle: tuple[int, int]
+    sites: Kept
+    price: float | None
+    target: float | None
+    compare: Target
+    cfg: float
+    batch: int
+    groups: int
+    device: str
+    fast: bool
+
+    def __post_init__(self) -> None:
+        if self.batch % self.groups:
+            raise typer.BadParameter(
+                f"{self.batch} images do not make {self.groups} equal groups", param_hint="--groups"
+            )
+        if self.kind == "pairs" and self.data is None:
+            raise typer.BadParameter("pairs are made of noised images: give --data", param_hint="--recipe")
+        if self.kind == "pairs" and self.cycle != (1, 1):
+            raise typer.BadParameter("pairs have one P-step each: use --recipe trajectory", param_hint="--k1, --k2")
+        if self.kind == "pairs" and self.cfg != 1:
+            raise typer.BadParameter("pairs are without guidance: use --recipe trajectory", param_hint="--cfg")
+
+    @property
+    def kind(self) -> str:
+        """The recipe."""
+        return self.recipe or ("trajectory" if self.data is None else "pairs")
+
+    @property
+    def rows(self) -> int:
+        """Rows of one model call: a group, doubled under guidance."""
+        return self.batch // self.groups * (2 if self.cfg > 1 else 1)
+
+    @property
+    def budget(self) -> Budget:
+        """The price of computing."""
+        price = self.price if self.price is not None else (1e-4 if self.target is None else 0.0)
+        return Budget(price, self.target)
+
+    def choices(self, names: tuple[str, ...]) -> Choices:
+        """The P-steps of the schedule; from the image backwards for pairs, so that an even run ends with a P-step."""
+        if self.kind == "pairs":
+            return choices_of_pairs(self.steps, names)
+        i_steps = tprr_steps(self.steps, *self.cycle, 0.5)
+        return {step: names for step in range(self.steps) if step not in i_steps}
+
+
+@dataclass(frozen=True)
+class Files:
+    """What is written."""
+
+    plan: Path
+    learned: Path | None
+    json: Path | None
+
+    @property
+    def state(self) -> Path:
+        """The state of the training."""
+        return self.plan.with_name(self.plan.name.removesuffix(".safetensors") + ".state.safetensors")
+
+
+def settings_of(iterations: int | None, minutes: float | None, lr: float, groups: int, seed: int) -> Settings:
+    """The settings; ten minutes where nothing else ends the training."""
+    limit = 10.0 if iterations is None and minutes is None else minutes
+    return Settings(iterations, limit, lr, groups, seed)
+
+
+def run_training(
+    run: Run,
+    settings: Settings,
+    make: Callable[[ModelInfo, tuple[str, ...], Choices], Weights],
+    policy: Callable[[ModelInfo, Weights], CachePlan],
+    files: Files,
+    theta: float,
+    plan_batch: int,
+) -> None:
+    """Train, and write what came out, in one process or several."""
+    dit = _dit(run.model).to(run.device)
+    with join_world(run.device) as world:
+        info = look(dit, _inputs(dit, run.rows, run.device), {}, run.model)
+        names = tuple(name for name, site in info.sites.items() if site.kind == run.sites)
+        choices = run.choices(names)
+        weights = make(info, names, choices)
+        streams = [*(["out.stream"] if run.compare == "stream" else []), *([weights.reads] if weights.reads else [])]
+        student = Student(info, names, streams=streams, fast=run.fast)
+        recipe = _recipe(run, dit, Objective(student, run.budget, run.compare), choices)
+        report = _follow(weights, recipe, settings, files.state, world, theta)
+        if world.speaks:
+            _calibrate(weights, student, dit, run)
+            target = look(dit, _inputs(dit, plan_batch, run.device), {}, run.model)
+            _write(run, settings, report, weights, policy(target, weights), files, theta)
+
+
+def _dit(name: str) -> DiT:
+    model = load_subject(name, batch=1, input_size=32).model
+    if not isinstance(model, DiT):
+        raise ModelError(
+            f"{name} is not a DiT, and training samples by calling model(x, t, y): use tcc.train from Python"
+        )
+    return model
+
+
+def _inputs(dit: DiT, rows: int, device: str) -> tuple[torch.Tensor, ...]:
+    return tuple(tensor.to(device) for tensor in dit_inputs(dit.config, rows))
+
+
+def _recipe(run: Run, dit: DiT, objective: Objective, choices: Choices) -> Recipe:
+    config, null = dit.config, dit.config.null_class
+    if run.kind == "pairs":
+        assert run.data is not None
+        images = open_images(
+            run.data, size=config.input_size, channels=config.in_channels, num_classes=config.num_classes
+        )
+        return Pairs(objective, images, run.steps, null)
+    clip = config.in_channels in (1, 3)  # pixels; the latents of an encoder have no bounds
+    return Trajectories(objective, choices, run.steps, config.num_classes, null, run.cfg, clip)
+
+
+def _calibrate(weights: Weights, student: Student, dit: DiT, run: Run) -> None:
+    """Mean importances of a predictor that depends on the stream."""
+    if isinstance(weights, TokenWeights) and isinstance(weights.predictor, StreamPredictor) and weights.reads:
+        draw = torch.Generator().manual_seed(0)
+        shape = (student.info.batch, dit.config.in_channels, *dit.config.input_size)
+        x = torch.randn(shape, generator=draw).to(run.device)
+        y = torch.randint(dit.config.num_classes, (len(x),), generator=draw).to(run.device)
+        clip = dit.config.in_channels in (1, 3)
+        streams = collect_streams(student, weights.reads, x, y, num_steps=run.steps, clip=clip)
+        weights.predictor.calibrate(streams)
+
+
+def _follow(weights: Weights, recipe: Recipe, settings: Settings, state: Path, world: World, theta: float) -> Report:
+    """Train behind a progress bar; an interruption says how to go on."""
+    if state.is_file() and world.speaks:
+        screen.note(f"going on from {state}")
+    try:
+        if not world.speaks:
+            return train(weights, recipe, settings, state=state, world=world)
+        with screen.bar("training") as bar:
+            return train(
+                weights, recipe, settings, state=state, world=world, progress=_Line(bar, weights, settings, theta)
+            )
+    except KeyboardInterrupt:
+        if world.speaks:
+            screen.note(f"stopped; {state} holds the state: the same command goes on from there, to the same result")
+        raise typer.Exit(130) from None
+
+
+class _Line:
+    """The line of the progress bar."""
+
+    def __init__(self, bar: screen.Bar, weights: Weights, settings: Settings, theta: float) -> None:
+        self.bar, self.weights, self.settings, self.theta = bar, weights, settings, theta
+        self.losses: collections.deque[float] = collections.deque(maxlen=100)
+        self.first: tuple[int, float] | None = None
+        self.shown = 0.0
+
+    def __call__(self, report: Report) -> None:
+        """Show one iteration; the numbers at most four times a second."""
+        self.losses.append(report.loss)
+        self.first = self.first or (report.iteration - 1, time.monotonic() - 1e-9)
+        now = time.monotonic()
+        if now - self.shown < 0.25:
+            return
+        self.shown = now
+        loss, pace = sum(self.losses) / len(self.losses), (report.iteration - self.first[0]) / (now - self.first[1])
+        share = float((self.weights.known() <= self.theta).float().mean())
+        self.bar.describe(f"training: loss {loss:.2e}, {share:.0%} of the weights below {self.theta:g}, {pace:.1f}/s")
+        if self.settings.iterations is not None:
+            self.bar(report.iteration, self.settings.iterations)
+        else:
+            self.bar(int(report.seconds), int(60 * (self.settings.minutes or 0)))
+
+
+def _write(
+    run: Run, settings: Settings, report: Report, weights: Weights, plan: CachePlan, files: Files, theta: float
+) -> None:
+    """The plan, the scores, and what can be said about them."""
+    known = weights.known()
+    record = {
+        "model": run.model,
+        "recipe": run.kind,
+        "lambda": run.budget.price,
+        "target": run.target,
+        "lr": settings.lr,
+        "seed": settings.seed,
+        "iterations": report.iteration,
+        "seconds": report.seconds,
+        "error": report.error,
+        "cost": report.cost,
+        "theta": theta,
+        "share_below": float((known <= theta).float().mean()),
+        "mean_weight": float(known.mean()),
+    }
+    plan.save(str(files.plan))
+    screen.out().print(plan.summary(), soft_wrap=True, markup=False)
+    screen.note(
+        f"{report.iteration} iterations in {report.seconds:.0f} s; {record['share_below']:.1%} of the weights are at "
+        f"most {theta:g}, their mean is {record['mean_weight']:.3f}"
+    )
+    screen.note(f"wrote {files.plan}")
+    if files.learned is not None:
+        save_learned(weights.learned(), files.learned)
+        screen.note(f"wrote {files.learned}")
+    screen.write_json(files.json, record | {"plan": facts(plan)})

@@ -1,0 +1,122 @@
+"""The loss of one P-step: how far the student is from its teacher, and what its weights cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from tcc.errors import TrainError
+from tcc.train.student import Student, Values
+from tcc.train.weights import Budget, Weights
+
+__all__ = ["Objective", "Recipe", "StepLoss", "Target"]
+
+Target = Literal["output", "stream"]
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """What a recipe says about one P-step that it has gone back through.
+
+    Attributes:
+        step: the denoising step, in execution order.
+        error: how far the student was from its teacher.
+        cost: what its weights cost.
+    """
+
+    step: int
+    error: float
+    cost: float
+
+    @property
+    def total(self) -> float:
+        """The loss."""
+        return self.error + self.cost
+
+
+class Recipe(Protocol):
+    """A way to come by P-steps to learn from."""
+
+    @property
+    def num_steps(self) -> int:
+        """Denoising steps of a run."""
+
+    def accumulate(self, weights: Weights, generator: torch.Generator) -> list[StepLoss]:
+        """Draw one group of samples, and add the gradient of its loss to the parameters of `weights`.
+
+        Args:
+            weights: what is learned.
+            generator: the only source of randomness, on the CPU.
+        """
+
+    def describe(self) -> dict[str, object]:
+        """What the result depends on, for the record and to tell one run from another."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Teacher and student at one P-step, on the same input.
+
+    Attributes:
+        student: the model.
+        budget: the price of computing.
+        target: `output` compares the whole output, variance channels too (Learning-to-Cache); `stream` the stream
+            after the last block (TokenCache, L_mse).
+    """
+
+    student: Student
+    budget: Budget
+    target: Target = "output"
+
+    def __post_init__(self) -> None:
+        if self.target == "stream" and "out.stream" not in self.student.streams:
+            raise TrainError("the target 'stream' needs a student that returns it: Student(streams=['out.stream'])")
+
+    def backward(
+        self,
+        weights: Weights,
+        step: int,
+        stored: Mapping[str, Tensor],
+        inputs: tuple[Tensor, Tensor, Tensor],
+        share: float = 1.0,
+    ) -> tuple[StepLoss, Values]:
+        """Run both, and add `share` times the gradient of the loss to the parameters of `weights`.
+
+        Args:
+            weights: what is learned.
+            step: the denoising step.
+            stored: the stored value of every site.
+            inputs: x, t and y of the call.
+            share: a factor.
+
+        Returns:
+            The loss, and the student's values, cut off from the gradients.
+        """
+        teacher = self.student.compute(*inputs)
+        given = weights(step, None if weights.reads is None else teacher.streams[weights.reads])
+        mixed = self.student.mix(stored, given, *inputs)
+        gap = self._compared(mixed) - self._compared(teacher)
+        error = gap.to(torch.promote_types(gap.dtype, torch.float32)).square().mean()
+        cost = self.budget.cost(given)
+        (share * (error + cost)).backward()  # type: ignore[no-untyped-call]
+        return StepLoss(step, float(error.detach()), float(cost.detach())), Values(
+            mixed.output.detach(), mixed.stored, {}
+        )
+
+    def describe(self) -> dict[str, object]:
+        """What the result depends on: see `Recipe`."""
+        return {
+            "model": self.student.info.captured.hash,
+            "sites": list(self.student.sites),
+            "batch": self.student.info.batch,
+            "target": self.target,
+            "budget": [self.budget.price, self.budget.target, self.budget.strength],
+        }
+
+    def _compared(self, values: Values) -> Tensor:
+        compared: Tensor = values.streams["out.stream"] if self.target == "stream" else values.output
+        return compared

@@ -1,0 +1,184 @@
+"""What decides how much of every site is computed, while it is being learned; and what computing costs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tcc.errors import PlanError
+from tcc.info import ModelInfo
+from tcc.learned import Learned, Router
+from tcc.plan import CachePlan, Compute
+from tcc.train.predictors import Predictor
+
+__all__ = ["Budget", "Choices", "RouterWeights", "TokenWeights", "Weights", "choices_of", "choices_of_pairs"]
+
+#: By step, the sites at which there is something to decide. All other steps compute everything.
+Choices = Mapping[int, tuple[str, ...]]
+
+
+def choices_of(plan: CachePlan) -> dict[int, tuple[str, ...]]:
+    """Where `plan` does not compute: its P-steps and the sites that it updates, reuses or skips at them."""
+    found: dict[int, tuple[str, ...]] = {}
+    for step in range(plan.num_steps):
+        kept = tuple(name for name, action in plan.at(step).items() if not isinstance(action, Compute))
+        found |= {step: kept} if kept else {}
+    return found
+
+
+def choices_of_pairs(num_steps: int, sites: Sequence[str]) -> dict[int, tuple[str, ...]]:
+    """Learning-to-Cache's table: counted from the image, odd steps compute, and the even ones after them decide."""
+    return {step: tuple(sites) for step in range(1, num_steps) if (num_steps - 1 - step) % 2 == 0}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What computing costs in the loss; without a price the best weights are all 1, which caches nothing.
+
+    Attributes:
+        price: lambda, the price of computing one site at one step: `price * sum over sites of the mean weight`
+            (Learning-to-Cache section 3.3; the L1 norm of TokenCache's revision is this times the tokens).
+        target: a mean weight to reach at every step, or None.
+        strength: the factor of `(mean weight - target)^2`.
+
+    Raises:
+        PlanError: the price or the strength is negative, or the target is not in 0..1.
+    """
+
+    price: float = 0.0
+    target: float | None = None
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.price >= 0 and self.strength >= 0):
+            raise PlanError(f"Budget(price={self.price}, strength={self.strength}): neither may be negative")
+        if self.target is not None and not 0 <= self.target <= 1:
+            raise PlanError(f"Budget(target={self.target}): a mean weight lies in 0..1")
+
+    def cost(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """What the weights of one step cost, a number.
+
+        Args:
+            weights: `[1 or B, 1 or S]`, by site.
+        """
+        means = torch.stack([weight.mean() for weight in weights.values()])
+        cost = self.price * means.sum()
+        return cost if self.target is None else cost + self.strength * (means.mean() - self.target).square()
+
+
+class Weights(nn.Module, ABC):
+    """How much of every site is computed at a step; parameters are what is learned.
+
+    Attributes:
+        reads: the `stream` site whose value the weights depend on, or None.
+    """
+
+    reads: str | None = None
+
+    @abstractmethod
+    def forward(self, step: int, stream: Tensor | None) -> dict[str, Tensor]:
+        """The weights at `step`.
+
+        Args:
+            step: in execution order; one at which there is something to decide.
+            stream: `[B, S, D]`, the value of `reads`, or None.
+
+        Returns:
+            `[1 or B, 1 or S]` in 0..1 by site, for the sites at which there is something to decide.
+        """
+
+    def settle(self) -> None:
+        """Bring the parameters back into their range, after a step of the optimiser."""
+
+    @abstractmethod
+    def learned(self) -> Learned:
+        """What a plan is made from."""
+
+    @abstractmethod
+    def known(self) -> Tensor:
+        """The weights as they are, `[n]`: for a summary."""
+
+
+class RouterWeights(Weights):
+    """One logit per step and site (Learning-to-Cache, Ma et al. 2024).
+
+    Each step has a parameter of its own: a step that an iteration leaves out has no gradient, and the optimiser does
+    not move it, as in the paper's code.
+
+    Args:
+        num_steps: denoising steps of a run.
+        sites: the sites, in order.
+        choices: where there is something to decide.
+        seed: seed of the initial logits, N(0, 1).
+        limit: logits are clamped to [-limit, limit] after each step of the optimiser.
+    """
+
+    def __init__(
+        self, num_steps: int, sites: Sequence[str], choices: Choices, *, seed: int = 0, limit: float = 5.0
+    ) -> None:
+        super().__init__()
+        self.num_steps, self.sites, self.choices, self.limit = num_steps, tuple(sites), dict(choices), limit
+        draw = torch.Generator().manual_seed(seed)
+        self.logits = nn.ParameterDict(
+            {str(step): nn.Parameter(torch.randn(len(chosen), generator=draw)) for step, chosen in choices.items()}
+        )
+
+    def forward(self, step: int, stream: Tensor | None = None) -> dict[str, Tensor]:
+        """`[1, 1]` by site."""
+        scores = self.logits[str(step)].sigmoid()
+        return {site: score.view(1, 1) for site, score in zip(self.choices[step], scores, strict=True)}
+
+    def settle(self) -> None:
+        """Clamp the logits."""
+        with torch.no_grad():
+            for row in self.logits.values():
+                row.clamp_(-self.limit, self.limit)
+
+    def learned(self) -> Router:
+        """The scores; sites at which there is nothing to decide have score 1."""
+        scores = torch.full((self.num_steps, len(self.sites)), torch.nan)
+        for step, chosen in self.choices.items():
+            scores[step] = 1.0
+            scores[step, [self.sites.index(site) for site in chosen]] = self.logits[str(step)].detach().sigmoid().cpu()
+        return Router(scores, self.sites)
+
+    def known(self) -> Tensor:
+        """All scores that are learned."""
+        return torch.cat([row.detach().sigmoid() for row in self.logits.values()])
+
+
+class TokenWeights(Weights):
+    """The importances of a predictor (TokenCache, Lou et al. 2024): one weight per token for all sites of a block.
+
+    Args:
+        predictor: maps a step, and for some the stream that enters block 0, to `[1 or B, blocks, S]` in 0..1.
+        info: the model.
+        choices: where there is something to decide.
+    """
+
+    def __init__(self, predictor: Predictor, info: ModelInfo, choices: Choices) -> None:
+        super().__init__()
+        self.predictor, self.choices = predictor, dict(choices)
+        self.blocks = {site: info.sites[site].block for chosen in choices.values() for site in chosen}
+        self.reads = f"{info.blocks[0]}.stream" if predictor.form == "stream" else None
+        self.seen: dict[int, Tensor] = {}
+
+    def forward(self, step: int, stream: Tensor | None = None) -> dict[str, Tensor]:
+        """`[1 or B, S]` by site."""
+        importance = self.predictor(step, stream)
+        self.seen[step] = importance.detach()
+        return {site: importance[:, self.blocks[site]] for site in self.choices[step]}
+
+    def learned(self) -> Learned:
+        """Importances, or probes where they depend on the stream."""
+        return self.predictor.learned()
+
+    def known(self) -> Tensor:
+        """The importances that were given last, at every step that has been asked for."""
+        among = {step: sorted({self.blocks[site] for site in chosen}) for step, chosen in self.choices.items()}
+        rows = [importance[:, among[step]].flatten() for step, importance in self.seen.items()]
+        return torch.cat(rows) if rows else torch.empty(0)
