@@ -1,0 +1,180 @@
+"""`tcc train`, on a tiny model: alone, interrupted, and in two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import tcc
+from tcc.cli import app
+from tcc.learned import Router, load_learned
+from tcc.models import save_weights
+from tcc.models.dit import DiT
+from tests.tiny_models import fill
+
+Invoke = Callable[..., Any]
+SHORT = ["--model", "tiny.safetensors", "--steps", "6", "--batch", "4", "--plan-batch", "2"]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Invoke:
+    """Run a command in a folder that holds `tiny.safetensors` and images in `photos`; it must have the exit code."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    sizes = {"input_size": 8, "patch_size": 2, "in_channels": 1, "hidden_size": 32, "depth": 2, "num_heads": 2}
+    model = fill(DiT(**sizes, num_classes=3))
+    save_weights(model, "tiny.safetensors", torch.float32)  # type: ignore[arg-type]
+    draw = np.random.default_rng(0)
+    for label in "ab":
+        Path("photos", label).mkdir(parents=True)
+        for number in range(3):
+            Image.fromarray(draw.integers(256, size=(8, 8), dtype=np.uint8)).save(f"photos/{label}/{number}.png")
+
+    def invoke(*arguments: str, exit_code: int = 0) -> Any:
+        result = CliRunner().invoke(app, ["train", *arguments])
+        assert result.exit_code == exit_code, f"{result.output}\n{result.exception!r}"
+        return result
+
+    return invoke
+
+
+def plain(text: str) -> str:
+    """Text without colours and line breaks."""
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", text).split())
+
+
+def router(path: str) -> Router:
+    """A router file."""
+    found = load_learned(path)
+    assert isinstance(found, Router)
+    return found
+
+
+@pytest.mark.parametrize("recipe", ["pairs", "trajectory"])
+def test_a_router_becomes_a_plan(run: Invoke, recipe: str) -> None:
+    """Plan, scores and numbers are written, and agree; the table is that of pairs."""
+    data = ["--data", "photos"] if recipe == "pairs" else []
+    files = ["--out", "plan.safetensors", "--learned", "scores.safetensors", "--json", "numbers.json"]
+    result = run("router", *SHORT, *data, *files, "--iterations", "4", "--lambda", "100", "--theta", "0.6")
+    scores = router("scores.safetensors")
+    assert scores.p_steps == (1, 3, 5)
+    plan = tcc.CachePlan.load("plan.safetensors")
+    assert plan.num_steps == 6
+    assert plan.model is not None
+    assert plan.model.inputs[0][1] == (2, 1, 8, 8)
+    reused = {(step, site) for (step, site), action in plan.actions.items() if isinstance(action, tcc.Reuse)}
+    below = (scores.scores <= 0.6).nonzero().tolist()
+    assert reused == {(step, scores.sites[unit]) for step, unit in below}
+    numbers = json.loads(Path("numbers.json").read_text())
+    assert numbers["recipe"] == recipe
+    assert numbers["iterations"] == 4
+    assert numbers["share_below"] == pytest.approx(len(below) / 12)
+    assert "4 iterations in" in plain(result.output)
+    assert Path("plan.state.safetensors").is_file()
+
+
+def test_the_same_command_goes_on(run: Invoke) -> None:
+    """With more iterations, from where it stopped, to the same scores as in one go."""
+    options = ["router", *SHORT, "--data", "photos", "--learned", "scores.safetensors"]
+    run(*options, "--out", "a.safetensors", "--iterations", "2")
+    result = run(*options, "--out", "a.safetensors", "--iterations", "5")
+    assert "going on from a.state.safetensors" in plain(result.output)
+    two = router("scores.safetensors").scores
+    run(*options, "--out", "b.safetensors", "--iterations", "5")
+    assert torch.equal(two.nan_to_num(), router("scores.safetensors").scores.nan_to_num())
+    result = run(*options, "--out", "a.safetensors", "--iterations", "5", "--seed", "1", exit_code=1)
+    assert "state of another run (seed was 0 and is 1)" in plain(result.output)
+
+
+def test_an_interruption_says_how_to_go_on(run: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is lost but the iteration that was running."""
+    from tcc.train.pairs import Pairs
+
+    honest, calls = Pairs.accumulate, []
+
+    def interrupted(self: Pairs, *arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return honest(self, *arguments)
+
+    options = ["router", *SHORT, "--data", "photos", "--out", "plan.safetensors", "--learned", "scores.safetensors"]
+    monkeypatch.setattr(Pairs, "accumulate", interrupted)
+    result = run(*options, "--iterations", "5", exit_code=130)
+    assert "stopped; plan.state.safetensors holds the state: the same command goes on from there" in plain(
+        result.output
+    )
+    assert not Path("plan.safetensors").exists()
+    run(*options, "--iterations", "5")
+    resumed = router("scores.safetensors").scores
+    Path("plan.state.safetensors").unlink()
+    run(*options, "--iterations", "5")
+    assert torch.equal(resumed.nan_to_num(), router("scores.safetensors").scores.nan_to_num())
+
+
+def test_longer_cycles_and_guidance_need_trajectories(run: Invoke) -> None:
+    """The schedule is that of tprr; scores stand where its P-steps are."""
+    files = ["--out", "plan.safetensors", "--learned", "scores.safetensors"]
+    run("router", *SHORT, *files, "--k1", "2", "--k2", "2", "--cfg", "1.5", "--iterations", "1", "--sites", "delta")
+    scores = router("scores.safetensors")
+    assert scores.p_steps == (1, 2, 4, 5)
+    assert scores.sites[0].endswith(".delta")
+    data = ["--data", "photos"]
+    for wrong, message in (
+        (["--recipe", "pairs"], "give --data"),
+        ([*data, "--k1", "2"], "pairs have one P-step each"),
+        ([*data, "--cfg", "2"], "pairs are without guidance"),
+        ([*data, "--groups", "3"], "4 images do not make 3 equal groups"),
+    ):
+        assert message in plain(run("router", *SHORT, "--out", "x.safetensors", *wrong, exit_code=2).output)
+
+
+def test_user_mistakes_are_one_line(run: Invoke) -> None:
+    """An empty folder, a model that is no DiT file, a learning rate of zero."""
+    Path("empty").mkdir()
+    out = ["--out", "plan.safetensors", "--iterations", "1"]
+    result = run("router", *SHORT, *out, "--data", "empty", exit_code=1)
+    assert "error: empty holds no images: expected one sub-folder per class" in plain(result.output)
+    assert "unknown model 'nothing'" in plain(run("router", "--model", "nothing", *out, exit_code=1).output)
+    assert "the learning rate is positive" in plain(run("router", *SHORT, *out, "--lr", "0", exit_code=1).output)
+    assert not Path("plan.safetensors").exists()
+
+
+def test_help_teaches(run: Invoke) -> None:
+    """What is learned, from what, and examples."""
+    text = plain(run("--help").output)
+    assert "router" in text
+    assert "predictor" in text
+    for command in ("router", "predictor"):
+        text = plain(run(command, "--help").output)
+        assert "--recipe" in text
+        assert "Examples" in text
+        assert "Larger caches more" in text
+
+
+def test_two_processes_are_one_with_the_same_batch(run: Invoke) -> None:
+    """By torchrun, on the command line; the sums are made in another order."""
+    options = ["train", "router", *SHORT, "--groups", "2", "--data", "photos", "--iterations", "4"]
+    run(*options[1:], "--out", "one.safetensors", "--learned", "one.scores.safetensors")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, "-m", "tcc", *options, "--out", "two.safetensors", "--learned", "two.scores.safetensors"],
+        env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote two.safetensors") == 1
+    one, two = router("one.scores.safetensors").scores, router("two.scores.safetensors").scores
+    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5, equal_nan=True)

@@ -1,0 +1,101 @@
+"""Training images: folders of files, and the Fashion-MNIST files."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tcc.errors import TrainError
+from tcc.train.images import Images, open_images
+
+
+def opened(folder: Path, **options: Any) -> Images:
+    """The folder's images, as 8 x 8 RGB for three classes unless overridden."""
+    return open_images(folder, **({"size": (8, 8), "channels": 3, "num_classes": 3} | options))
+
+
+def write(path: Path, pixels: Any) -> None:
+    """An image file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(pixels, dtype=np.uint8)).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two classes: one white square and one black; one red picture, twice as wide as high."""
+    write(tmp_path / "b" / "x.png", np.full((8, 8), 255))
+    write(tmp_path / "a" / "deeper" / "y.bmp", np.zeros((16, 16)))
+    red = np.zeros((4, 8, 3))
+    red[:, 2:6, 0] = 255
+    write(tmp_path / "b" / "z.png", red)
+    (tmp_path / "a" / "notes.txt").write_text("no image")
+    return tmp_path
+
+
+def test_folders_are_classes_in_alphabetical_order(folder: Path) -> None:
+    """Sub-folders of a class count too, other files do not; pixels are in [-1, 1]."""
+    images = opened(folder)
+    assert len(images) == 3
+    pixels, labels = images.take(torch.tensor([0, 1, 2, 0]))
+    assert labels.tolist() == [0, 1, 1, 0]
+    assert pixels.shape == (4, 3, 8, 8)
+    assert pixels.dtype == torch.float32
+    assert torch.equal(pixels[0], torch.full((3, 8, 8), -1.0))
+    assert torch.equal(pixels[1], torch.full((3, 8, 8), 1.0))
+    assert torch.equal(pixels[3], pixels[0])
+
+
+def test_pictures_are_covered_and_cropped_at_the_center(folder: Path) -> None:
+    """The middle half of a wide picture is what is left: here all red, up to the filter's reach at the borders."""
+    pixels, _ = opened(folder).take(torch.tensor([2]))
+    assert torch.equal(pixels[0, 0, :, 2:6], torch.ones(8, 4))
+    assert torch.equal(pixels[0, 1:], torch.full((2, 8, 8), -1.0))
+    grey, _ = opened(folder, channels=1).take(torch.tensor([2]))
+    assert grey.shape == (1, 1, 8, 8)
+    tall, _ = opened(folder, size=(16, 4)).take(torch.tensor([0, 2]))
+    assert tall.shape == (2, 3, 16, 4)
+
+
+def test_fashion_mnist_files_are_recognised(tmp_path: Path) -> None:
+    """Padded to the model's size."""
+    for name, shape in (("images-idx3", (2, 28, 28)), ("labels-idx1", (2,))):
+        head = bytes([0, 0, 8, len(shape)]) + b"".join(size.to_bytes(4, "big") for size in shape)
+        (tmp_path / f"train-{name}-ubyte.gz").write_bytes(gzip.compress(head + bytes([7] * int(np.prod(shape)))))
+    images = opened(tmp_path, size=(32, 32), channels=1, num_classes=10)
+    pixels, labels = images.take(torch.tensor([1]))
+    assert len(images) == 2
+    assert labels.tolist() == [7]
+    assert pixels.shape == (1, 1, 32, 32)
+    assert float(pixels[0, 0, 0, 0]) == -1
+    assert float(pixels[0, 0, 16, 16]) == pytest.approx(7 / 127.5 - 1)
+    with pytest.raises(TrainError, match="holds Fashion-MNIST, grey squares; the model takes 3 x 8 x 8"):
+        opened(tmp_path)
+
+
+def test_folders_without_images_say_what_was_expected(tmp_path: Path) -> None:
+    """Missing, empty, flat, or with more classes than the model knows."""
+    with pytest.raises(TrainError, match="there is no folder"):
+        opened(tmp_path / "nothing")
+    with pytest.raises(TrainError, match=r"holds no images: expected one sub-folder per class .*class-a.0001\.png"):
+        opened(tmp_path)
+    write(tmp_path / "flat.png", np.zeros((8, 8)))
+    with pytest.raises(TrainError, match="holds no images"):
+        opened(tmp_path)
+    for label in "abcd":
+        write(tmp_path / label / "x.png", np.zeros((8, 8)))
+    with pytest.raises(TrainError, match="has 4 sub-folders, one per class, and the model knows 3"):
+        opened(tmp_path)
+
+
+def test_broken_files_are_named(tmp_path: Path) -> None:
+    """When they are read."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "broken.png").write_bytes(b"not a picture")
+    with pytest.raises(TrainError, match=r"broken\.png cannot be read as an image"):
+        opened(tmp_path).take(torch.tensor([0]))
