@@ -251,8 +251,8 @@ class _Run:
             entries.setdefault(int(index), {})[entry] = tensor
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": entries, "param_groups": groups})
-        error, cost = map(float, header["losses"])
-        self.report = Report(header["iteration"], header["seconds"], error, cost, header["iteration"])
+        last, cost = map(float, header["losses"])
+        self.report = Report(header["iteration"], header["seconds"], last, cost, header["iteration"])
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -115,7 +115,7 @@ class Student:
                 )
         device = self.info.captured.inputs[0].device
         rows = {name: weights[name] if name in weights else torch.ones(1, 1, device=device) for name in self.sites}
-        sizes = torch.broadcast_shapes(*(weight.shape for weight in rows.values()))
+        sizes = [max(weight.shape[dim] for weight in rows.values()) for dim in range(2)]
         return {name: weight.expand(sizes) for name, weight in rows.items()}
 
     def _values(self, outputs: list[Tensor]) -> Values:

@@ -57,7 +57,7 @@ class World:
         numbers = torch.cat([extra.double().to(device), torch.tensor(has, dtype=torch.float64, device=device)])
         total = self.sum(torch.cat([numbers, *(grad.double() for grad in flat)]))
         sizes = [len(extra), len(known), *(parameter.numel() for parameter in known)]
-        sums, anywhere, *grads = total.split(sizes)
+        sums, anywhere, *grads = torch.split(total, sizes)
         for parameter, there, grad in zip(known, anywhere.tolist(), grads, strict=True):
             parameter.grad = (grad / count).to(parameter.dtype).view_as(parameter) if there else None
         return sums.cpu()
