@@ -67,7 +67,7 @@ def test_a_router_becomes_a_plan(run: Invoke, recipe: str) -> None:
     """Plan, scores and numbers are written, and agree; the table is that of pairs."""
     data = ["--data", "photos"] if recipe == "pairs" else []
     files = ["--out", "plan.safetensors", "--learned", "scores.safetensors", "--json", "numbers.json"]
-    result = run("router", *SHORT, *data, *files, "--iterations", "4", "--lambda", "100", "--theta", "0.6")
+    result = run("router", *SHORT, *data, *files, "--iterations", "4", "--lambda", "100", "-o", "theta=0.6")
     scores = router("scores.safetensors")
     assert scores.p_steps == (1, 3, 5)
     plan = tcc.CachePlan.load("plan.safetensors")
@@ -149,6 +149,7 @@ def test_user_mistakes_are_one_line(run: Invoke) -> None:
     assert "error: empty holds no images: expected one sub-folder per class" in plain(result.output)
     assert "unknown model 'nothing'" in plain(run("router", "--model", "nothing", *out, exit_code=1).output)
     assert "the learning rate is positive" in plain(run("router", *SHORT, *out, "--lr", "0", exit_code=1).output)
+    assert "policy l2c has no option 'keep'" in plain(run("router", *SHORT, *out, "-o", "keep=1", exit_code=1).output)
     assert not Path("plan.safetensors").exists()
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from tcc.cli import options
-from tcc.cli.training import Files, Kept, Run, run_training, settings_of
+from tcc.cli.training import Files, Kept, Planned, Run, run_training, settings_of
 from tcc.info import ModelInfo
-from tcc.learned import Importance, Probes, Router
-from tcc.plan import CachePlan
 from tcc.train.objective import Target
 from tcc.train.predictors import FORMS, Sizes
 from tcc.train.weights import Choices, RouterWeights, TokenWeights, Weights
@@ -67,7 +65,7 @@ Price = Annotated[
         "--lambda",
         min=0.0,
         help="Price of computing one site at one step, in units of the squared error. Larger caches more; 0 caches "
-        "nothing. [dim]default: 1e-4, or 0 where there is a target[/]",
+        "nothing. [dim]default: 2e-6, or 0 where there is a target[/]",
         rich_help_panel=_LEARN,
     ),
 ]
@@ -105,8 +103,17 @@ TrainSeed = Annotated[int, typer.Option(help="Seed of everything that is drawn."
 Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to train.", rich_help_panel=_RUN)]
 Fast = Annotated[bool, typer.Option("--compile", help="Compile teacher and student first.", rich_help_panel=_RUN)]
 PlanBatch = Annotated[int, typer.Option(min=1, help="Rows of one model call under the plan.", rich_help_panel=_PLAN)]
-Theta = Annotated[
-    float, typer.Option(min=0.0, max=1.0, help="Branches with a score up to this are reused.", rich_help_panel=_PLAN)
+PlanOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        "-o",
+        metavar="NAME=VALUE",
+        help="An option of the policy that makes the plan (l2c for routers, tokencache for predictors), once for "
+        "each; [bold]tcc plan --policy l2c --explain[/] lists them.",
+        show_default=False,
+        rich_help_panel=_PLAN,
+    ),
 ]
 Form = Annotated[
     Literal["table", "network", "stream"],
@@ -115,9 +122,6 @@ Form = Annotated[
         "embeddings. [bold]stream[/]: scores that depend on the stream, ranked in the graph.",
         rich_help_panel=_LEARN,
     ),
-]
-Keep = Annotated[
-    float, typer.Option(help="Keep ratio: share of the tokens updated on a P-step.", rich_help_panel=_PLAN)
 ]
 
 
@@ -157,7 +161,7 @@ def router(
     seed: TrainSeed = 0,
     device: Device = "cpu",
     compile: Fast = False,
-    theta: Theta = 0.1,
+    option: PlanOptions = None,
     plan_batch: PlanBatch = 20,
 ) -> None:
     """Learn which branches a P-step computes (Learning-to-Cache).
@@ -167,23 +171,17 @@ def router(
     [bold]Examples[/]
 
       tcc train router --data fashion-mnist --out router50.safetensors
-      tcc train router --steps 20 --lambda 3e-4 --minutes 5 --out router20.safetensors
+      tcc train router --steps 20 --lambda 1e-5 --minutes 5 -o theta=0.5 --out router20.safetensors
       torchrun --nproc-per-node 2 -m tcc train router --groups 2 --out router50.safetensors
     """
     run = Run(model, data, recipe, steps, (k1, k2), sites, price, target, compare, cfg, batch, groups, device, compile)
+    planned = Planned.of("l2c", "router", option or [])
     settings = settings_of(iterations, minutes, lr, groups, seed)
 
     def make(info: ModelInfo, names: tuple[str, ...], choices: Choices) -> Weights:
         return RouterWeights(steps, names, choices, seed=seed).to(device)
 
-    def policy(info: ModelInfo, weights: Weights) -> CachePlan:
-        from tcc.plans import l2c
-
-        found = weights.learned()
-        assert isinstance(found, Router)
-        return l2c(info, num_steps=steps, router=found, theta=theta)
-
-    run_training(run, settings, make, policy, Files(out, learned, json), theta, plan_batch)
+    run_training(run, settings, make, planned, Files(out, learned, json), plan_batch)
 
 
 @app.command()
@@ -211,7 +209,7 @@ def predictor(
     seed: TrainSeed = 0,
     device: Device = "cpu",
     compile: Fast = False,
-    keep: Keep = 0.5,
+    option: PlanOptions = None,
     plan_batch: PlanBatch = 20,
 ) -> None:
     """Learn which tokens a P-step updates (TokenCache).
@@ -221,20 +219,14 @@ def predictor(
     [bold]Examples[/]
 
       tcc train predictor --out tokens50.safetensors --learned importance.safetensors
-      tcc train predictor --form stream --data photos --target 0.5 --out tokens50.safetensors
+      tcc train predictor --form stream --data photos --target 0.5 -o keep=0.25 --out tokens50.safetensors
     """
     run = Run(model, data, recipe, steps, (k1, k2), sites, price, target, compare, cfg, batch, groups, device, compile)
+    level = {"out": "out", "delta": "branch", "block": "block"}[sites]
+    planned = Planned.of("tokencache", "importance", [f"k1={k1}", f"k2={k2}", f"level={level}", *(option or [])])
     settings = settings_of(iterations, minutes, lr, groups, seed)
 
     def make(info: ModelInfo, names: tuple[str, ...], choices: Choices) -> Weights:
         return TokenWeights(FORMS[form](Sizes.of(info, steps), seed=seed), info, choices).to(device)
 
-    def policy(info: ModelInfo, weights: Weights) -> CachePlan:
-        from tcc.plans import tokencache
-
-        found = weights.learned()
-        assert isinstance(found, (Importance, Probes))
-        level: Any = {"out": "out", "delta": "branch", "block": "block"}[sites]
-        return tokencache(info, num_steps=steps, importance=found, keep=keep, k1=k1, k2=k2, level=level)
-
-    run_training(run, settings, make, policy, Files(out, learned, json), 0.1, plan_batch)
+    run_training(run, settings, make, planned, Files(out, learned, json), plan_batch)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import collections
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import typer
 
 from tcc.cli import screen
+from tcc.cli.policies import find_policy, parse_options
 from tcc.cli.subjects import dit_inputs, load_subject, look
 from tcc.errors import ModelError
 from tcc.info import ModelInfo
@@ -80,7 +81,7 @@ class Run:
     @property
     def budget(self) -> Budget:
         """The price of computing."""
-        price = self.price if self.price is not None else (1e-4 if self.target is None else 0.0)
+        price = self.price if self.price is not None else (2e-6 if self.target is None else 0.0)
         return Budget(price, self.target)
 
     def choices(self, names: tuple[str, ...]) -> Choices:
@@ -105,6 +106,41 @@ class Files:
         return self.plan.with_name(self.plan.name.removesuffix(".safetensors") + ".state.safetensors")
 
 
+@dataclass(frozen=True)
+class Planned:
+    """How what was learned becomes a plan.
+
+    Attributes:
+        policy: the policy's name.
+        learned: its option that takes what was learned.
+        options: its other options.
+    """
+
+    policy: str
+    learned: str
+    options: dict[str, Any]
+
+    @staticmethod
+    def of(policy: str, learned: str, given: Sequence[str]) -> Planned:
+        """The policy of that name with the options in texts `name=value`; of two for one option the last counts.
+
+        Raises:
+            PlanError: the policy has no such option, or a value is none of an option's.
+        """
+        chosen = parse_options(policy, [*given, f"{learned}="])  # checked before training, not after
+        chosen.pop(learned)
+        return Planned(policy, learned, chosen)
+
+    def make(self, info: ModelInfo, num_steps: int, weights: Weights) -> CachePlan:
+        """The plan."""
+        return find_policy(self.policy)(info, num_steps=num_steps, **self.options, **{self.learned: weights.learned()})
+
+    @property
+    def theta(self) -> float:
+        """Up to which weight a site counts as reused in what is shown."""
+        return float(self.options.get("theta", 0.1))
+
+
 def settings_of(iterations: int | None, minutes: float | None, lr: float, groups: int, seed: int) -> Settings:
     """The settings; ten minutes where nothing else ends the training."""
     limit = 10.0 if iterations is None and minutes is None else minutes
@@ -115,9 +151,8 @@ def run_training(
     run: Run,
     settings: Settings,
     make: Callable[[ModelInfo, tuple[str, ...], Choices], Weights],
-    policy: Callable[[ModelInfo, Weights], CachePlan],
+    planned: Planned,
     files: Files,
-    theta: float,
     plan_batch: int,
 ) -> None:
     """Train, and write what came out, in one process or several."""
@@ -130,11 +165,11 @@ def run_training(
         streams = [*(["out.stream"] if run.compare == "stream" else []), *([weights.reads] if weights.reads else [])]
         student = Student(info, names, streams=streams, fast=run.fast)
         recipe = _recipe(run, dit, Objective(student, run.budget, run.compare), choices)
-        report = _follow(weights, recipe, settings, files.state, world, theta)
+        report = _follow(weights, recipe, settings, files.state, world, planned.theta)
         if world.speaks:
             _calibrate(weights, student, dit, run)
             target = look(dit, _inputs(dit, plan_batch, run.device), {}, run.model)
-            _write(run, settings, report, weights, policy(target, weights), files, theta)
+            _write(run, settings, report, weights, planned.make(target, run.steps, weights), files, planned.theta)
 
 
 def _dit(name: str) -> DiT:
