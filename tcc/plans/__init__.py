@@ -15,6 +15,7 @@ from tcc.plans.routers import read_published_router
 from tcc.plans.smoothcache import smoothcache
 from tcc.plans.taylorseer import taylorseer
 from tcc.plans.toca import duca, toca
+from tcc.plans.tokencache import tokencache
 from tcc.plans.tokens import choose_tokens
 from tcc.plans.tprr import tprr
 from tcc.plans.uncached import full
@@ -42,6 +43,7 @@ __all__ = [
     "taylorseer",
     "time_cut",
     "toca",
+    "tokencache",
     "top_down",
     "tprr",
     "tprr_steps",
@@ -54,6 +56,7 @@ POLICIES = {
         full,
         fora,
         tprr,
+        tokencache,
         taylorseer,
         forecast,
         delta_dit,

@@ -19,10 +19,13 @@ __all__ = [
     "Choice",
     "Level",
     "TokenAttention",
+    "best_per_cell",
     "check_keep",
+    "checkerboard",
     "choose_blocks",
     "choose_tokens",
     "grid_cells",
+    "keep_per_cell",
     "pruned_sites",
     "token_actions",
 ]
@@ -52,7 +55,7 @@ def choose_tokens(
     check_keep(keep)
     count = max(1, round(keep * n))
     if isinstance(tokens, torch.Tensor):
-        return _best_per_cell(info, _scores(tokens, n), keep, cell)
+        return best_per_cell(info, _scores(tokens, n), keep_per_cell(keep, cell), cell)
     if tokens == "uniform":
         places = (np.floor(np.arange(count) * n / count).astype(np.int64) + turn) % n
         return torch.from_numpy(np.sort(places))
@@ -60,7 +63,7 @@ def choose_tokens(
         order = np.random.default_rng([seed, turn]).permutation(n)
         return torch.from_numpy(np.sort(order[:count]))
     if tokens == "checkerboard":
-        return _best_per_cell(info, _checkerboard(info, cell, turn), keep, cell)
+        return best_per_cell(info, checkerboard(info, cell, turn), keep_per_cell(keep, cell), cell)
     raise PlanError(f"tokens={tokens!r}: use 'uniform', 'random', 'checkerboard' or a score per token")
 
 
@@ -93,7 +96,7 @@ def _grid2d(info: ModelInfo, cell: int) -> tuple[int, int, int]:
     return frames, h, w
 
 
-def _checkerboard(info: ModelInfo, cell: int, turn: int) -> np.ndarray[Any, Any]:
+def checkerboard(info: ModelInfo, cell: int, turn: int = 0) -> np.ndarray[Any, Any]:
     """Scores that rank the places of a cell by a bit-reversed (Bayer-like) order, shifted by `turn`."""
     frames, h, w = _grid2d(info, cell)
     side = cell * cell
@@ -105,10 +108,14 @@ def _checkerboard(info: ModelInfo, cell: int, turn: int) -> np.ndarray[Any, Any]
     return np.tile(tile, (frames, h // cell, w // cell)).reshape(-1)
 
 
-def _best_per_cell(info: ModelInfo, scores: np.ndarray[Any, Any], keep: float, cell: int) -> torch.Tensor:
-    """The same number of tokens in every cell: the highest scores (grid-based pruning, TokenCache v1)."""
+def keep_per_cell(keep: float, cell: int) -> int:
+    """How many tokens of a cell a keep ratio leaves: at least one."""
+    return max(1, round(keep * cell * cell))
+
+
+def best_per_cell(info: ModelInfo, scores: np.ndarray[Any, Any], count: int, cell: int) -> torch.Tensor:
+    """The `count` highest scores of every cell, `[k]` int64, sorted (grid-based pruning, TokenCache v1)."""
     cells = grid_cells(info, cell)
-    count = max(1, round(keep * cell * cell))
     order = np.argsort(-scores[cells], axis=1, kind="stable")[:, :count]
     return torch.from_numpy(np.sort(np.take_along_axis(cells, order, axis=1).reshape(-1)))
 

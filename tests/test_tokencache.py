@@ -1,0 +1,246 @@
+"""TokenCache plans: which I-steps, blocks, tokens and counts follow from importance, and what the controls take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import tcc
+from tcc import plans
+from tcc.errors import PlanError
+from tcc.learned import Importance
+from tcc.plan import CachePlan, Compute, Reuse, Update
+from tests.tiny_models import case
+from tests.token_plans import BLOCKS, P_STEPS, STEPS, TOKENS, by_block, deep, importance, plan
+
+
+def kept(made: CachePlan, step: int, block: int, site: str = "mlp.out") -> list[int]:
+    """The static tokens of a block at a step."""
+    action = made.action(step, f"blocks.{block}.{site}")
+    assert isinstance(action, Update)
+    assert isinstance(action.tokens, str)
+    found: list[int] = made.tokens[action.tokens].tolist()
+    return found
+
+
+# --- tokens
+
+
+def cell_of(token: int, side: int) -> tuple[int, int]:
+    """The cell of a token on the 4 x 4 grid."""
+    return token // 4 // side, token % 4 // side
+
+
+@pytest.mark.parametrize(("cell", "keep", "each"), [(2, 0.25, 1), (2, 0.5, 2), (2, 0.75, 3), (4, 0.5, 8), (4, 0.2, 3)])
+def test_every_cell_keeps_its_most_important_tokens(cell: int, keep: float, each: int) -> None:
+    """`round(keep * cell^2)` per cell, at every P-step and block, and none of the dropped ones outranks them."""
+    made = plan(keep=keep, cell=cell)
+    for step in P_STEPS:
+        for block in range(BLOCKS):
+            chosen, rank = kept(made, step, block), importance().scores[step, block]
+            for place in {cell_of(token, cell) for token in range(TOKENS)}:
+                inside = [token for token in range(TOKENS) if cell_of(token, cell) == place]
+                best = sorted(inside, key=lambda token, rank=rank: -float(rank[token]))[:each]
+                assert sorted(best) == [token for token in chosen if token in inside]
+
+
+def test_both_branches_and_the_keys_of_a_block_keep_the_same_tokens() -> None:
+    """By default branch outputs with cached keys."""
+    made = plan()
+    assert {name.split(".", 2)[2] for name in made.sites} == {"attn.kv", "attn.out", "mlp.out"}
+    for step in P_STEPS:
+        sets = {made.action(step, f"blocks.2.{site}") for site in ("attn.kv", "attn.out", "mlp.out")}
+        assert len(sets) == 1
+        assert all(isinstance(action, Compute) for action in made.at(step - 1).values())
+
+
+def test_global_selection_takes_the_highest_pairs() -> None:
+    """The pairs of block and token that rank highest in the mean of the P-steps make the counts."""
+    made, scores = plan(select="global", keep=0.3), importance().scores
+    pairs = scores[list(P_STEPS)].mean(0)
+    threshold = pairs.flatten().sort(descending=True).values[round(0.3 * BLOCKS * TOKENS) - 1]
+    counts = (pairs >= threshold).sum(1).tolist()
+    assert sum(counts) == round(0.3 * BLOCKS * TOKENS)
+    assert len(set(counts)) > 1
+    for step in P_STEPS:
+        for block, count in enumerate(counts):
+            best = scores[step, block].argsort(descending=True)[:count]
+            assert kept(made, step, block) == sorted(best.tolist())
+
+
+def test_a_block_without_important_tokens_is_reused_and_one_without_others_computed() -> None:
+    """Counts of 0 and of all tokens need no token set."""
+    scores = by_block(0.5, 0.1, 0.9, 0.5).scores
+    made = plan(importance=Importance(scores), select="global", keep=0.5)
+    assert made.action(1, "blocks.1.mlp.out") == made.action(1, "blocks.1.attn.kv") == Reuse()
+    assert made.action(1, "blocks.2.mlp.out") == made.action(1, "blocks.2.attn.kv") == Compute()
+    assert len(kept(made, 1, 0)) + len(kept(made, 1, 3)) == TOKENS
+
+
+@pytest.mark.parametrize("scores", ["learned", "random", "uniform"])
+@pytest.mark.parametrize("options", [{}, {"select": "global", "keep": 0.3}, {"pruned": 2}, {"share": True}], ids=str)
+def test_controls_have_the_same_counts(scores: Any, options: dict[str, Any]) -> None:
+    """The same blocks, counts and MACs; other tokens."""
+    learned, control = plan(**options), plan(**options, scores=scores)
+    assert control.cost == learned.cost
+    assert control.sites == learned.sites
+    assert {n: t.numel() for n, t in control.tokens.items()} == {n: t.numel() for n, t in learned.tokens.items()}
+    same = all(torch.equal(control.tokens[name], learned.tokens[name]) for name in learned.tokens)
+    assert same == (scores == "learned")
+
+
+def test_random_tokens_are_new_for_every_block_and_step() -> None:
+    """And the same for the same seed."""
+    made = plan(scores="random", importance=None)
+    assert len({tuple(t.tolist()) for t in made.tokens.values()}) > len(made.tokens) // 2
+    again, other = (plan(scores="random", importance=None, seed=seed) for seed in (0, 1))
+    assert all(torch.equal(again.tokens[name], made.tokens[name]) for name in made.tokens)
+    assert any(not torch.equal(other.tokens[name], made.tokens[name]) for name in made.tokens)
+
+
+def test_uniform_tokens_are_spread_evenly() -> None:
+    """A checkerboard over the cells; over the sequence, gaps of about 1 / keep."""
+    assert kept(plan(scores="uniform", importance=None), 1, 0) == [0, 2, 5, 7, 8, 10, 13, 15]
+    spread = kept(plan(scores="uniform", importance=None, select="global", keep=0.25), 1, 0)
+    gaps = [b - a for a, b in zip(spread, [*spread[1:], spread[0] + TOKENS], strict=True)]
+    assert len(spread) == 4
+    assert max(gaps) <= 6
+    assert min(gaps) >= 3
+
+
+def test_shared_tokens_are_the_best_in_the_mean() -> None:
+    """One set per P-step, and one merged slot where the keys allow it."""
+    made = plan(share=True, level="block", attention="kept")
+    assert list(made.tokens) == ["step1", "step3", "step5"]
+    mean = importance().scores[3].mean(0)
+    for place in {cell_of(token, 2) for token in range(TOKENS)}:
+        inside = [token for token in range(TOKENS) if cell_of(token, 2) == place]
+        best = sorted(inside, key=lambda token: -float(mean[token]))[:2]
+        assert set(best) <= set(made.tokens["step3"].tolist())
+    assert made.slot_bytes == 2 * TOKENS * 32 * 4
+
+
+def test_one_set_per_cycle() -> None:
+    """The P-steps of a cycle keep the tokens that are best in the mean over them."""
+    made, scores = plan(k1=2, k2=2, sets="cycle", select="global", share=False), importance().scores
+    assert str(made.schedule) == "IPPIPP"
+    assert kept(made, 1, 0) == kept(made, 2, 0) != kept(made, 4, 0)
+    counts = len(kept(made, 4, 1))
+    assert kept(made, 4, 1) == sorted(scores[4:6, 1].mean(0).argsort(descending=True)[:counts].tolist())
+
+
+def test_rotation_lets_tokens_take_turns() -> None:
+    """A token that was kept comes after all others at the next P-step, in each block by itself."""
+    made = plan(rotate=1.0, keep=0.5)
+    for block in range(BLOCKS):
+        first, second, third = (set(kept(made, step, block)) for step in P_STEPS)
+        assert first | second == set(range(TOKENS))
+        assert third == set(kept(plan(keep=0.5), 5, block))
+    gentle = plan(rotate=1e-9, keep=0.5)
+    assert kept(gentle, 3, 1) == kept(plan(keep=0.5), 3, 1)
+
+
+def test_without_refresh_nothing_is_stored_on_p_steps() -> None:
+    """Updates do not store, and MACs are the same."""
+    made = plan(refresh=False, k1=2, k2=2)
+    assert all(not a.store for a in made.actions.values() if isinstance(a, Update))
+    assert made.cost is not None
+    assert made.macs == plan(k1=2, k2=2).macs
+    stored = plan(refresh=True)
+    assert all(a.store for a in stored.actions.values() if isinstance(a, Update))
+
+
+# --- blocks
+
+
+def test_the_least_important_blocks_are_pruned() -> None:
+    """The others are computed in full: the plan does not name them."""
+    made = plan(importance=by_block(0.4, 0.2, 0.9, 0.3), pruned=2)
+    assert made.policy["blocks"] == [1, 3]
+    assert {name.split(".")[1] for name in made.sites} == {"1", "3"}
+
+
+def test_blocks_can_be_chosen_at_every_step() -> None:
+    """`adapt="step"`: a block that is not pruned at a step is computed and stored there."""
+    scores = by_block(0.4, 0.2, 0.9, 0.3).scores.clone()
+    scores[3] = by_block(0.1, 0.8, 0.9, 0.3).scores[3]
+    made = plan(importance=Importance(scores), pruned=1, adapt="step")
+    assert isinstance(made.action(1, "blocks.1.mlp.out"), Update)
+    assert isinstance(made.action(3, "blocks.0.mlp.out"), Update)
+    assert made.action(3, "blocks.1.mlp.out") == made.action(1, "blocks.0.mlp.out") == Compute()
+
+
+def test_the_last_blocks_can_be_left_in_full() -> None:
+    """They are no candidates, also where they matter least."""
+    made = plan(importance=by_block(0.4, 0.5, 0.6, 0.1), last_full=1, pruned=2)
+    assert made.policy["blocks"] == [0, 1]
+
+
+def test_a_model_without_a_block_that_can_be_pruned_is_refused() -> None:
+    """With the first reason."""
+    info = case("conv").info
+    with pytest.raises(PlanError, match=r"no block can be pruned: site 'blocks.0.mlp.out' cannot be pruned: no token"):
+        plans.tokencache(info, num_steps=4, scores="random", select="global")
+
+
+def test_all_p_steps_share_a_variant() -> None:
+    """Different tokens per block and step are inputs; a choice of blocks per step is a variant each."""
+    info = deep().info
+
+    def variants(made: CachePlan) -> int:
+        return len(tcc.program.build_program(info.captured, info.analysis, made, check=False).variants)
+
+    assert variants(plan(refresh=False)) == 2
+    assert variants(plan(select="global", keep=0.3, refresh=False)) == 2
+    assert variants(plan(pruned=1, adapt="step", refresh=False)) > 2
+
+
+# --- I-steps
+
+
+@pytest.mark.parametrize(
+    ("mass", "count", "steps"),
+    [
+        ([1.0] * 10, 5, (0, 2, 4, 6, 8)),
+        ([1.0] * 10, 10, tuple(range(10))),
+        ([1.0] * 10, 1, (0,)),
+        ([1.0] * 8 + [4.0, 4.0], 4, (0, 4, 8, 9)),
+        ([1.0, 1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0], 3, (0, 4, 6)),
+        ([0.0, 0.0, 0.0, 9.0, 0.0, 0.0], 3, (0, 4, 5)),
+        ([9.0, 1.0, 1.0, 1.0], 2, (0, 2)),  # nothing is learned for the first step: it counts as the second
+        ([5.0], 1, (0,)),
+    ],
+)
+def test_percentile_placement(mass: list[float], count: int, steps: tuple[int, ...]) -> None:
+    """Stretches of equal importance; as many I-steps as asked for, the first step among them."""
+    assert plans.percentile_steps(torch.tensor(mass), count) == steps
+
+
+@pytest.mark.parametrize(
+    ("mass", "count", "message"),
+    [
+        ([1.0, 1.0], 3, "i_steps=3: a run of 2 steps has 1..2 I-steps"),
+        ([1.0, 1.0], 0, "i_steps=0"),
+        ([1.0, float("nan")], 1, "finite, not negative, and not all zero"),
+        ([1.0, -1.0], 1, "finite, not negative"),
+        ([0.0, 0.0], 1, "not all zero"),
+    ],
+)
+def test_percentiles_need_importances(mass: list[float], count: int, message: str) -> None:
+    """And a count that the run has room for."""
+    with pytest.raises(PlanError, match=message):
+        plans.percentile_steps(torch.tensor(mass), count)
+
+
+def test_i_steps_where_importance_is_dense() -> None:
+    """`percentile` has as many I-steps as `tprr`, at other places; `even` and a list of steps need no importance."""
+    scores = torch.ones(STEPS, BLOCKS, TOKENS)
+    scores[4:] = 6.0
+    dense = plan(importance=Importance(scores), schedule="percentile")
+    assert str(plan().schedule) == "IPIPIP"
+    assert str(dense.schedule) == "IPPPII"
+    assert str(plan(schedule="percentile", i_steps=1).schedule) == "IPPPPP"
+    assert str(plan(scores="random", importance=None, schedule="even", i_steps=3).schedule) == "IPIPPI"
+    assert str(plan(i_steps=[0, 4]).schedule) == "IPPPIP"
