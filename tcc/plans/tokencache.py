@@ -92,8 +92,7 @@ def tokencache(
         i_steps: how many I-steps `percentile` and `even` place, by default as many as `tprr` has; or the steps
             themselves, whatever the schedule (`tcc train steps` searches them).
         attention: what kept queries see, see `Update`; `reused`: self-attention is reused whole (ToCa).
-        level: what is stored: `block`, one delta per block; `branch`, one per branch; `out`, branch outputs before the
-            gate.
+        level: what is stored: a delta per `block`, one per `branch`, or branch outputs before the gate (`out`).
         keep: share of the tokens that a pruned block recomputes, in (0, 1], rounded to whole tokens (per cell with
             `grid`). 0.5, unless `budget` solves for it.
         pruned: how many blocks are pruned, those of least mean importance (adaptive block selection). By default all.
