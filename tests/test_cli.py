@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +14,9 @@ from typer.testing import CliRunner
 
 from tcc.cli import app
 from tcc.cli.compare import Task, psnr
-from tcc.cli.policies import options_of
 from tcc.cli.sample import seeded_noise
-from tcc.learned import Router
 from tcc.models import DiT, save_weights
 from tcc.plan import CachePlan
-from tcc.plans import POLICIES
 from tcc.samplers import sample
 
 Invoke = Callable[..., Any]
@@ -158,107 +154,6 @@ def test_plan_is_shown_saved_and_drawn(run: Invoke) -> None:
     shown = run("inspect", "plan.safetensors", "--json", "again.json")
     assert shown.output.startswith(plan.summary())
     assert written("again.json")["bound"] == plan.bound
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("-p", "full", "-o", "keep=1"), "policy full has no option 'keep'; it has none"),
-        (("-p", "fora", "-o", "k1=1"), "policy fora has no option 'k1'; its options are interval, sites"),
-        (("-o", "interval"), "'interval' is not of the form name=value; its options are k1, k2, boundary"),
-        (("-o", "k1=1.5"), "option k1=1.5: give a whole number"),
-        (("-o", "keep=half"), "option keep=half: give a number"),
-        (("-o", "rotate=maybe"), "option rotate=maybe: give true or false"),
-        (("-o", "level=layer"), "option level=layer: give block or branch or out"),
-        (("-o", "blocks=a-b"), "option blocks=a-b: give numbers such as 0-3,7 or none"),
-        (("-p", "l2c"), "policy l2c needs -o router=VALUE: a name or file"),
-        (("-p", "flora"), "unknown policy 'flora': did you mean fora? Policies are full, fora"),
-    ],
-)
-def test_bad_options_of_a_policy_are_one_line(run: Invoke, arguments: tuple[str, ...], message: str) -> None:
-    """It says what would be valid; no model is loaded for it."""
-    result = run("plan", "--model", "nothing", *arguments, exit_code=1)
-
-    assert plain(result.stderr).startswith(f"error: {message}")
-
-
-def test_policies_are_listed(run: Invoke) -> None:
-    """Every one, with the first line of its docstring."""
-    listed = plain(run("plan", "--policies").output)
-
-    for name, policy in POLICIES.items():
-        assert f"{name} {plain(str(policy.__doc__)[:60])}" in listed
-
-
-@pytest.mark.parametrize("name", POLICIES)
-def test_every_policy_explains_its_options(run: Invoke, name: str) -> None:
-    """Docstring, and for every option what it may be, its default and what it does: nothing is left out."""
-    explained = plain(run("plan", "--policy", name, "--explain").output)
-
-    assert explained.startswith(f"{name}: {plain(str(POLICIES[name].__doc__)[:60])}")
-    for option in options_of(POLICIES[name]).values():
-        assert option.types, f"{option.name} cannot be given as text"
-        assert option.help
-        assert f"{option.name} {option.forms[:8]}" in explained
-
-
-def documented(
-    info: object,
-    *,
-    num_steps: int,
-    count: int = 3,
-    share: float = 0.5,
-    which: Literal["first", "last"] = "first",
-    blocks: Sequence[int] | None = None,
-    weights: Sequence[float] | torch.Tensor | None = None,
-    flag: bool = False,
-    source: Router | str | os.PathLike[str] | None = None,
-) -> CachePlan:
-    """A policy with an option of every type.
-
-    Args:
-        info: the model.
-        num_steps: denoising steps.
-        count: how many, on
-            two lines.
-        share: a share.
-        which: a choice.
-        blocks: whole numbers.
-        weights: numbers.
-        flag: yes or no.
-        source: an object or its file.
-    """
-    raise NotImplementedError
-
-
-@pytest.mark.parametrize(
-    ("option", "text", "value"),
-    [
-        ("count", "4", 4),
-        ("share", "4", 4.0),
-        ("share", "1e-3", 1e-3),
-        ("which", "last", "last"),
-        ("blocks", "0-2,5", [0, 1, 2, 5]),
-        ("blocks", "none", None),
-        ("weights", "0.5,1", [0.5, 1.0]),
-        ("flag", "true", True),
-        ("flag", "No", False),
-        ("source", "router.pt", "router.pt"),
-        ("source", "none", None),
-    ],
-)
-def test_option_values_are_read_by_their_annotation(option: str, text: str, value: Any) -> None:
-    """Whole numbers, numbers, choices, lists, truth values, files; objects that have no text are left out."""
-    read = options_of(documented)[option].parse(text)
-
-    assert read == value
-    assert type(read) is type(value)
-
-
-def test_the_meaning_of_an_option_is_its_docstring() -> None:
-    """On one line, however many it takes there."""
-    assert options_of(documented)["count"].help == "how many, on two lines."
-    assert options_of(documented)["count"].default_text == "3"
 
 
 def test_fora_and_full_plans(run: Invoke) -> None:
