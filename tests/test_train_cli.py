@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import tcc
 from tcc.cli import app
-from tcc.learned import Router, load_learned
+from tcc.learned import Importance, Probes, Router, load_learned
 from tcc.models import save_weights
 from tcc.models.dit import DiT
 from tests.tiny_models import fill
@@ -179,3 +179,22 @@ def test_two_processes_are_one_with_the_same_batch(run: Invoke) -> None:
     assert done.stdout.count("wrote two.safetensors") == 1
     one, two = router("one.scores.safetensors").scores, router("two.scores.safetensors").scores
     torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("form", ["table", "network", "stream"])
+def test_a_predictor_becomes_a_plan(run: Invoke, form: str) -> None:
+    """Every form; options of the policy are taken, and the schedule of the training is that of the plan."""
+    files = ["--out", "plan.safetensors", "--learned", "scores.safetensors"]
+    schedule = ["--k1", "2", "--k2", "1", "--sites", "block"]
+    options = ["-o", "keep=0.25", "-o", "scores=uniform" if form == "stream" else "scores=learned"]
+    run("predictor", *SHORT, *files, *schedule, "--form", form, "--iterations", "2", *options)
+    plan = tcc.CachePlan.load("plan.safetensors")
+    assert str(plan.schedule) == "IPPIPI"
+    assert {site.rsplit(".", 1)[0] for site in plan.sites if site.endswith("delta")} == {"blocks.0", "blocks.1"}
+    kept = {action.tokens for action in plan.actions.values() if isinstance(action, tcc.Update)}
+    assert {len(plan.tokens[str(name)]) for name in kept} == {4}
+    found = load_learned("scores.safetensors")
+    assert isinstance(found, Probes if form == "stream" else Importance)
+    scores = found.mean if isinstance(found, Probes) else found.scores  # type: ignore[union-attr]
+    assert scores.shape == (6, 2, 16)
+    assert float((scores[1] - 0.5).abs().max()) > 0

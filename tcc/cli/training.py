@@ -168,6 +168,9 @@ def run_training(
         report = _follow(weights, recipe, settings, files.state, world, planned.theta)
         if world.speaks:
             _calibrate(weights, student, dit, run)
+            if files.learned is not None:  # before the plan, which the policy may refuse to make
+                save_learned(weights.learned(), files.learned)
+                screen.note(f"wrote {files.learned}")
             target = look(dit, _inputs(dit, plan_batch, run.device), {}, run.model)
             _write(run, settings, report, weights, planned.make(target, run.steps, weights), files, planned.theta)
 
@@ -233,14 +236,14 @@ class _Line:
         self.bar, self.weights, self.settings, self.theta = bar, weights, settings, theta
         self.losses: collections.deque[float] = collections.deque(maxlen=100)
         self.first: tuple[int, float] | None = None
-        self.shown = 0.0
+        self.shown = time.monotonic()
 
     def __call__(self, report: Report) -> None:
         """Show one iteration; the numbers at most four times a second."""
         self.losses.append(report.loss)
-        self.first = self.first or (report.iteration - 1, time.monotonic() - 1e-9)
         now = time.monotonic()
-        if now - self.shown < 0.25:
+        self.first = self.first or (report.iteration, now)
+        if now - self.shown < 0.25 or report.iteration == self.first[0]:
             return
         self.shown = now
         loss, pace = sum(self.losses) / len(self.losses), (report.iteration - self.first[0]) / (now - self.first[1])
@@ -279,7 +282,4 @@ def _write(
         f"most {theta:g}, their mean is {record['mean_weight']:.3f}"
     )
     screen.note(f"wrote {files.plan}")
-    if files.learned is not None:
-        save_learned(weights.learned(), files.learned)
-        screen.note(f"wrote {files.learned}")
     screen.write_json(files.json, record | {"plan": facts(plan)})
