@@ -13,12 +13,13 @@ import torch
 from torch import fx
 
 from tcc.passes.graph import shape, source_line, value
+from tcc.passes.grid import find_grid
 from tcc.passes.macs import count
 from tcc.passes.streams import Block, Branch, Dataflow, Skip, Stream, find_stream
 from tcc.passes.token_axis import NotTokenLocal, narrowing, operands
 from tcc.passes.tokens import Axis
 
-__all__ = ["Analysis", "Site", "analyse", "find_grid", "follow"]
+__all__ = ["Analysis", "Site", "analyse", "follow"]
 
 aten = torch.ops.aten
 #: Products whose second factor may be computed from other tokens: attention written out.
@@ -96,6 +97,8 @@ class Analysis:
         num_tokens: the tokens of the stream, S.
         stream_shape: the shape of the stream, `[B, S, D]`.
         grid: the grid of the image tokens, (h, w) or (t, h, w); () where none was found.
+        image_tokens: the positions of the image tokens in the stream, from and up to but not including; all tokens
+            where no grid was found.
         macs: the graph's MACs, for the captured batch.
     """
 
@@ -105,6 +108,7 @@ class Analysis:
     num_tokens: int
     stream_shape: tuple[int, ...]
     grid: tuple[int, ...]
+    image_tokens: tuple[int, int]
     macs: int
 
     @property
@@ -127,6 +131,7 @@ def analyse(graph: fx.Graph) -> Analysis:
     for index, block in enumerate(stream.blocks):
         for site in _block_sites(block, index, axis, flow):
             sites[site.name] = site
+    grid, start = find_grid(stream, axis)
     last = stream.blocks[-1].stream_out
     end = _stream_site("out", len(stream.blocks), last, axis)
     sites[end.name] = end
@@ -136,7 +141,8 @@ def analyse(graph: fx.Graph) -> Analysis:
         token_axis=axis,
         num_tokens=stream.shape[axis.dim],
         stream_shape=stream.shape,
-        grid=find_grid(stream, axis),
+        grid=grid,
+        image_tokens=(start, start + math.prod(grid)) if grid else (0, stream.shape[axis.dim]),
         macs=count(graph.nodes),
     )
 
@@ -295,56 +301,3 @@ def _keys_reason(branch: Branch, axis: Axis, origin: fx.Node, flow: Dataflow) ->
             if reason or axes != {axis}:
                 return reason or f"keys of attention '{node.name}' do not follow the stream's tokens"
     return ""
-
-
-def find_grid(stream: Stream, axis: Axis) -> tuple[int, ...]:
-    """The image grid: the dimensions that a view merges into, or splits from, the token axis; () if none is found."""
-    first, last = stream.blocks[0].stream_in, stream.blocks[-1].stream_out
-    return _grid_above(first, axis) or _grid_below(last, axis)
-
-
-def _grid_above(node: fx.Node, axis: Axis) -> tuple[int, ...]:
-    todo, seen = [(node, axis)], set()
-    while todo:
-        here, at = todo.pop()
-        if here in seen or here.op != "call_function":
-            continue
-        seen.add(here)
-        try:
-            wanted = narrowing(here, at, 1).operands
-        except NotTokenLocal:
-            if here.target in (aten.view.default, aten.reshape.default) and at.plain:
-                source = here.args[0]
-                assert isinstance(source, fx.Node)
-                return _split(shape(source), math.prod(shape(here)[: at.dim]), shape(here)[at.dim])
-            continue
-        todo += [(operand, wanted[path]) for path, operand in operands(here) if path in wanted]
-    return ()
-
-
-def _grid_below(node: fx.Node, axis: Axis) -> tuple[int, ...]:
-    """Walk down through values that keep the token axis where it is, to the view that splits it."""
-    tokens, todo, seen = shape(node)[axis.dim], [node], set()
-    while todo:
-        here = todo.pop(0)
-        for user in here.users:
-            if user in seen:
-                continue
-            seen.add(user)
-            sizes = shape(user)
-            if len(sizes) > axis.dim and sizes[axis.dim] == tokens:
-                todo.append(user)
-            elif user.target in (aten.view.default, aten.reshape.default):
-                return _split(sizes, math.prod(shape(here)[: axis.dim]), tokens)
-    return ()
-
-
-def _split(sizes: tuple[int, ...], before: int, tokens: int) -> tuple[int, ...]:
-    """The run of dimensions in `sizes` that starts after `before` elements and multiplies to `tokens`."""
-    for start in range(len(sizes)):
-        if math.prod(sizes[:start]) == before:
-            for stop in range(start + 1, len(sizes) + 1):
-                if math.prod(sizes[start:stop]) == tokens:
-                    found = tuple(s for s in sizes[start:stop] if s > 1)
-                    return found if len(found) > 1 else ()
-    return ()

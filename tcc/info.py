@@ -48,8 +48,13 @@ class ModelInfo:
         return self.analysis.grid
 
     @property
+    def image_tokens(self) -> tuple[int, int]:
+        """Positions of the image tokens in the stream, from and up to but not including; policies keep all others."""
+        return self.analysis.image_tokens
+
+    @property
     def num_tokens(self) -> int:
-        """The tokens of the stream."""
+        """The tokens of the stream, image tokens and others."""
         return self.analysis.num_tokens
 
     @property
@@ -90,6 +95,8 @@ class ModelInfo:
     def table(self) -> Table:
         """The sites as a table: shape, MACs per image, slot bytes, prunable or why not."""
         grid = " x ".join(map(str, self.grid)) or "not found"
+        if self.image_tokens != (0, self.num_tokens):
+            grid += f" from token {self.image_tokens[0]} on"
         table = Table(
             title=f"{len(self.blocks)} blocks, {self.num_tokens} tokens (grid {grid}), batch {self.batch}, "
             f"{self.macs / 1e9:.4g} GMAC per image and step"

@@ -338,6 +338,26 @@ def test_grid_cells_need_a_grid() -> None:
         plans.tprr(case("separate").info, num_steps=4)
 
 
+@pytest.mark.parametrize("tokens", ["uniform", "random", "checkerboard", torch.arange(18.0)])
+def test_tokens_that_are_not_image_tokens_are_always_kept(tokens: plans.tokens.Choice | torch.Tensor) -> None:
+    """The keep ratio counts image tokens; the two conditions before them come on top, whatever their scores."""
+    info = case("uvit").info
+    kept = plans.choose_tokens(info, 0.5, tokens)
+    assert kept[:2].tolist() == [0, 1]
+    assert kept.numel() == 2 + 8
+    assert torch.equal(kept, kept.unique())
+    assert int(kept[-1]) < info.num_tokens == 18
+
+
+def test_grid_cells_begin_at_the_first_image_token() -> None:
+    """Each 2 x 2 cell of the 4 x 4 grid behind two conditions keeps its highest score."""
+    scores = torch.zeros(18)
+    scores[[2, 5, 14, 13]] = 1.0
+    kept = plans.choose_tokens(case("uvit").info, 0.25, scores)
+    assert kept.tolist() == [0, 1, 2, 5, 13, 14]
+    assert plans.tokens.grid_cells(case("uvit").info, 2).tolist()[3] == [12, 13, 16, 17]
+
+
 def test_turns_are_no_more_than_tokens() -> None:
     """A tiny keep ratio keeps one token at a time, and a round through all of them is as long as the stream."""
     info = case("dit").info

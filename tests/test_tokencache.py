@@ -46,6 +46,20 @@ def test_every_cell_keeps_its_most_important_tokens(cell: int, keep: float, each
                 assert sorted(best) == [token for token in chosen if token in inside]
 
 
+@pytest.mark.parametrize("select", ["grid", "global"])
+def test_conditions_among_the_tokens_are_always_kept(select: Any) -> None:
+    """Half of the 16 image tokens behind two conditions, which rank lowest."""
+    info = case("uvit").info
+    scores = torch.rand(4, 5, 18, generator=torch.Generator().manual_seed(0))
+    scores[..., :2] = 0.0
+    learned = Importance(scores)
+    made = plans.tokencache(info, num_steps=4, importance=learned, keep=0.5, select=select)
+    assert made.tokens
+    assert all(kept[:2].tolist() == [0, 1] for kept in made.tokens.values())
+    counts = [action.tokens for action in made.actions.values() if isinstance(action, Update)]
+    assert sum(made.tokens[str(name)].numel() - 2 for name in counts) == 8 * len(counts)
+
+
 def test_both_branches_and_the_keys_of_a_block_keep_the_same_tokens() -> None:
     """By default branch outputs with cached keys."""
     made = plan()

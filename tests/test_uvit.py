@@ -255,7 +255,7 @@ def test_held_streams_and_skips_equal_the_reference(plan: tcc.CachePlan) -> None
 @pytest.mark.parametrize("level", ["block", "branch", "out"])
 def test_token_plans_equal_the_reference(level: str, attention: str) -> None:
     """Pruned blocks on both sides of the long skips."""
-    assert_equal_the_reference(token_plan("uvit", level=level, attention=attention))
+    assert_equal_the_reference(token_plan("uvit", level=level, attention=attention, tokens="checkerboard"))
 
 
 def assert_equal_the_reference(plan: tcc.CachePlan) -> None:

@@ -14,7 +14,7 @@ from tcc.info import ModelInfo
 from tcc.learned import Probes
 from tcc.passes.sites import Site
 from tcc.plan import TopK
-from tcc.plans.tokens import best_per_cell, checkerboard
+from tcc.plans.tokens import best_per_cell, checkerboard, with_others
 from tcc.scores import Norm, Probe, Score, Stale, Term
 
 __all__ = ["Grain", "NormRanking", "ProbeRanking", "Ranking", "StaticRanking", "spread_evenly"]
@@ -83,9 +83,10 @@ class StaticRanking:
         return name
 
     def _best(self, rank: np.ndarray[Any, Any], count: int) -> torch.Tensor:
+        start, stop = self.info.image_tokens
         if self.grain.cell:
-            return best_per_cell(self.info, rank, count * self.grain.cell**2 // rank.size, self.grain.cell)
-        return torch.from_numpy(np.sort(np.argsort(-rank, kind="stable")[:count]))
+            return best_per_cell(self.info, rank, count * self.grain.cell**2 // (stop - start), self.grain.cell)
+        return with_others(self.info, start + np.argsort(-rank[start:stop], kind="stable")[:count])
 
 
 @dataclass

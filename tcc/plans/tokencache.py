@@ -169,6 +169,7 @@ class _Draft:
     def __init__(self, info: ModelInfo, options: _Options, learned: object, blocks: Sequence[int] | None) -> None:
         self.info, self.options = info, options
         self.sizes = (options.num_steps, len(info.blocks), info.num_tokens)
+        self.image = range(*info.image_tokens)
         self.probes = learned if isinstance(learned, Probes) else None
         self.importance = self._read(learned)
         self.candidates = self._candidates(blocks)
@@ -199,7 +200,7 @@ class _Draft:
         for step, at in among.items():
             for block in at:
                 count = counts[step, block]
-                if 0 < count < self.info.num_tokens:
+                if 0 < count < len(self.image):
                     kept = ranking.choose(step, block, at, count)
                     rows[step, block] = Update(kept, store=self.options.refresh)
                 else:
@@ -218,7 +219,7 @@ class _Draft:
 
     def keeps(self) -> list[float]:
         """All keep ratios that differ, from 1 down."""
-        count = self.options.cell**2 if self.options.select == "grid" else self.info.num_tokens
+        count = self.options.cell**2 if self.options.select == "grid" else len(self.image)
         return [k / count for k in range(count, 0, -1)]
 
     def _read(self, learned: object) -> torch.Tensor | None:
@@ -312,8 +313,8 @@ class _Draft:
         return dict.fromkeys(self.p_steps, means[self.p_steps].mean(0))
 
     def _counts(self, keep: float, among: dict[int, list[int]]) -> dict[tuple[int, int], int]:
-        """How many tokens each pruned block keeps at every P-step."""
-        n, o = self.info.num_tokens, self.options
+        """How many image tokens each pruned block keeps at every P-step."""
+        n, o = len(self.image), self.options
         by_cell = o.select == "grid"
         each = keep_per_cell(keep, o.cell) * (n // o.cell**2) if by_cell else max(1, round(keep * n))
         if by_cell or o.share or self.importance is None:
@@ -321,7 +322,8 @@ class _Draft:
         counts: dict[tuple[int, int], int] = {}
         for step, at in among.items():
             pairs = self.importance[step] if o.adapt == "step" else self.importance[self.p_steps].mean(0)
-            chosen = pairs[at].flatten().argsort(descending=True, stable=True)[: round(keep * n * len(at))]
+            ranks = pairs[at][:, self.image].flatten()
+            chosen = ranks.argsort(descending=True, stable=True)[: round(keep * n * len(at))]
             found = torch.bincount(chosen // n, minlength=len(at)).tolist()
             counts |= {(step, block): count for block, count in zip(at, found, strict=True)}
         return counts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -28,6 +27,7 @@ __all__ = [
     "keep_per_cell",
     "pruned_sites",
     "token_actions",
+    "with_others",
 ]
 
 Choice = Literal["uniform", "random", "checkerboard"]
@@ -38,11 +38,11 @@ TokenAttention = Attention | Literal["reused"]
 def choose_tokens(
     info: ModelInfo, keep: float, tokens: Choice | torch.Tensor, *, cell: int = 2, seed: int = 0, turn: int = 0
 ) -> torch.Tensor:
-    """The kept tokens of one P-step, `[k]` int64, sorted.
+    """The kept tokens of one P-step, `[k]` int64, sorted: the chosen image tokens, and all tokens that are none.
 
     Args:
         info: the model.
-        keep: keep ratio in (0, 1].
+        keep: keep ratio in (0, 1], of the image tokens.
         tokens: see `tprr`.
         cell: the side of a grid cell.
         seed: seed of `random`.
@@ -51,17 +51,16 @@ def choose_tokens(
     Raises:
         PlanError: the ratio or the cell is out of range, or the scores are unusable.
     """
-    n = info.num_tokens
     check_keep(keep)
+    start, stop = info.image_tokens
+    n = stop - start
     count = max(1, round(keep * n))
     if isinstance(tokens, torch.Tensor):
-        return best_per_cell(info, _scores(tokens, n), keep_per_cell(keep, cell), cell)
+        return best_per_cell(info, _scores(tokens, info.num_tokens), keep_per_cell(keep, cell), cell)
     if tokens == "uniform":
-        places = (np.floor(np.arange(count) * n / count).astype(np.int64) + turn) % n
-        return torch.from_numpy(np.sort(places))
+        return with_others(info, start + (np.floor(np.arange(count) * n / count).astype(np.int64) + turn) % n)
     if tokens == "random":
-        order = np.random.default_rng([seed, turn]).permutation(n)
-        return torch.from_numpy(np.sort(order[:count]))
+        return with_others(info, start + np.random.default_rng([seed, turn]).permutation(n)[:count])
     if tokens == "checkerboard":
         return best_per_cell(info, checkerboard(info, cell, turn), keep_per_cell(keep, cell), cell)
     raise PlanError(f"tokens={tokens!r}: use 'uniform', 'random', 'checkerboard' or a score per token")
@@ -85,7 +84,7 @@ def _scores(scores: torch.Tensor, n: int) -> np.ndarray[Any, Any]:
 def _grid2d(info: ModelInfo, cell: int) -> tuple[int, int, int]:
     """Frames, height and width of the token grid."""
     grid = info.grid
-    if len(grid) not in (2, 3) or math.prod(grid) != info.num_tokens:
+    if len(grid) not in (2, 3):
         raise PlanError(
             f"the model's token grid is {grid or 'unknown'} for {info.num_tokens} tokens: grid cells need an image "
             "grid; use tokens='uniform' or 'random'"
@@ -97,15 +96,17 @@ def _grid2d(info: ModelInfo, cell: int) -> tuple[int, int, int]:
 
 
 def checkerboard(info: ModelInfo, cell: int, turn: int = 0) -> np.ndarray[Any, Any]:
-    """Scores that rank the places of a cell by a bit-reversed (Bayer-like) order, shifted by `turn`."""
+    """Scores `[S]` that rank the places of a cell by a bit-reversed (Bayer-like) order, shifted by `turn`."""
     frames, h, w = _grid2d(info, cell)
     side = cell * cell
     places = sorted(range(side), key=lambda p: ((p // cell + p % cell) % 2, p))
     rank = np.empty(side, dtype=np.int64)
     rank[places] = np.arange(side)
     rank = (rank - turn) % side
+    scores = np.zeros(info.num_tokens)
     tile = -rank.reshape(cell, cell).astype(np.float64)
-    return np.tile(tile, (frames, h // cell, w // cell)).reshape(-1)
+    scores[slice(*info.image_tokens)] = np.tile(tile, (frames, h // cell, w // cell)).reshape(-1)
+    return scores
 
 
 def keep_per_cell(keep: float, cell: int) -> int:
@@ -114,20 +115,29 @@ def keep_per_cell(keep: float, cell: int) -> int:
 
 
 def best_per_cell(info: ModelInfo, scores: np.ndarray[Any, Any], count: int, cell: int) -> torch.Tensor:
-    """The `count` highest scores of every cell, `[k]` int64, sorted (grid-based pruning, TokenCache v1)."""
+    """The `count` highest scores `[S]` of every cell, and all tokens that are not image tokens, `[k]` int64, sorted.
+
+    Grid-based pruning, TokenCache v1.
+    """
     cells = grid_cells(info, cell)
     order = np.argsort(-scores[cells], axis=1, kind="stable")[:, :count]
-    return torch.from_numpy(np.sort(np.take_along_axis(cells, order, axis=1).reshape(-1)))
+    return with_others(info, np.take_along_axis(cells, order, axis=1).reshape(-1))
+
+
+def with_others(info: ModelInfo, kept: np.ndarray[Any, Any]) -> torch.Tensor:
+    """The kept image tokens, and all tokens that are not image tokens, `[k]` int64, sorted."""
+    others = np.setdiff1d(np.arange(info.num_tokens), np.arange(*info.image_tokens))
+    return torch.from_numpy(np.sort(np.concatenate([others, kept])))
 
 
 def grid_cells(info: ModelInfo, cell: int) -> np.ndarray[Any, Any]:
-    """The tokens of every grid cell, `[cells, cell * cell]`.
+    """The tokens of every grid cell, by their positions in the stream, `[cells, cell * cell]`.
 
     Raises:
         PlanError: the model's tokens lie on no image grid, or the cell's side does not divide it.
     """
     frames, h, w = _grid2d(info, cell)
-    index = np.arange(info.num_tokens).reshape(frames, h // cell, cell, w // cell, cell)
+    index = np.arange(*info.image_tokens).reshape(frames, h // cell, cell, w // cell, cell)
     return index.transpose(0, 1, 3, 2, 4).reshape(-1, cell * cell)
 
 

@@ -53,8 +53,9 @@ def tprr(
         k2: caching interval of the second phase.
         boundary: share of the steps in the first phase.
         cycle: reading of the interval, see `tprr_steps`.
-        keep: keep ratio r in (0, 1]: kept tokens / all tokens on P-steps, rounded to whole tokens (per cell, where
-            tokens are chosen by cell); `plan.summary()` shows the share that comes out.
+        keep: keep ratio r in (0, 1]: kept image tokens / all image tokens on P-steps, rounded to whole tokens (per
+            cell, where tokens are chosen by cell). Other tokens are always kept; `plan.summary()` shows the share of
+            all tokens that comes out.
         attention: what kept queries see, see `Update`; or `reused`, the self-attention branches are reused whole.
         blocks: indices of the blocks to prune; the others are computed at every step. All, if None.
         level: `block` keeps one delta per block, `branch` one per residual branch, `out` every branch's output before
@@ -72,7 +73,8 @@ def tprr(
     i_steps = set(tprr_steps(num_steps, k1, k2, boundary, cycle))
     sites = pruned_sites(info, chosen, level, attention)
     check_keep(keep)
-    turns = range(min(info.num_tokens, math.ceil(1 / keep)) if rotate else 1)
+    start, stop = info.image_tokens
+    turns = range(min(stop - start, math.ceil(1 / keep)) if rotate else 1)
     sets = {f"kept{t}": choose_tokens(info, keep, tokens, cell=cell, seed=seed, turn=t) for t in turns}
     p_steps = [step for step in range(num_steps) if step not in i_steps]
     rows: dict[int, Action] = {step: Update(f"kept{turn % len(turns)}") for turn, step in enumerate(p_steps)}
