@@ -198,7 +198,9 @@ class _Table:
                     self.actions[step, site.name] = Compute()
                     self.ages[site.name][:] = 0
                 else:
-                    self.actions[step, site.name] = Reuse() if kind == "aggressive" else self._partial(step, site)
+                    action = Reuse() if kind == "aggressive" else self._partial(step, site)
+                    self.actions[step, site.name] = action
+                    self.ages[site.name] += isinstance(action, Reuse)
             if "aggressive" in self.kinds:
                 self.actions[step, "out.stream"] = Hold() if kind == "aggressive" else Compute()
         self._keep_values()
