@@ -258,7 +258,7 @@ def test_the_counted_cost_is_that(policy: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["dit", "uvit"])
-@pytest.mark.parametrize("score", ["random"])
+@pytest.mark.parametrize("score", ["attention", "norm", "value", "random"])
 @pytest.mark.parametrize("policy", ["toca", "duca"])
 def test_programs_compute_what_the_reference_computes(policy: str, score: Any, name: str) -> None:
     """Every step of a run on a tiny model."""
@@ -272,7 +272,7 @@ def test_programs_compute_what_the_reference_computes(policy: str, score: Any, n
         assert relative_error(call(model, which, step), call(reference, which, step)) < CLOSE
 
 
-@pytest.mark.parametrize("score", ["random"])
+@pytest.mark.parametrize("score", ["random", "norm"])
 def test_tokens_that_are_no_image_tokens_are_recomputed_too(score: Any) -> None:
     """A U-ViT has two before the 16 of the image: its label and its time."""
     which = case("uvit")
