@@ -106,9 +106,10 @@ def toca(
         num_steps: denoising steps.
         interval: N in the paper, see `toca_steps`.
         ratio: the share of tokens that is recomputed, before the factors.
-        score: s1: `attention`, how much a token is attended to (its map is computed at full steps); `norm`, the norm of
-            the token in the stream that enters the block; `value`, the norm of its attention value (DuCa); `random`,
-            drawn when the plan is made, the same for every image: a static token set per block and step.
+        score: s1: `attention`, how much a token is attended to (full steps compute the map: one more product of queries
+            and keys, 1.5 % more for DiT-XL/2, which the published FLOPs leave out); `norm`, the norm of the token in
+            the stream that enters the block; `value`, the norm of its attention value (DuCa); `random`, drawn when the
+            plan is made, the same for every image: a static token set per block and step.
         layer_slope: w of the layer factor; above 0, front blocks recompute more.
         step_slope: w of the step factor; above 0, late steps recompute more.
         mlp: the factor of the MLPs, and of every branch that is no attention.
