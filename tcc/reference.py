@@ -74,8 +74,7 @@ class Reference:
         maps: dict[str, torch.Tensor] = {}
         rest = iter(inputs)
         for node in gm.graph.nodes:
-            seen = self._seen(node.name, actions, env)
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n, seen=seen: seen[n.name])
+            args, kwargs = self._arguments(node, actions, env)
             if node.op == "placeholder":
                 env[node.name] = next(rest)
             elif node.op == "get_attr":
@@ -93,14 +92,13 @@ class Reference:
                 self._act(site, action, node.name, env)
         raise AssertionError("a graph ends with its output")
 
-    def _seen(self, name: str, actions: dict[Site, Action], env: dict[str, Any]) -> dict[str, Any]:
-        """What node `name` sees: the values so far, with the long skips that it alone takes in as the plan has them."""
-        skips = {s.values[0]: (s, action) for s, action in actions.items() if name in s.readers}
-        return (
-            {**env, **{v: self._value(s, s.name, action, env[v], env) for v, (s, action) in skips.items()}}
-            if skips
-            else env
-        )
+    def _arguments(self, node: fx.Node, actions: dict[Site, Action], env: dict[str, Any]) -> Any:
+        """What `node` is called with: the values so far, with long skips that enter here as the plan says."""
+        skips: dict[str, Any] = {}
+        for site, action in actions.items():
+            if node.name in site.readers:
+                skips[site.values[0]] = self._value(site, site.name, action, env[site.values[0]], env)
+        return fx.map_arg((node.args, node.kwargs), lambda n: skips[n.name] if n.name in skips else env[n.name])
 
     def _act(self, site: Site, action: Action, name: str, env: dict[str, Any]) -> None:
         """Apply the action where `name` has just completed the site."""

@@ -46,7 +46,7 @@ STYLES: dict[str, Callable[[], Case]] = {
         name: functools.partial(tiny_models.case, name)
         for name in ("separate", "parallel", "flat", "headless", "long_skip", "rescaled", "conv", "hf_pixart")
     },
-    "uvit": functools.partial(tiny_models.case, "uvit"),
+    **{name: functools.partial(tiny_models.case, name) for name in ("uvit", "mdt", "mdtv2")},
     "rotary": styles.rotary,
     "masked": styles.masked,
     "written_out": styles.written_out,
