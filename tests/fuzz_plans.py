@@ -127,7 +127,7 @@ class _Draft:
             fixed = ((1.0, Fixed(self.draw(st.sampled_from(["one", "each"])))),)
             drawn[name] = Score(fixed, shared=self.draw(st.booleans()))
         for name in self.scores:
-            for term in self.draw(st.lists(self._terms(), max_size=3)):
+            for term in self.draw(st.lists(self._terms(name, actions), max_size=2)):
                 weight = self.draw(st.sampled_from([1.0, 0.25, -1.0]))
                 wider = drawn | {name: replace(drawn[name], terms=(*drawn[name].terms, (weight, term)))}
                 drawn = wider if self._is_valid(actions, wider, tables) else drawn
@@ -148,23 +148,26 @@ class _Draft:
             return False
         return True
 
-    def _terms(self) -> st.SearchStrategy[Term]:
+    def _terms(self, score: str, actions: dict[tuple[int, str], Action]) -> st.SearchStrategy[Term]:
+        """Terms for a score; ages of the sites that it chooses tokens for."""
         sites = self.info.sites.values()
         values = [s.name for s in sites]
         streams = [s.name for s in sites if s.kind == "stream"]
-        branches = [s.name.removesuffix(".kv") for s in sites if s.kind == "kv"]
-        return st.one_of(
+        options: list[st.SearchStrategy[Term]] = [
             st.sampled_from(values).map(Norm),
-            st.sampled_from(values).map(Stale),
             st.sampled_from(streams).map(lambda site: Probe(site, "hidden", "offset", "weight", "one")),
-            *([st.sampled_from(branches).map(Attended)] if branches else []),
-        )
+        ]
+        branches = [s.name.removesuffix(".kv") for s in sites if s.kind == "kv"]
+        aged = {site for (_, site), a in actions.items() if isinstance(a, Update) and _chosen_by(a) == score}
+        options += [st.sampled_from(branches).map(Attended)] * bool(branches)
+        options += [st.sampled_from(sorted(aged)).map(Stale)] * bool(aged)
+        return st.integers(0, len(options) - 1).flatmap(options.__getitem__)
 
     def _sets(self) -> st.SearchStrategy[str | TopK]:
         """Static sets, and dynamic ones of half the tokens, or of a quarter."""
         n = self.info.num_tokens
         dynamic = [TopK(name, max(1, n // part)) for name in self.scores for part in (2, 4)]
-        return st.sampled_from([*sorted(self.tokens), *dynamic])
+        return st.one_of(st.sampled_from([*sorted(self.tokens), *dynamic]), st.sampled_from([*dynamic, "T0"]))
 
     def _once(self, key: Any, strategy: st.SearchStrategy[Any]) -> Any:
         """One draw per key; where all blocks are alike, the key has no block in it."""
@@ -237,6 +240,10 @@ class _Draft:
             same = len(sets) == 1 and all(isinstance(t, Update) for t in theirs)
             return replace(action, tokens=sets.pop()) if same else replace(action, attention="current")
         return action
+
+
+def _chosen_by(action: Update) -> str:
+    return action.tokens.score if isinstance(action.tokens, TopK) else ""
 
 
 #: Ways to take the highest; those that the grid or the counts do not allow are left out.

@@ -22,7 +22,7 @@ EXPECTED = {
     *("chosen by fixed", "chosen by norm", "chosen by attended", "chosen by stale", "chosen by probe"),
     *("chosen once for the batch", "chosen with a bonus", "chosen in cells", "chosen by a held or stored value"),
     *(f"dynamic {mode}" for mode in ("kept", "current", "cached")),
-    *("several dynamic sets in a step", "merged dynamic span"),
+    "several dynamic sets in a step",
 }
 
 
@@ -40,14 +40,7 @@ def features(example: Example) -> set[str]:
     found |= {{1: "one step", 8: "eight steps"}.get(plan.num_steps, "other")}
     found |= {feature for step in range(plan.num_steps) for feature in choices(plan, step)}
     spans = tcc.program.find_spans(plan, info.analysis)
-    merged = [action for span in spans if len(span) > 1 for _, action in plan.column(span[0].name)]
-    found |= {"merged span"} if merged else set()
-    return found | ({"merged dynamic span"} if any(is_dynamic(action) for action in merged) else set())
-
-
-def is_dynamic(action: Action) -> bool:
-    """Whether the action's tokens are chosen in the graph."""
-    return isinstance(action, Update) and isinstance(action.tokens, TopK)
+    return found | ({"merged span"} if any(len(span) > 1 for span in spans) else set())
 
 
 def choices(plan: CachePlan, step: int) -> set[str]:
@@ -113,9 +106,9 @@ def test_the_command_shows_the_smallest_plan_that_fails(
         return (float("inf"), 1) if held else (0.0, 0)
 
     monkeypatch.setattr(fuzz_plans, "worst_error", holds)
-    assert fuzz_plans.main(["--examples", "60", "--seed", "6", "--models", "separate"]) == 1
+    assert fuzz_plans.main(["--examples", "60", "--seed", "5", "--models", "separate"]) == 1
     text = capsys.readouterr().err
-    assert "mismatch with --seed 6" in text
+    assert "mismatch with --seed 5" in text
     table = text.split("model separate, 2 steps")[1].split("Failing test case")[0]
     assert table.count(".stream") == table.count("compute | hold") == 1
 
