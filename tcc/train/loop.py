@@ -137,7 +137,8 @@ class _Run:
             )
         self.weights, self.recipe, self.settings, self.path, self.world = weights, recipe, settings, path, world
         self.parameters = [parameter for parameter in weights.parameters() if parameter.requires_grad]
-        self.optimiser = torch.optim.AdamW(self.parameters, lr=settings.lr, weight_decay=0.0)
+        # the loss of an early step is about 1e-6, and a token's share of its gradient far below AdamW's usual epsilon
+        self.optimiser = torch.optim.AdamW(self.parameters, lr=settings.lr, weight_decay=0.0, eps=1e-15)
         self.report = Report(0, 0.0, math.nan, math.nan, None)
         self.over = settings.minutes == 0
         if path is not None and path.is_file():
