@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tcc.metrics import psnr
 from tcc.runtime import Executable, Session
 from tcc.samplers import Diffusion, ddim_step, guide
 from tcc.timing import Run, RunTiming, time_runs
 
-__all__ = ["Method", "Row", "Task", "compare", "of_executable", "psnr", "warm_up"]
+__all__ = ["Method", "Row", "Task", "compare", "of_executable", "warm_up"]
 
 Progress = Callable[[int, int], None]
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -177,15 +178,9 @@ def compare(
             method=method,
             seconds=timings[method.name].seconds,
             speedup=timings[baseline].seconds / timings[method.name].seconds,
-            psnr=psnr(timings[method.name].result, images),
+            psnr=float(psnr(timings[method.name].result, images).mean()),
             images=timings[method.name].result,
             timing=timings[method.name],
         )
         for method in methods
     ]
-
-
-def psnr(images: Tensor, reference: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of images `[B, C, H, W]` in [-1, 1] (peak 2), mean over the images."""
-    errors = (images.double() - reference.double()).square().flatten(1).mean(dim=1)
-    return float((10 * torch.log10(4 / errors)).mean())

@@ -111,20 +111,17 @@ class Predictor(nn.Module, ABC):
 
 
 class TablePredictor(Predictor):
-    """One logit per step, block and token.
-
-    Each step has a parameter of its own, so that the optimiser leaves a step alone that an iteration leaves out.
-    """
+    """One logit per step, block and token."""
 
     form = "table"
 
     def __init__(self, sizes: Sizes, *, seed: int = 0) -> None:
         super().__init__(sizes, seed=seed)
-        self.table = nn.ParameterList(torch.zeros(sizes.blocks, sizes.tokens) for _ in range(sizes.steps))
+        self.table = nn.Parameter(torch.zeros(sizes.steps, sizes.blocks, sizes.tokens))
 
     def logits(self, step: int, stream: Tensor | None = None) -> Tensor:
         """`[1, blocks, S]`."""
-        return self.table[step][None]
+        return self.table[step : step + 1]
 
 
 class NetworkPredictor(Predictor):
@@ -169,8 +166,7 @@ class NetworkPredictor(Predictor):
 class StreamPredictor(Predictor):
     """A network on the stream that enters block 0, read out for every block and step: what `Probes` describes.
 
-    The hidden layer is random at first, and its read-out zero; the bias is a table. As in the table, each step has
-    read-outs of its own.
+    The hidden layer is random at first, and its read-out zero; the bias is a table.
 
     Args:
         sizes: what it speaks about.
@@ -184,8 +180,8 @@ class StreamPredictor(Predictor):
         super().__init__(sizes, seed=seed)
         self.hidden = self._normal(sizes.width, hidden, std=sizes.width**-0.5)
         self.offset = nn.Parameter(torch.zeros(hidden))
-        self.weight = nn.ParameterList(torch.zeros(sizes.blocks, hidden) for _ in range(sizes.steps))
-        self.bias = nn.ParameterList(torch.zeros(sizes.blocks, sizes.tokens) for _ in range(sizes.steps))
+        self.weight = nn.Parameter(torch.zeros(sizes.steps, sizes.blocks, hidden))
+        self.bias = nn.Parameter(torch.zeros(sizes.steps, sizes.blocks, sizes.tokens))
         self.register_buffer("mean", torch.full((sizes.steps, sizes.blocks, sizes.tokens), 0.5))
 
     def logits(self, step: int, stream: Tensor | None) -> Tensor:
@@ -212,8 +208,7 @@ class StreamPredictor(Predictor):
 
     def learned(self) -> Probes:
         """The network as data, for a plan that ranks tokens in the graph."""
-        weight, bias = torch.stack([*self.weight]), torch.stack([*self.bias])
-        tensors = (self.hidden, self.offset, weight, bias, self.get_buffer("mean"))
+        tensors = (self.hidden, self.offset, self.weight, self.bias, self.get_buffer("mean"))
         return Probes(*(tensor.detach().cpu().clone() for tensor in tensors))
 
 

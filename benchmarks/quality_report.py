@@ -1,0 +1,254 @@
+"""Tables, plots and JSON from the store of `benchmarks/quality.py`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+from quality_rows import FEWER, UNCACHED, Row
+from quality_store import Store
+from rich.console import Console
+from rich.table import Table
+
+from tcc import timing
+from tcc.metrics import Statistics, frechet_distance, real_statistics
+from tcc.plan import CachePlan
+
+COLUMNS = (
+    "row", "steps", "GMAC", "bound", "ms per image", "speedup", "PSNR dB", "FD", "FD min..max", "seeds x samples",
+    "PSNR, fewer steps", "FD, fewer steps", "front",
+)  # fmt: skip
+MARKERS = "osD^v<>Pp*Xh8d"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of a row.
+
+    Attributes:
+        row: the row.
+        steps: the steps of the run that it is compared with.
+        plan: its plan.
+        samples: how many images of every seed the numbers are of.
+        psnr: by seed, dB, mean over the images.
+        fd: by seed.
+        seconds: per image; None where it has not been timed.
+        speedup: measured; None likewise.
+        timing: the raw times.
+    """
+
+    row: Row
+    steps: int
+    plan: CachePlan
+    samples: int
+    psnr: dict[int, float]
+    fd: dict[int, float]
+    seconds: float | None
+    speedup: float | None
+    timing: dict[str, Any] | None
+
+    @property
+    def bound(self) -> float:
+        """The speedup that its MACs allow."""
+        return self.steps * self.plan.bound / self.plan.num_steps
+
+    @property
+    def cost(self) -> float:
+        """Time of an image over that of the uncached run: measured, or by MACs where it has not been timed."""
+        return 1 / (self.speedup or self.bound)
+
+    @property
+    def mean_psnr(self) -> float:
+        """Mean over the seeds."""
+        return statistics.fmean(self.psnr.values())
+
+    @property
+    def mean_fd(self) -> float:
+        """Mean over the seeds."""
+        return statistics.fmean(self.fd.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the JSON file."""
+        return {
+            "row": self.row.name, "family": self.row.family, "steps": self.steps, "run_steps": self.plan.num_steps,
+            "control_of": self.row.control or None, "policy": dict(self.plan.policy), "macs": self.plan.macs,
+            "bound": self.bound, "samples": self.samples, "seconds_per_image": self.seconds, "speedup": self.speedup,
+            "psnr": {s: v if math.isfinite(v) else None for s, v in self.psnr.items()}, "fd": self.fd,
+            "timing": self.timing,
+        }  # fmt: skip
+
+
+def measured(entries: Sequence[Any], samples: int | None, chunk: int) -> list[Measured]:
+    """The numbers of all rows, each of as many images: of `samples`, or of as many as every row with any has."""
+    real = real_statistics()
+    counted = {entry.folder: Store.counted(entry.folder) for entry in entries}
+    most = [max(found.values(), default=0) for found in counted.values()]
+    chunks = samples // chunk if samples else min((n for n in most if n), default=0)
+    times = {entry.folder: Store.seconds(entry.folder) for entry in entries}
+    paces = [t["uncached_seconds"] / t["images"] / e.steps for e in entries if (t := times[e.folder])]
+    rows = []
+    for entry in entries:
+        seeds = [seed for seed, found in counted[entry.folder].items() if chunks and found >= chunks]
+        if not seeds:
+            continue
+        parts = {seed: Store.gathered(entry.folder, seed, chunks) for seed in seeds}
+        fd = {s: frechet_distance(Statistics.of(features), real) for s, (features, _) in parts.items()}
+        time = times[entry.folder]
+        speedup = time["speedup"] if time else None
+        seconds = statistics.median(paces) * entry.steps / speedup if speedup else None
+        quality = {s: float(values.mean()) for s, (_, values) in parts.items()}
+        rows.append(Measured(entry.row, entry.steps, entry.plan, chunks * chunk, quality, fd, seconds, speedup, time))
+    return rows
+
+
+def at_equal_cost(rows: Sequence[Measured], wanted: Measured, field: str) -> float | None:
+    """What fewer steps reach in a row's time, between the two nearest counts; None outside the curve."""
+    curve = sorted(
+        (m.cost, getattr(m, field))
+        for m in rows
+        if m.row.family == FEWER and m.steps == wanted.steps and math.isfinite(getattr(m, field))
+    )
+    costs, values = [c for c, _ in curve], [v for _, v in curve]
+    if not curve or not costs[0] <= wanted.cost <= costs[-1]:
+        return None
+    return float(np.interp(wanted.cost, costs, values))
+
+
+def on_front(rows: Sequence[Measured], wanted: Measured, field: str) -> bool:
+    """Whether no other row is both cheaper and better."""
+    sign = 1 if field == "mean_fd" else -1
+    own = sign * getattr(wanted, field)
+    others = [m for m in rows if m.steps == wanted.steps and m.cost < wanted.cost]
+    return all(sign * getattr(m, field) > own for m in others)
+
+
+def cells(rows: Sequence[Measured], m: Measured) -> list[str]:
+    """One line of the table."""
+    fewer = (None if m.row.family == FEWER else at_equal_cost(rows, m, field) for field in ("mean_psnr", "mean_fd"))
+    return [
+        m.row.name,
+        str(m.plan.num_steps),
+        f"{m.plan.macs * 2 / 1e9:.2f}",
+        f"{m.bound:.2f}x",
+        f"{m.seconds * 1e3:.1f}" if m.seconds else "",
+        f"{m.speedup:.2f}x" if m.speedup else "",
+        f"{m.mean_psnr:.2f}" if math.isfinite(m.mean_psnr) else "reference",
+        f"{m.mean_fd:.3f}",
+        f"{min(m.fd.values()):.3f}..{max(m.fd.values()):.3f}",
+        f"{len(m.fd)} x {m.samples}",
+        *("" if value is None else f"{value:.{digits}f}" for digits, value in zip((2, 3), fewer, strict=True)),
+        ", ".join(name for name, field in (("PSNR", "mean_psnr"), ("FD", "mean_fd")) if on_front(rows, m, field)),
+    ]
+
+
+def ordered(rows: Sequence[Measured], steps: int) -> list[Measured]:
+    """The rows of one table, the dearest first; the uncached run on top."""
+    return sorted((m for m in rows if m.steps == steps), key=lambda m: (m.row != UNCACHED, -m.cost))
+
+
+def rich_table(rows: Sequence[Measured], steps: int) -> Table:
+    """The table for the terminal."""
+    table = Table(title=f"DDIM {steps} steps, guidance 1.5; FD (Fashion-MNIST CNN)")
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == "row" else "right")
+    for m in ordered(rows, steps):
+        table.add_row(*cells(rows, m))
+    return table
+
+
+def markdown(rows: Sequence[Measured], steps: int) -> str:
+    """The table for a document."""
+    lines = [COLUMNS, ("---", *["---:"] * (len(COLUMNS) - 1)), *(cells(rows, m) for m in ordered(rows, steps))]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def notes(rows: Sequence[Measured]) -> str:
+    """How the numbers came about; below every table."""
+    where = timing.machine()
+    timed = all(m.speedup for m in rows)
+    return (
+        "GMAC per image, both guidance branches. PSNR from the uncached images in the same noise: mean over images. FD "
+        "(Fashion-MNIST CNN) from the 10,000 test images: mean over the seeds. PSNR and FD, fewer steps: what plain "
+        f"DDIM reaches {'in the row’s measured time' if timed else 'with the row’s MACs'}, between the two nearest "
+        "counts. Front: no cheaper row is as good. "
+        f"float32, {where['processor']}, {where['threads']} thread(s), torch {where['torch']}."
+    )
+
+
+def plot(rows: Sequence[Measured], steps: int, path: Path) -> None:
+    """Time against FD and against PSNR; fewer steps as a line."""
+    own = [m for m in rows if m.steps == steps]
+    figure = Figure(figsize=(13, 5.6), dpi=110, layout="constrained")
+    panels = figure.subplots(1, 2)
+    cost = "measured time" if all(m.speedup for m in own) else "MACs"
+    labels = {"mean_fd": "FD (Fashion-MNIST CNN): lower is better", "mean_psnr": "PSNR, dB: higher is better"}
+    for axes, (field, label) in zip(panels, labels.items(), strict=True):
+        _panel(axes, own, field)
+        axes.set_ylabel(label)
+        axes.set_xlabel(f"{cost}, share of the uncached run")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
+    samples = max((m.samples for m in own), default=0)
+    figure.suptitle(f"Reference model, DDIM {steps} steps, guidance 1.5: {samples} samples per seed", fontsize=11)
+    figure.savefig(path, facecolor="white")
+
+
+def _panel(axes: Axes, rows: Sequence[Measured], field: str) -> None:
+    for number, family in enumerate(dict.fromkeys(m.row.family for m in rows)):
+        members = sorted((m for m in rows if m.row.family == family), key=lambda m: m.cost)
+        shown = [m for m in members if math.isfinite(getattr(m, field))]
+        x, y = [m.cost for m in shown], [getattr(m, field) for m in shown]
+        if family == FEWER:
+            axes.plot(x, y, "k.-", lw=1, ms=4, label=family)
+            for m, *at in zip(shown, x, y, strict=True):
+                axes.annotate(str(m.plan.num_steps), at, (0, -9), textcoords="offset points", fontsize=6.5, ha="center")
+        else:
+            style = {"marker": MARKERS[number % len(MARKERS)], "color": f"C{number % 10}", "ls": "none", "ms": 6}
+            axes.plot(x, y, **style, alpha=0.85, label=family)
+    if field == "mean_fd":
+        for m in rows:
+            axes.plot([m.cost] * 2, [min(m.fd.values()), max(m.fd.values())], color="#999999", lw=0.8, zorder=0)
+        axes.set_yscale("log")
+        for axis_part in ("major", "minor"):
+            getattr(axes.yaxis, f"set_{axis_part}_formatter")(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axes.grid(alpha=0.25, which="both")
+
+
+def report(entries: Sequence[Any], args: argparse.Namespace, console: Console) -> None:
+    """Print the tables; with a folder for results, write tables, plots and numbers there too."""
+    rows = measured(entries, args.samples if args.what == "report" else None, args.chunk)
+    for steps in args.steps:
+        console.print(rich_table(rows, steps))
+    missing = {(e.steps, e.row.name) for e in entries} - {(m.steps, m.row.name) for m in rows}
+    if missing:
+        console.print(f"not so many samples yet: {', '.join(f'{name} ({n})' for n, name in sorted(missing))}")
+    console.print(notes(rows), style="dim")
+    if args.results is None:
+        return
+    args.results.mkdir(parents=True, exist_ok=True)
+    stem = "ablation" if args.ablation else "quality"
+    for steps in args.steps:
+        plot(rows, steps, args.results / f"{stem}-{steps}.png")
+    text = "\n\n".join(f"## {steps} steps\n\n{markdown(rows, steps)}" for steps in args.steps)
+    (args.results / f"{stem}.md").write_text(f"{text}\n\n{notes(rows)}\n")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    record = {
+        "command": " ".join(sys.argv),
+        "commit": commit.stdout.strip(),
+        **timing.machine(),
+        "settings": json.loads((args.out / "settings.json").read_text()),
+        "rows": [m.as_dict() for m in rows],
+    }
+    (args.results / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
+    console.print(f"wrote {stem}.md, {stem}.json and the plots to {args.results}")

@@ -1,0 +1,272 @@
+"""The comparison of policies, on a tiny random model and a handful of images."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import tcc
+from tcc.metrics import Statistics, frechet_distance, real_statistics
+from tcc.models import DiT, save_weights
+from tcc.plan import CachePlan, Compute, Reuse
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SCRIPTS = ("quality_rows", "quality_store", "quality_report", "quality")
+
+
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[dict[str, ModuleType]]:
+    """The scripts as modules; they import each other by name, as when one is run."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        yield {name: __import__(name) for name in SCRIPTS}
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+        for name in SCRIPTS:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def _own_threads() -> Iterator[None]:
+    """Give back the thread count that the script sets."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A DiT of 2 blocks and 16 tokens on images of 32x32, with random weights."""
+    torch.manual_seed(0)
+    sizes = {"input_size": 32, "patch_size": 8, "in_channels": 1, "hidden_size": 16, "depth": 2, "num_heads": 2}
+    model = DiT(**sizes, num_classes=10, learn_sigma=False)  # type: ignore[arg-type]
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.2)
+    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
+    save_weights(model, path)
+    return str(path)
+
+
+def run(scripts: dict[str, ModuleType], weights: str, out: Path, *options: str, what: str = "run") -> int:
+    """The script's command line: 4 steps, chunks of 4 images, not compiled."""
+    common = ["--model", weights, "--steps", "4", "--chunk", "4", "--batch", "2", "--backend", "eager"]
+    status: int = scripts["quality"].main([what, "--out", str(out), *common, *options])
+    return status
+
+
+def chunks(out: Path) -> dict[str, bytes]:
+    """Every measured chunk."""
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*.safetensors"))}
+
+
+def rows(out: Path, name: str = "quality") -> dict[str, dict[str, object]]:
+    """The rows of a report, by name."""
+    return {row["row"]: row for row in json.loads((out / f"{name}.json").read_text())["rows"]}
+
+
+def test_a_run_is_reported(scripts: dict[str, ModuleType], weights: str, tmp_path: Path) -> None:
+    """Every row has its numbers in the table, in the JSON and in the plot; fewer steps are counted by their steps."""
+    out, results = tmp_path / "out", tmp_path / "results"
+    options = ("--seeds", "0", "1", "--samples", "4", "--only", "FORA", "steps", "--results", str(results))
+    assert run(scripts, weights, out, *options) == 0
+    assert run(scripts, weights, out, *options, "--rounds", "1", what="time") == 0
+
+    found = rows(results)
+    assert found.keys() == {"uncached", "3 steps", "2 steps", "1 steps", "FORA N=2", "FORA N=3", "FORA N=4"}
+    assert found["2 steps"]["bound"] == 2.0
+    assert found["2 steps"]["run_steps"] == 2
+    assert found["uncached"]["psnr"] == {"0": None, "1": None}
+    for row in found.values():
+        assert row["samples"] == 4
+        assert row["fd"].keys() == {"0", "1"}  # type: ignore[attr-defined]
+        assert row["seconds_per_image"] > 0  # type: ignore[operator]
+    table = (results / "quality.md").read_text()
+    header = next(line for line in table.splitlines() if line.startswith("| row"))
+    assert [cell.strip() for cell in header.strip("|").split("|")] == list(scripts["quality_report"].COLUMNS)
+    assert all(f"| {name} |" in table for name in found)
+    assert (results / "quality-4.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_psnr_and_distance_are_those_of_the_images(
+    scripts: dict[str, ModuleType], weights: str, tmp_path: Path
+) -> None:
+    """Sampled and measured again, without chunks: the same numbers."""
+    out, results = tmp_path / "out", tmp_path / "results"
+    options = ("--seeds", "3", "--samples", "8", "--only", "FORA N=2", "--results", str(results))
+    assert run(scripts, weights, out, *options) == 0
+
+    quality = scripts["quality"]
+    model = tcc.models.load_dit(weights)
+    info = tcc.inspect(model, torch.zeros(4, 1, 32, 32), torch.zeros(4, dtype=torch.int64), torch.arange(4))
+    compiled = tcc.compile(model, tcc.plans.fora(info, num_steps=4, interval=2), backend="eager")
+    drawn = [quality.noise(model, 3, chunk, 4) for chunk in range(2)]
+    x, y = torch.cat([noise for noise, _ in drawn]), torch.cat([labels for _, labels in drawn])
+    options = {"num_steps": 4, "cfg_scale": 1.5}
+    fora = torch.cat([tcc.samplers.sample(compiled, x[i : i + 2], y[i : i + 2], **options) for i in range(0, 8, 2)])
+    errors = (fora - tcc.samplers.sample(model, x, y, **options)).square().mean(dim=(1, 2, 3))
+    row = rows(results)["FORA N=2"]
+    assert row["psnr"]["3"] == pytest.approx(float((10 * (4 / errors).log10()).mean()), abs=1e-3)  # type: ignore[index]
+    distance = frechet_distance(Statistics.of(tcc.metrics.feature_network()(fora)), real_statistics())
+    assert row["fd"]["3"] == pytest.approx(distance, rel=1e-4)  # type: ignore[index]
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(
+    scripts: dict[str, ModuleType], weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in its fourth chunk, started again, then deepened: bit-identical to one run, and nothing is redone."""
+    quality = scripts["quality"]
+    options = ("--seeds", "0", "--only", "FORA N=2", "2 steps")
+    assert run(scripts, weights, tmp_path / "whole", *options, "--samples", "8") == 0
+
+    real, done = quality.run_chunk, []
+
+    def dies_in_the_fourth(*arguments: object) -> None:
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(arguments)
+        real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(quality, "run_chunk", dies_in_the_fourth)
+        with pytest.raises(KeyboardInterrupt):
+            run(scripts, weights, tmp_path / "parts", *options, "--samples", "8")
+    assert len(chunks(tmp_path / "parts")) == 3
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").rglob("*.safetensors")}
+    assert run(scripts, weights, tmp_path / "parts", *options, "--samples", "4") == 0
+    assert run(scripts, weights, tmp_path / "parts", *options, "--samples", "8") == 0
+
+    assert chunks(tmp_path / "parts") == chunks(tmp_path / "whole")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_breadth_comes_first(scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows have few samples before any row has many, and what is there is left out."""
+    quality = scripts["quality"]
+    monkeypatch.setattr(quality, "LEVELS", (4, 8))
+    monkeypatch.setattr(quality.Store, "has", lambda folder, seed, chunk: (folder, chunk) == ("a", 0))
+    todays = [argparse.Namespace(folder=name) for name in "ab"]
+    order = [(entry.folder, seed, chunk) for entry, seed, chunk in quality.todo(todays, [7], 12, 4)]
+
+    assert order == [("b", 7, 0), ("a", 7, 1), ("b", 7, 1), ("a", 7, 2), ("b", 7, 2)]
+
+
+def test_rows_are_compared_at_the_same_number_of_images(
+    scripts: dict[str, ModuleType], weights: str, tmp_path: Path
+) -> None:
+    """A row with more images is counted with as many as the others have."""
+    out, results = tmp_path / "out", tmp_path / "results"
+    assert run(scripts, weights, out, "--seeds", "0", "--samples", "8", "--only", "FORA N=2") == 0
+    options = ("--seeds", "0", "--samples", "4", "--only", "FORA N=2", "FORA N=3")
+    assert run(scripts, weights, out, *options) == 0
+    wide = ("--seeds", "0", "--only", "FORA N=2", "FORA N=3", "--results", str(results))
+    assert run(scripts, weights, out, *wide, what="report") == 0
+
+    assert {row["samples"] for row in rows(results).values()} == {4}
+
+
+def test_the_curve_of_fewer_steps_and_the_front(scripts: dict[str, ModuleType]) -> None:
+    """At a cost halfway between two counts the value is the mean of theirs; outside the curve there is none.
+
+    A row is on the front if no cheaper row is as good.
+    """
+    report, quality_rows = scripts["quality_report"], scripts["quality_rows"]
+
+    def at(cost: float, distance: float, family: str) -> object:
+        row = quality_rows.Row(f"{cost}", family, "full")
+        speedup = 1 / cost
+        plan = CachePlan(num_steps=1, actions={})
+        return report.Measured(row, 4, plan, 4, {0: 30.0}, {0: distance}, None, speedup, None)
+
+    curve = [at(0.2, 10.0, quality_rows.FEWER), at(0.4, 6.0, quality_rows.FEWER)]
+    assert report.at_equal_cost(curve, at(0.3, 5.0, "FORA"), "mean_fd") == pytest.approx(8.0)
+    assert report.at_equal_cost(curve, at(0.5, 5.0, "FORA"), "mean_fd") is None
+    rows = [*curve, at(0.3, 5.0, "FORA"), at(0.6, 5.5, "FORA")]
+    assert [report.on_front(rows, row, "mean_fd") for row in rows] == [True, False, True, False]
+    assert [report.on_front(rows, row, "mean_psnr") for row in rows] == [True, False, False, False]
+
+
+def test_a_plan_is_told_by_its_table_alone(scripts: dict[str, ModuleType]) -> None:
+    """Names and costs do not count; actions and token sets do."""
+    digest = scripts["quality_store"].digest
+    actions = {(0, "blocks.0.delta"): Compute(), (1, "blocks.0.delta"): Reuse()}
+    plan = CachePlan(num_steps=2, actions=actions)
+
+    assert digest(plan) == digest(CachePlan(num_steps=2, actions=actions, policy={"name": "fora"}))
+    others = [
+        CachePlan(num_steps=3, actions=actions),
+        CachePlan(num_steps=2, actions={**actions, (1, "blocks.0.delta"): tcc.Skip()}),
+        CachePlan(num_steps=2, actions={(0, "blocks.1.delta"): Compute(), (1, "blocks.1.delta"): Reuse()}),
+        CachePlan(num_steps=2, actions=actions, tokens={"kept": torch.tensor([0])}),
+        CachePlan(num_steps=2, actions=actions, tokens={"kept": torch.tensor([1])}),
+    ]
+    assert len({digest(plan), *map(digest, others)}) == 6
+
+
+@pytest.mark.parametrize("kind", ["comparison", "ablation"])
+def test_the_rows_are_plans(scripts: dict[str, ModuleType], kind: str) -> None:
+    """Names are unique; every row that is not learned makes a plan; controls name a row and cost as much as it."""
+    quality_rows = scripts["quality_rows"]
+    sizes = {"input_size": 32, "patch_size": 4, "in_channels": 1, "hidden_size": 16, "depth": 8, "num_heads": 2}
+    model = DiT(**sizes, num_classes=10).eval()  # type: ignore[arg-type]
+    info = tcc.inspect(model, torch.zeros(2, 1, 32, 32), *torch.zeros(2, 2, dtype=torch.int64))
+    listed = getattr(quality_rows, kind)(20)
+    assert len({row.name for row in listed}) == len(listed)
+
+    later = ("toca", "duca") if kind == "comparison" else ()  # their token sets are not compiled yet
+    fixed = [row for row in listed if not any(isinstance(o, quality_rows.Learned) for o in row.options.values())]
+    fixed = [row for row in fixed if row.policy not in later]
+    made = {row.name: row.plan(info, 20, Path("nowhere")) for row in fixed if row.run_steps is None}
+    names = {row.name for row in listed}
+    for row in listed:
+        assert not row.control or row.control in names
+        if row.name in made and row.control in made:
+            assert made[row.name].macs == made[row.control].macs
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(("--chunk", "6"), "is of other settings (chunk 4 -> 6)"), (("--batch", "3"), "--chunk 4 is not a multiple of")],
+)
+def test_mistakes_get_one_line(
+    scripts: dict[str, ModuleType],
+    weights: str,
+    tmp_path: Path,
+    options: tuple[str, ...],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A store of other settings, and a batch that does not divide a chunk."""
+    assert run(scripts, weights, tmp_path, "--samples", "4", "--only", "1 steps") == 0
+
+    assert run(scripts, weights, tmp_path, *options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_shuffled_plan_has_the_same_counts_at_other_places(scripts: dict[str, ModuleType]) -> None:
+    """Of a plan that reuses the first three of eight attentions at every other step: three of eight, and as cheap."""
+    sizes = {"input_size": 8, "patch_size": 2, "in_channels": 4, "hidden_size": 16, "depth": 8, "num_heads": 2}
+    model = DiT(**sizes, num_classes=10).eval()  # type: ignore[arg-type]
+    info = tcc.inspect(model, torch.zeros(2, 4, 8, 8), *torch.zeros(2, 2, dtype=torch.int64))
+    branches = [f"blocks.{i}.{branch}.out" for i in range(8) for branch in ("attn", "mlp")]
+    reused = {(step, f"blocks.{i}.attn.out"): Reuse() for step in (1, 3, 5) for i in range(3)}
+    table = {(step, name): reused.get((step, name), Compute()) for step in range(6) for name in branches}
+    plan = info.count(CachePlan(num_steps=6, actions=table))
+    shuffled = scripts["quality_rows"].shuffle(info, plan)
+
+    assert shuffled.macs == plan.macs
+    assert shuffled.actions != plan.actions
+    for step in range(6):
+        at = shuffled.at(step)
+        assert sum(at[f"blocks.{i}.attn.out"] == Reuse() for i in range(8)) == (3 if step % 2 else 0)
+        assert all(at[f"blocks.{i}.mlp.out"] == Compute() for i in range(8))
+    assert (
+        len({tuple(sorted(site for site, action in shuffled.at(s).items() if action == Reuse())) for s in (1, 3, 5)})
+        > 1
+    )
