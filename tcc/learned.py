@@ -112,7 +112,7 @@ def save_learned(learned: Learned, path: str | os.PathLike[str], dtype: torch.dt
     """Write what was learned as one safetensors file: a JSON header and the tensors, stored as `dtype`."""
     content = {field.name: getattr(learned, field.name) for field in fields(learned)}
     tensors = {name: t.detach().to("cpu", dtype).contiguous() for name, t in content.items() if torch.is_tensor(t)}
-    header = {name: list(value) for name, value in content.items() if name not in tensors}
+    header: dict[str, Any] = {name: list(value) for name, value in content.items() if name not in tensors}
     header |= {"kind": type(learned).__name__.lower(), "version": 1}
     safetensors.torch.save_file(tensors, path, metadata={_HEADER: json.dumps(header)})
 

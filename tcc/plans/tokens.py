@@ -196,9 +196,11 @@ def token_actions(
         for site in sites:
             action = row(step, site.block)
             if isinstance(action, Update):
-                whole = attention == "reused"
-                action = (
-                    Reuse() if whole and site.attention else replace(action, attention="kept" if whole else attention)
-                )
+                if attention != "reused":
+                    action = replace(action, attention=attention)
+                elif site.attention:
+                    action = Reuse()
+                else:
+                    action = replace(action, attention="kept")
             actions[step, site.name] = action
     return actions
