@@ -13,12 +13,14 @@ import torch
 from torch import fx
 
 from tcc.passes.base import Pass
+from tcc.passes.choose_tokens import Choice, age_slot, choose, map_slot, older, sum_maps
+from tcc.passes.gathers import gather, own_sets, scatter
 from tcc.passes.graph import emit, fake_mode_of, output_values, shape, value
 from tcc.passes.sites import Site
-from tcc.passes.tokens import gather_tokens, scatter_tokens
+from tcc.passes.tokens import Axis
 from tcc.plan import Action, Compute, Hold, Reuse, Skip, Update
 
-__all__ = ["Entry", "InsertSlots", "history"]
+__all__ = ["Entry", "InsertSlots", "Records", "history"]
 
 aten = torch.ops.aten
 
@@ -52,6 +54,24 @@ class Entry:
         return tuple(name for site in self.sites for name in site.values)
 
 
+@dataclass(frozen=True)
+class Records:
+    """What one kind of step notes down for the scores of later steps.
+
+    Attributes:
+        maps: branches that the step computes in full, each with its `kv` site.
+        ages: sites and what the step does there: `None` computes, `""` keeps no token, else the number of a token set.
+        shape: `[B, S]`.
+    """
+
+    maps: tuple[tuple[str, Site], ...] = ()
+    ages: tuple[tuple[str, str | None], ...] = ()
+    shape: tuple[int, int] = (1, 1)
+
+
+NO_RECORDS = Records()
+
+
 def history(slot: str, age: int) -> str:
     """The slot that keeps the value computed `age` computations before the newest."""
     return f"{slot}~{age}" if age else slot
@@ -76,18 +96,25 @@ class InsertSlots(Pass):
     3. update: as above, without the output where it does not store; `current` leaves keys and values alone, `cached`
        is an update of the `kv` site.
     4. skip: zero stands in for the value.
+    5. A dynamic token set is chosen right after the last value that its score reads.
+    6. What scores of later steps read is stored: how much tokens are attended to, and their ages.
     """
 
     exact: ClassVar[bool] = False
     entries: tuple[Entry, ...]
-    token_counts: tuple[int, ...] = ()
+    sets: tuple[int | Choice, ...] = ()
     num_tokens: int = 0
+    records: Records = NO_RECORDS
 
     def run(self, gm: fx.GraphModule) -> int:
         """Edit `gm`; see the class."""
         edit = _Edit(gm)
-        for number, count in enumerate(self.token_counts):
-            edit.add_tokens(number, count, self.num_tokens)
+        for number, tokens in enumerate(self.sets):
+            if isinstance(tokens, Choice):
+                edit.choose_tokens(number, tokens)
+            else:
+                edit.add_tokens(number, tokens, self.num_tokens)
+        edit.record(self.records)
         for entry in self.entries:
             edit.apply(entry)
         if edit.count:
@@ -111,6 +138,7 @@ class _Edit:
         self.nodes = {node.name: node for node in self.graph.nodes}
         self.first = next(n for n in self.graph.nodes if n.op != "placeholder")
         self.old = set(self.graph.nodes)
+        self.chosen: dict[str, tuple[fx.Node, fx.Node]] = {}
         self.restricted: set[tuple[fx.Node, str]] = set()
 
     def apply(self, entry: Entry) -> None:
@@ -166,14 +194,13 @@ class _Edit:
 
     def _updated_stream(self, entry: Entry, before: fx.Node, after: fx.Node) -> fx.Node:
         assert isinstance(entry.action, Update)
-        kept, place = self._tokens(str(entry.action.tokens))
-        slot, dim = self._slot(entry, entry.slots[0], after), entry.sites[0].axis.dim
-        delta = self._call(gather_tokens, self._sum(entry), kept, dim, like=after)
+        tokens, site = self._tokens(str(entry.action.tokens)), entry.sites[0]
+        slot = self._slot(entry.slots[0], after)
+        delta = self._gather(self._sum(entry), tokens, site, after)
         if entry.action.store:
-            self._store(entry, entry.slots[0], self._call(scatter_tokens, slot, delta, kept, place, dim, like=after))
+            self._store(entry, entry.slots[0], self._scatter(slot, delta, tokens, site, after))
         base = self._call(aten.add.Tensor, before, slot, like=after)
-        rows = self._call(gather_tokens, after, kept, dim, like=after)
-        return self._call(scatter_tokens, base, rows, kept, place, dim, like=after)
+        return self._scatter(base, self._gather(after, tokens, site, after), tokens, site, after)
 
     def _stand_in(self, entry: Entry, slot: str, node: fx.Node) -> fx.Node:
         """What stands in for the computed value `node`; inserted at the graph's insertion point."""
@@ -183,14 +210,13 @@ class _Edit:
             fill = {"dtype": val.dtype, "device": val.device}
             return self._call(aten.full.default, list(val.shape), 0, like=node, **fill)
         if isinstance(action, Update):
-            kept, place = self._tokens(str(action.tokens))
-            dim = entry.sites[0].axis.dim
-            rows = self._call(gather_tokens, node, kept, dim, like=node)
-            return self._call(scatter_tokens, self._slot(entry, slot, node), rows, kept, place, dim, like=node)
+            tokens, site = self._tokens(str(action.tokens)), entry.sites[0]
+            rows = self._gather(node, tokens, site, node)
+            return self._scatter(self._slot(slot, node), rows, tokens, site, node)
         if isinstance(action, Reuse) and action.order:
             return self._forecast(entry, slot, node)
         assert isinstance(action, (Reuse, Hold))
-        return self._slot(entry, slot, node)
+        return self._slot(slot, node)
 
     def _forecast(self, entry: Entry, slot: str, node: fx.Node) -> fx.Node:
         assert isinstance(entry.action, Reuse)
@@ -199,7 +225,7 @@ class _Edit:
         total: fx.Node | None = None
         for age in range(size[0]):
             weight = self._call(aten.select.int, weights, 0, age, like=node)
-            term = self._call(aten.mul.Tensor, self._slot(entry, history(slot, age), node), weight, like=node)
+            term = self._call(aten.mul.Tensor, self._slot(history(slot, age), node), weight, like=node)
             total = term if total is None else self._call(aten.add.Tensor, total, term, like=node)
         assert total is not None
         return total
@@ -207,7 +233,8 @@ class _Edit:
     def _restrict_keys(self, entry: Entry, tokens: str) -> None:
         """Attention `kept`: the keys, the values and the mask's columns of the kept tokens alone."""
         kept, _ = self._tokens(tokens)
-        for name in (name for site in entry.sites for name in site.attention):
+        pairs = (pair for site in entry.sites for pair in zip(site.attention, _key_batches(site), strict=True))
+        for name, batch in pairs:
             node = self.nodes[name]
             if (node, tokens) in self.restricted:
                 continue
@@ -217,14 +244,30 @@ class _Edit:
             for position, dim in ((1, -2), (2, -2), (3, -1)):
                 operand = node.args[position] if len(node.args) > position else None
                 if isinstance(operand, fx.Node) and shape(operand)[dim] == total:
-                    with self.graph.inserting_before(node):
-                        new = self._call(gather_tokens, operand, kept, len(shape(operand)) + dim, like=node)
-                    node.update_arg(position, new)
+                    node.update_arg(position, self._visible(node, operand, dim, kept, batch))
             mask = node.kwargs.get("attn_mask")
             if isinstance(mask, fx.Node) and shape(mask)[-1] == total:
-                with self.graph.inserting_before(node):
-                    new = self._call(gather_tokens, mask, kept, len(shape(mask)) - 1, like=node)
-                node.update_kwarg("attn_mask", new)
+                node.update_kwarg("attn_mask", self._visible(node, mask, -1, kept, batch))
+
+    def _visible(self, node: fx.Node, operand: fx.Node, dim: int, kept: fx.Node, batch: Axis | None) -> fx.Node:
+        """The kept tokens of an operand of attention `node`; a mask that all samples share is expanded if need be."""
+        with self.graph.inserting_before(node):
+            if own_sets(kept) and batch is not None:
+                key = shape(node.args[1])  # type: ignore[arg-type]
+                missing = len(key) - len(shape(operand))
+                sizes = [*[1] * missing, *shape(operand)]
+                if sizes[batch.dim] != key[batch.dim]:
+                    sizes[batch.dim] = key[batch.dim]
+                    operand = self._call(aten.expand.default, operand, sizes, like=node)
+            return gather(self.graph, operand, kept, Axis(len(shape(operand)) + dim), batch, node)
+
+    def _gather(self, x: fx.Node, tokens: tuple[fx.Node, fx.Node], site: Site, like: fx.Node) -> fx.Node:
+        return gather(self.graph, x, tokens[0], site.axis, site.batch, like)
+
+    def _scatter(
+        self, base: fx.Node, rows: fx.Node, tokens: tuple[fx.Node, fx.Node], site: Site, like: fx.Node
+    ) -> fx.Node:
+        return scatter(self.graph, base, rows, tokens, site.axis, site.batch, like)
 
     def _sum(self, entry: Entry) -> fx.Node:
         terms = [self._now(self.nodes[name]) for name in entry.values]
@@ -238,23 +281,72 @@ class _Edit:
         self.count += 1
         self.stores[slot] = node
         for age in range(1, entry.depth):
-            self.stores[history(slot, age)] = self._slot(entry, history(slot, age - 1), node)
+            self.stores[history(slot, age)] = self._slot(history(slot, age - 1), node)
 
-    def _slot(self, entry: Entry, slot: str, like: fx.Node) -> fx.Node:
+    def _slot(self, slot: str, like: fx.Node) -> fx.Node:
         val = value(like)
-        node = self._input(f"slot:{slot}", tuple(val.shape), val.dtype, val.device)
+        return self._slot_of(slot, tuple(val.shape), val.dtype, val.device)
+
+    def _slot_of(self, slot: str, sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> fx.Node:
+        node = self._input(f"slot:{slot}", sizes, dtype, device)
         node.meta["slot"] = slot
         return node
 
+    def choose_tokens(self, number: int, choice: Choice) -> None:
+        """Choose a dynamic token set, right after the last value that its score reads."""
+        computed = [s for s in choice.sites if s.name not in choice.stored]
+        ends = [name for s in computed for name in ((s.stream_out,) if s.kind == "block" else s.values)]
+        last = max([self.first, *(self.nodes[name] for name in ends)])
+        ages = (choice.batch, choice.num_tokens)
+        device = self._device
+
+        def read(site: Site) -> fx.Node:
+            if site.name in choice.stored:
+                return self._slot_of(site.slots[-1], site.shape, site.dtype, device)
+            return self._sum(Entry((site,), Compute())) if site.kind == "block" else self.nodes[site.values[-1]]
+
+        def given(name: str) -> fx.Node:
+            if name in sizes:
+                return self._input(f"table_{name}", sizes[name], torch.float32, device)
+            return self._slot_of(name, ages, torch.float32, device)
+
+        sizes = dict(choice.tables)
+        with self.graph.inserting_before(last.next):
+            self.chosen[str(number)] = choose(self.graph, choice, read, given, last)
+        self.count += 1
+
+    def record(self, records: Records) -> None:
+        """Store what scores of later steps read: maps of attention, and the ages of tokens."""
+        for branch, site in records.maps:
+            attention = self.nodes[site.attention[0]]
+            with self.graph.inserting_before(attention.next):
+                self.stores[map_slot(branch)] = sum_maps(self.graph, attention, site.batch)
+            self.count += 1
+        for name, tokens in records.ages:
+            slot, device = age_slot(name), self._device
+            with self.graph.inserting_before(self.graph.output_node()):
+                if tokens is None:
+                    new = self._call(aten.full.default, list(records.shape), 0.0, device=device, like=self.first)
+                else:
+                    place = self._tokens(tokens)[1] if tokens else None
+                    new = older(self.graph, self._slot_of(slot, records.shape, torch.float32, device), place)
+            self.stores[slot] = new
+            self.count += 1
+
+    @property
+    def _device(self) -> torch.device:
+        found: torch.device = value(self.first).device if "val" in self.first.meta else torch.device("cpu")
+        return found
+
     def _tokens(self, number: str) -> tuple[fx.Node, fx.Node]:
-        kept, place = self.inputs[f"kept_{number}"], self.inputs[f"place_{number}"]
-        return kept, place
+        if number in self.chosen:
+            return self.chosen[number]
+        return self.inputs[f"kept_{number}"], self.inputs[f"place_{number}"]
 
     def add_tokens(self, number: int, kept: int, total: int) -> None:
         """Make the two inputs that describe a token set: the kept positions, and the place of every token."""
-        device = value(self.first).device if "val" in self.first.meta else torch.device("cpu")
-        self._input(f"kept_{number}", (kept,), torch.int64, device)
-        self._input(f"place_{number}", (total,), torch.int64, device)
+        self._input(f"kept_{number}", (kept,), torch.int64, self._device)
+        self._input(f"place_{number}", (total,), torch.int64, self._device)
 
     def _input(self, name: str, sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> fx.Node:
         if name not in self.inputs:
@@ -289,6 +381,10 @@ class _Edit:
 
     def _call(self, target: Any, *args: Any, like: fx.Node, **kwargs: Any) -> fx.Node:
         return emit(self.graph, target, args, kwargs, like=like)
+
+
+def _key_batches(site: Site) -> tuple[Axis | None, ...]:
+    return site.key_batch or (None,) * len(site.attention)
 
 
 def _identifier(name: str) -> str:

@@ -58,7 +58,8 @@ def _drop_overwritten(graph: fx.Graph, outer: fx.Node) -> int:
 
 
 def _same_set(node: fx.Node, inner: object, *, kept: int) -> bool:
-    """Whether `inner` scatters the token set that `node` names in argument `kept`, along the same dimension."""
+    """Whether `inner` scatters the token set that `node` names in argument `kept`, along the same dimensions."""
     if not isinstance(inner, fx.Node) or inner.target is not scatter_tokens:
         return False
-    return bool(inner.args[2] is node.args[kept] and inner.args[4] == node.args[-1])
+    dims = node.args[2:] if node.target is gather_tokens else node.args[4:]
+    return bool(inner.args[2] is node.args[kept] and inner.args[4:] == dims)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tcc.passes.base import Pass
+from tcc.passes.choose_tokens import Choice
 from tcc.passes.drop_dead_stores import DropDeadStores
-from tcc.passes.insert_slots import Entry, InsertSlots
+from tcc.passes.insert_slots import NO_RECORDS, Entry, InsertSlots, Records
 from tcc.passes.lower_tokens import LowerTokens
 from tcc.passes.merge_runs import MergeRuns
 from tcc.passes.prune_tokens import PruneTokens
@@ -22,20 +23,23 @@ class StepKind:
     Attributes:
         entries: the actions.
         live: the slots that the step must store.
-        token_counts: the size of every token set that the actions name by number.
+        sets: every token set that the actions name by number: its size, or how it is chosen.
         num_tokens: the tokens of the stream.
+        records: what the step notes down for the scores of later steps.
     """
 
     entries: tuple[Entry, ...]
     live: frozenset[str]
-    token_counts: tuple[int, ...]
+    sets: tuple[int | Choice, ...]
     num_tokens: int
+    records: Records = NO_RECORDS
 
 
 def variant_passes(kind: StepKind) -> list[Pass]:
     """The passes for one kind of step, in order."""
     return [
-        InsertSlots(kind.entries, kind.token_counts, kind.num_tokens),  # first: names of sites are names of this graph
+        # first: names of sites are names of this graph
+        InsertSlots(kind.entries, kind.sets, kind.num_tokens, kind.records),
         DropDeadStores(kind.live),  # before pruning: a dead store would keep whole values alive
         MergeRuns(),  # before pruning: gathers that cancel need not move
         SplitProjections(),  # before pruning: a fused projection is one value, needed whole for its keys

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,13 +10,15 @@ import torch
 from torch import fx
 
 from tcc.passes.base import Pass
+from tcc.passes.gathers import gather
 from tcc.passes.graph import emit, shape, value
-from tcc.passes.token_axis import Narrowing, NotTokenLocal, Path, narrowing, operands
+from tcc.passes.token_axis import NotTokenLocal, Path, narrowing, operands
 from tcc.passes.tokens import Axis, gather_tokens, scatter_tokens
 
 __all__ = ["PruneTokens", "Whole"]
 
 aten = torch.ops.aten
+logger = logging.getLogger(__name__)
 #: Free to compute again: where the tokens share a dimension below them, they may have their own above.
 _VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 
@@ -30,6 +33,8 @@ class PruneTokens(Pass):
     1. A gather moves above a node by the node's token rule (`token_axis`).
     2. It stops at values that are needed for all tokens anyway, at values with no rule, and at graph inputs.
     3. It meets a scatter of its own token set: the rows take its place.
+    4. Where every sample has its own set, the samples are followed by the same rules. What all samples share (a table
+       of positions) is gathered for each of them; the gather stops where the samples cannot be followed.
     """
 
     def run(self, gm: fx.GraphModule) -> int:
@@ -40,15 +45,45 @@ class PruneTokens(Pass):
         for node in list(gm.graph.nodes):
             if node.target is not gather_tokens:
                 continue
-            source, kept, dim = node.args
+            source, kept, dim, *batch = node.args
+            whole.add(kept)
             narrower = runs.setdefault(kept, _Narrower(gm.graph, kept, whole))
-            new = narrower.narrow(source, Axis(dim))
+            place = Place(Axis(dim), Axis(*batch) if batch else None)
+            new = narrower.narrow(source, place)
             if new is not node and not _gathers(new, source, node):
                 node.replace_all_uses_with(new)
                 edits += 1
             else:
-                narrower.done[source, Axis(dim)] = node
+                narrower.done[source, place] = node
         return edits
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the tokens lie in a value, and the samples, where each has its own token set."""
+
+    tokens: Axis
+    batch: Axis | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether both have a dimension of their own."""
+        return self.tokens.plain and (self.batch is None or self.batch.plain)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a node is computed for the kept tokens alone.
+
+    Attributes:
+        operands: the operands to restrict to the kept tokens, and where tokens and samples lie in them.
+        shared: of these, the ones that all samples share, with the shape that gives each sample its own.
+        literals: literal arguments with their new value.
+    """
+
+    operands: dict[Path, Place]
+    shared: dict[Path, tuple[int, ...]]
+    literals: dict[Path, Any]
 
 
 class Whole:
@@ -79,81 +114,117 @@ class _Narrower:
     graph: fx.Graph
     kept: fx.Node
     whole: Whole
-    done: dict[tuple[fx.Node, Axis], fx.Node] = field(default_factory=dict)
+    done: dict[tuple[fx.Node, Place], fx.Node] = field(default_factory=dict)
+    spread: dict[tuple[fx.Node, Place, tuple[int, ...]], fx.Node] = field(default_factory=dict)
 
-    def narrow(self, node: fx.Node, axis: Axis) -> fx.Node:
+    def narrow(self, node: fx.Node, place: Place) -> fx.Node:
         """`node` for the kept tokens alone."""
-        key = (node, axis)
+        key = (node, place)
         if key not in self.done:
-            self.done[key] = self._narrow(node, axis)
+            self.done[key] = self._narrow(node, place)
         return self.done[key]
 
-    def _narrow(self, node: fx.Node, axis: Axis) -> fx.Node:
-        if node.target is scatter_tokens and node.args[2] is self.kept and Axis(node.args[4]) == axis:  # type: ignore[arg-type]
+    def _narrow(self, node: fx.Node, place: Place) -> fx.Node:
+        if node.target is scatter_tokens and node.args[2] is self.kept and Axis(node.args[4]) == place.tokens:  # type: ignore[arg-type]
             return node.args[1]  # type: ignore[return-value]
-        found = self._way_up(node, axis)
+        found = self._way_up(node, place)
         if found is None:
-            return self._gather(node, axis)
+            return self._gather(node, place)
         for path, operand in operands(node):
             if path not in found.operands:
                 self.whole.add(operand)
-        new = {
-            path: self.narrow(operand, found.operands[path])
-            for path, operand in operands(node)
-            if path in found.operands
-        }
+        new: dict[Path, Any] = {}
+        for path, operand in operands(node):
+            if path in found.shared:
+                new[path] = self._gather_spread(operand, found.operands[path], found.shared[path])
+            elif path in found.operands:
+                new[path] = self.narrow(operand, found.operands[path])
         args, kwargs = _substitute(node, {**new, **found.literals})
-        with self.graph.inserting_after(node):
+        with self.graph.inserting_before(max(node, *new.values()).next):
             # fewer tokens may come out of attention in another layout, in which the same view does not exist
             target = aten.reshape.default if node.target is aten.view.default else node.target
             return emit(self.graph, target, args, kwargs, like=node)  # type: ignore[arg-type]
 
-    def _way_up(self, node: fx.Node, axis: Axis) -> Narrowing | None:
+    def _way_up(self, node: fx.Node, place: Place) -> Way | None:
         """How `node` is computed for the kept tokens alone, or None where the gather must stop at `node`."""
         if node.op != "call_function" or node.target is gather_tokens:
             return None
-        if node in self.whole.nodes and (axis.plain or node.target not in _VIEWS):
+        if node in self.whole.nodes and (place.plain or node.target not in _VIEWS):
             return None
         try:
-            found = narrowing(node, axis, shape(self.kept)[0])
-        except NotTokenLocal:
+            found = _way(node, place, shape(self.kept)[-1])
+        except NotTokenLocal as blocked:
+            logger.debug("a gather stops at %s: %s", node.name, blocked)
             return None
-        if not found.operands or (axis.plain and self._frees(node, found)):
+        if not found.operands or (place.plain and self._frees(node, found)):
             return None
         for path, operand in operands(node):  # a list of tensors cannot be gathered: stop at its elements
             if path in found.operands and isinstance(value(operand), (list, tuple)):
                 return found if self._way_up(operand, found.operands[path]) else None
         return found
 
-    def _frees(self, node: fx.Node, found: Narrowing) -> bool:
+    def _frees(self, node: fx.Node, found: Way) -> bool:
         """Whether `node` is a view that gives the tokens of a whole value a dimension of their own."""
         if node.target not in _VIEWS:
             return False
         source: Any = node.args[0]
         return source in self.whole.nodes and not found.operands[(0,)].plain
 
-    def _gather(self, node: fx.Node, axis: Axis) -> fx.Node:
+    def _gather(self, node: fx.Node, place: Place) -> fx.Node:
         """The gather stops here: `node` is needed for all tokens."""
         self.whole.add(node)
-        above = node if node.op != "placeholder" else self._last_input()
-        with self.graph.inserting_before(above.next):
-            if axis.plain:
-                return emit(self.graph, gather_tokens, (node, self.kept, axis.dim), like=node)
-            return self._gather_shared(node, axis)
+        with self.graph.inserting_before(self._after(node)):
+            return gather(self.graph, node, self.kept, place.tokens, place.batch, node)
 
-    def _gather_shared(self, node: fx.Node, axis: Axis) -> fx.Node:
-        """Tokens that share their dimension: split it, gather, merge it again."""
-        sizes, at, count = list(shape(node)), axis.dim, shape(self.kept)[0]
-        tokens = sizes[at] // (axis.outer * axis.inner)
-        apart = [*sizes[:at], axis.outer, tokens, axis.inner, *sizes[at + 1 :]]
-        merged = [*sizes[:at], axis.outer * count * axis.inner, *sizes[at + 1 :]]
-        rows = emit(self.graph, aten.view.default, (node, apart), like=node)
-        rows = emit(self.graph, gather_tokens, (rows, self.kept, at + 1), like=node)
-        return emit(self.graph, aten.view.default, (rows, merged), like=node)
+    def _gather_spread(self, node: fx.Node, place: Place, sizes: tuple[int, ...]) -> fx.Node:
+        """The gather stops here: all samples share `node`, and each takes its own tokens of it."""
+        key = (node, place, sizes)
+        if key not in self.spread:
+            self.whole.add(node)
+            with self.graph.inserting_before(self._after(node)):
+                each = emit(self.graph, aten.expand.default, (node, list(sizes)), like=node)
+                self.spread[key] = gather(self.graph, each, self.kept, place.tokens, place.batch, node)
+        return self.spread[key]
+
+    def _after(self, node: fx.Node) -> fx.Node:
+        """What to insert before, for a value that is computed from `node` and the kept positions."""
+        return max(node if node.op != "placeholder" else self._last_input(), self.kept).next
 
     def _last_input(self) -> fx.Node:
         inputs: list[fx.Node] = [n for n in self.graph.nodes if n.op == "placeholder"]
         return inputs[-1]
+
+
+def _way(node: fx.Node, place: Place, count: int) -> Way:
+    """How `node` is computed for `count` kept tokens, of each sample where `place` says where the samples lie.
+
+    Raises:
+        NotTokenLocal: the node mixes tokens or samples, or no rule is known for its operator.
+    """
+    found = narrowing(node, place.tokens, count)
+    if place.batch is None:
+        return Way({path: Place(axis) for path, axis in found.operands.items()}, {}, found.literals)
+    samples = narrowing(node, place.batch, 1).operands
+    ways: dict[Path, Place] = {}
+    shared: dict[Path, tuple[int, ...]] = {}
+    for path, operand in operands(node):
+        if path in found.operands and path in samples:
+            ways[path] = Place(found.operands[path], samples[path])
+        elif path in found.operands:
+            shared[path], added = _for_each_sample(node, operand, place.batch)
+            axis = found.operands[path]
+            ways[path] = Place(Axis(axis.dim + added, axis.outer, axis.inner), place.batch)
+    return Way(ways, shared, found.literals)
+
+
+def _for_each_sample(node: fx.Node, operand: fx.Node, batch: Axis) -> tuple[tuple[int, ...], int]:
+    """The shape of an operand without samples, broadcast over those of `node`, and its new leading dimensions."""
+    added = max(0, len(shape(node)) - len(shape(operand)))
+    sizes = [*[1] * added, *shape(operand)]
+    if len(sizes) != len(shape(node)) or sizes[batch.dim] != 1:
+        raise NotTokenLocal(f"{node.target} takes '{operand.name}' {list(shape(operand))}, which has no samples")
+    sizes[batch.dim] = shape(node)[batch.dim]
+    return tuple(sizes), added
 
 
 def _substitute(node: fx.Node, changes: dict[Path, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -6,8 +6,8 @@ Sites refer to graph nodes by name, and copies of a graph keep the names, so one
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx
@@ -45,6 +45,8 @@ class Site:
         reason: why its tokens cannot be pruned, "" where they can.
         sole_reader: whether nothing but this site reads the stream value that it is added to.
         readers: names of the nodes for which alone the site stands in for its value (a long skip); () means all.
+        batch: where the samples lie in them, None where there is one sample or they cannot be followed.
+        key_batch: for every attention, where the samples lie in its keys and values, likewise.
     """
 
     name: str
@@ -61,6 +63,8 @@ class Site:
     reason: str
     sole_reader: bool = False
     readers: tuple[str, ...] = ()
+    batch: Axis | None = None
+    key_batch: tuple[Axis | None, ...] = ()
 
     @property
     def prunable(self) -> bool:
@@ -100,6 +104,7 @@ class Analysis:
         image_tokens: the positions of the image tokens in the stream, from and up to but not including; all tokens
             where no grid was found.
         macs: the graph's MACs, for the captured batch.
+        positions: where every graph value stands in the order of computation, by name.
     """
 
     blocks: tuple[str, ...]
@@ -110,6 +115,7 @@ class Analysis:
     grid: tuple[int, ...]
     image_tokens: tuple[int, int]
     macs: int
+    positions: Mapping[str, int] = field(default_factory=dict, compare=False)
 
     @property
     def batch(self) -> int:
@@ -144,6 +150,7 @@ def analyse(graph: fx.Graph) -> Analysis:
         grid=grid,
         image_tokens=(start, start + math.prod(grid)) if grid else (0, stream.shape[axis.dim]),
         macs=count(graph.nodes),
+        positions={node.name: i for i, node in enumerate(graph.nodes)},
     )
 
 
@@ -204,8 +211,9 @@ def _stream_site(block: str, index: int, node: fx.Node, axis: Axis) -> Site:
     val = value(node)
     reason = "a stream is held as a whole: prune the sites that are added to it"
     return Site(
-        f"{block}.stream", "stream", index, (node.name,), "", "", (), tuple(val.shape), val.dtype, axis, 0, reason
-    )
+        f"{block}.stream", "stream", index, (node.name,), "", "", (), tuple(val.shape), val.dtype, axis, 0, reason,
+        batch=_batch(node, axis),
+    )  # fmt: skip
 
 
 def _skip_site(block: str, index: int, number: int, skip: Skip, axis: Axis) -> Site:
@@ -214,24 +222,27 @@ def _skip_site(block: str, index: int, number: int, skip: Skip, axis: Axis) -> S
     reason = "a long skip is held as a whole: prune the sites that are added to the stream"
     return Site(
         name, "skip", index, (skip.value.name,), "", "", (), tuple(val.shape), val.dtype, axis, 0, reason,
-        readers=(skip.reader.name,),
+        readers=(skip.reader.name,), batch=_batch(skip.value, axis),
     )  # fmt: skip
 
 
 def _branch_sites(prefix: str, index: int, branch: Branch, axis: Axis, flow: Dataflow) -> list[Site]:
     own = _self_attention(branch, flow)
     names = tuple(node.name for node in own)
+    batch = _batch(branch.origin, axis)
+    keys = tuple(_key_batch(node, branch.origin, batch, flow) for node in own)
     reason = _why_not(branch.delta, axis, [(branch, branch.origin)], flow)
     macs = count(branch.nodes)
     delta = value(branch.delta)
     sites = [
         Site(
             f"{prefix}.out", "out", index, (branch.out.name,), "", "", names,
-            shape(branch.out), value(branch.out).dtype, axis, macs, reason,
+            shape(branch.out), value(branch.out).dtype, axis, macs, reason, batch=batch, key_batch=keys,
         ),
         Site(
             f"{prefix}.delta", "delta", index, (branch.delta.name,), branch.stream_in.name, branch.add.name, names,
             tuple(delta.shape), delta.dtype, axis, macs, reason, _sole_reader(branch.stream_in, branch.add, flow),
+            batch=batch, key_batch=keys,
         ),
     ]  # fmt: skip
     if len(own) == 1:
@@ -246,9 +257,10 @@ def _kv_site(prefix: str, index: int, node: fx.Node, branch: Branch, axis: Axis,
     where = Axis(len(shape(key)) - 2)
     reason = _keys_reason(branch, axis, branch.origin, flow)
     macs = count(n for n in flow.between(branch.origin, [key, val]))
+    batch = _key_batch(node, branch.origin, _batch(branch.origin, axis), flow)
     return Site(
         f"{prefix}.kv", "kv", index, (key.name, val.name), "", "", (node.name,),
-        shape(key), value(key).dtype, where, macs, reason,
+        shape(key), value(key).dtype, where, macs, reason, batch=batch, key_batch=(batch,),
     )  # fmt: skip
 
 
@@ -256,12 +268,36 @@ def _block_delta(block: Block, index: int, axis: Axis, flow: Dataflow) -> Site:
     parts = [branch for _, branch in block.branches]
     reason = next((r for b in parts if (r := _why_not(b.delta, axis, [(p, block.stream_in) for p in parts], flow))), "")
     val = value(parts[-1].delta)
-    attention = tuple(node.name for b in parts for node in _self_attention(b, flow))
+    batch = _batch(block.stream_in, axis)
+    attention = [(node, _key_batch(node, b.origin, batch, flow)) for b in parts for node in _self_attention(b, flow)]
     return Site(
         f"{block.name}.delta", "block", index, tuple(b.delta.name for b in parts), block.stream_in.name,
-        block.stream_out.name, attention, tuple(val.shape), val.dtype, axis, count({n for b in parts for n in b.nodes}),
-        reason, _sole_reader(block.stream_in, block.stream_out, flow),
+        block.stream_out.name, tuple(node.name for node, _ in attention), tuple(val.shape), val.dtype, axis,
+        count({n for b in parts for n in b.nodes}), reason, _sole_reader(block.stream_in, block.stream_out, flow),
+        batch=batch, key_batch=tuple(keys for _, keys in attention),
     )  # fmt: skip
+
+
+def _batch(stream: fx.Node, axis: Axis) -> Axis | None:
+    """Where the samples of a stream lie: its first dimension, or the second where the first counts tokens."""
+    dim = 0 if axis.dim else 1
+    return Axis(dim) if len(shape(stream)) > 2 and shape(stream)[dim] > 1 else None
+
+
+def _key_batch(node: fx.Node, origin: fx.Node, batch: Axis | None, flow: Dataflow) -> Axis | None:
+    """Where the samples of the stream `origin` lie in the keys and values of attention `node`."""
+    if batch is None:
+        return None
+    samples = shape(origin)[batch.dim]
+    keys = [operand for operand in node.args[1:3] if isinstance(operand, fx.Node)]
+    for dim, size in enumerate(shape(keys[0])[:-2]):
+        for outer in dict.fromkeys((1, size // samples)):
+            here = Axis(dim, outer, size // (samples * outer) if outer else 0)
+            if here.outer * here.inner * samples == size and all(
+                follow(k, here, origin, flow) == ({batch}, "") for k in keys
+            ):
+                return here
+    return None
 
 
 def _sole_reader(stream_in: fx.Node, stream_out: fx.Node, flow: Dataflow) -> bool:

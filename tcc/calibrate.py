@@ -115,7 +115,7 @@ class Calibration:
                 header = json.loads((file.metadata() or {})[_HEADER])
                 return Calibration(tuple(header["sites"]), *(file.get_tensor(name) for name in _TABLES))
         except (safetensors.SafetensorError, KeyError, ValueError) as error:
-            raise PlanError(f"{path} is not a calibration: make one with tcc.calibrate.calibrate") from error
+            raise PlanError(f"{path} is not a calibration: make one with `tcc train errors`") from error
 
 
 def calibrate(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 
+from tcc.check_scores import check_scores
 from tcc.errors import PlanError
 from tcc.passes.sites import Analysis, Site
-from tcc.plan import Action, CachePlan, Compute, ModelKey, Reuse, TopK, Update
+from tcc.plan import Action, CachePlan, Compute, ModelKey, Reuse, Update
 
 __all__ = ["check_model", "check_sites"]
 
@@ -60,6 +61,7 @@ def check_sites(plan: CachePlan, analysis: Analysis) -> None:
                 f"{analysis.num_tokens} tokens (0..{analysis.num_tokens - 1})"
             )
     _check_overlaps([analysis.sites[s] for s in plan.sites])
+    check_scores(plan, analysis)
     for step in range(plan.num_steps):
         actions = plan.at(step)
         for name, action in actions.items():
@@ -89,8 +91,6 @@ def _check_overlaps(sites: list[Site]) -> None:
 def _check_update(where: str, analysis: Analysis, site: Site, actions: dict[str, Action]) -> None:
     action = actions[site.name]
     assert isinstance(action, Update)
-    if isinstance(action.tokens, TopK):
-        raise PlanError(f"{where}: dynamic token sets ({action.tokens.score}) are not compiled yet: use a static set")
     if not site.prunable:
         raise PlanError(f"{where}: its tokens cannot be pruned: {site.reason}. Use compute or reuse here")
     if site.kind == "kv":

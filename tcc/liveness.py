@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from tcc.checks import forecast_depth
 from tcc.passes.insert_slots import history
 from tcc.passes.sites import Analysis, Site
-from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, Update
+from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, TopK, Update
+from tcc.scores import Attended, Norm, Probe, Score, Stale, Term
 
 __all__ = ["find_spans", "live_stores"]
 
@@ -21,7 +22,8 @@ def find_spans(plan: CachePlan, analysis: Analysis) -> list[Span]:
 
     The slot then keeps the sum of what they add to the stream (*merge runs*, *merge reused spans*). Two neighbours are
     merged where they have the same action at every step and nothing between them reads or replaces the stream of the
-    dropped tokens: no attention `current`, no held stream, no key stored while the span is not computed, no long skip.
+    dropped tokens: no attention `current`, no held stream, no key stored while the span is not computed, no long skip,
+    no value that a score reads.
     """
     spans: list[Span] = []
     for site in (s for s in analysis.sites.values() if s.name in plan.sites):
@@ -45,8 +47,12 @@ def _mergeable(plan: CachePlan, analysis: Analysis, span: Span, site: Site) -> b
         return False
     if any(isinstance(a, Update) and a.attention == "current" for a in column):
         return False
-    between = [s for s in analysis.sites.values() if s.name in plan.sites and s.kind == "stream"]
+    read = _read_by_scores(plan)
+    between = [s for s in analysis.sites.values() if s.kind == "stream" and (s.name in plan.sites or s.name in read)]
     if any(s.values[0] == site.stream_in for s in between):
+        return False
+    blocks = {last.block, site.block}
+    if any(s.block in blocks for s in analysis.sites.values() if s.name in read and s.kind != "stream"):
         return False
     return not _stores_keys_inside(plan, analysis, (*span, site), column)
 
@@ -62,35 +68,86 @@ def _stores_keys_inside(plan: CachePlan, analysis: Analysis, span: Span, column:
     )
 
 
+def _read_by_scores(plan: CachePlan) -> set[str]:
+    """The sites whose value a score of the plan reads."""
+    return {term.site for score in plan.scores.values() for _, term in score.terms if isinstance(term, (Norm, Probe))}
+
+
+def _scores_at(plan: CachePlan, step: int) -> list[Score]:
+    """The scores that choose tokens at `step`."""
+    tokens = (action.tokens for action in plan.at(step).values() if isinstance(action, Update))
+    return [plan.score_of(dynamic) for dynamic in dict.fromkeys(tokens) if isinstance(dynamic, TopK)]
+
+
+def live_maps(plan: CachePlan, branch: str) -> list[bool]:
+    """For every step, whether a later step reads how much tokens are attended to in `branch` as it leaves it."""
+    return _live(
+        plan,
+        lambda term: isinstance(term, Attended) and term.branch == branch,
+        lambda step: plan.computes(step, branch),
+    )
+
+
+def live_ages(plan: CachePlan, site: str) -> list[bool]:
+    """For every step, whether a later step reads the ages of the tokens at `site` as it leaves them."""
+    return _live(
+        plan,
+        lambda term: isinstance(term, Stale) and term.site == site,
+        lambda step: isinstance(plan.action(step, site), Compute),
+    )
+
+
+def _live(plan: CachePlan, reads: Callable[[Term], bool], renews: Callable[[int], bool]) -> list[bool]:
+    """For every step, whether a record is read later, before a step that renews it without reading it."""
+    live, needed = [], False
+    for step in reversed(range(plan.num_steps)):
+        live.append(needed)
+        read = any(reads(term) for score in _scores_at(plan, step) for _, term in score.terms)
+        needed = read or (needed and not renews(step))
+    return live[::-1]
+
+
 def live_stores(plan: CachePlan, span: Span, num_tokens: int) -> list[frozenset[int]]:
     """For every step, the ages of the span's history that the step must store.
 
     Age 0 is the newest value; on compute, the value of age a moves to age a + 1. A store is live where a later step
-    reads one of the stored tokens before they are written again.
+    reads one of the stored tokens before they are written again. A dynamic set may keep, and drop, any token.
     """
     name = span[0].name
     depth = forecast_depth(plan, name)
     everything, nothing = torch.ones(num_tokens, dtype=torch.bool), torch.zeros(num_tokens, dtype=torch.bool)
     live = [nothing] * depth
     stores: list[frozenset[int]] = []
-    for _, action in reversed(list(plan.column(name))):
+    for step, action in reversed(list(plan.column(name))):
         store: set[int] = set()
         if isinstance(action, Compute):
             store = {age for age in range(depth) if bool(live[age].any())}
             live = [*live[1:], nothing]
         elif isinstance(action, Update):
-            kept = nothing.clone()
-            kept[plan.tokens[str(action.tokens)]] = True
+            dynamic = isinstance(action.tokens, TopK)
+            kept, dropped = (everything, everything) if dynamic else _split(plan.tokens[str(action.tokens)], nothing)
             if action.store:
                 store = {0} if bool((live[0] & kept).any()) else set()
-                live = [~kept, *live[1:]]
+                live = [dropped, *live[1:]]
             else:
-                live = [live[0] | ~kept, *live[1:]]
+                live = [live[0] | dropped, *live[1:]]
         elif isinstance(action, (Reuse, Hold)):
             order = action.order if isinstance(action, Reuse) else 0
             live = [everything if age <= order else live[age] for age in range(depth)]
+        if not isinstance(action, Compute) and any(_reads(score, name) for score in _scores_at(plan, step)):
+            live = [everything, *live[1:]]
         stores.append(frozenset(store))
     return stores[::-1]
+
+
+def _reads(score: Score, site: str) -> bool:
+    return any(isinstance(term, (Norm, Probe)) and term.site == site for _, term in score.terms)
+
+
+def _split(tokens: torch.Tensor, nothing: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    kept = nothing.clone()
+    kept[tokens] = True
+    return kept, ~kept
 
 
 def slot_names(slots: Sequence[str], ages: frozenset[int]) -> list[str]:

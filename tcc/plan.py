@@ -6,6 +6,7 @@ one safetensors file.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
@@ -218,7 +219,7 @@ class CachePlan:
         for name, (step, site) in self._first_choices().items():
             self._check_score_reads(f"step {step}, site '{site}'", step, name)
 
-    @property
+    @functools.cached_property
     def sites(self) -> tuple[str, ...]:
         """The sites that the plan names, in the order of their first mention."""
         return tuple(dict.fromkeys(site for _, site in self.actions))

@@ -10,14 +10,16 @@ from torch import fx
 
 from tcc.capture import Captured
 from tcc.checks import check_sites, forecast_depth
-from tcc.liveness import Span, find_spans, live_stores, slot_names
+from tcc.liveness import Span, find_spans, live_ages, live_maps, live_stores, slot_names
 from tcc.passes.base import PassRecord, run_passes
+from tcc.passes.choose_tokens import Choice, age_slot, map_slot
 from tcc.passes.graph import output_values, value
-from tcc.passes.insert_slots import Entry
+from tcc.passes.insert_slots import Entry, Records
 from tcc.passes.macs import count
 from tcc.passes.pipeline import StepKind, variant_passes
 from tcc.passes.sites import Analysis
-from tcc.plan import Action, CachePlan, Cost, Reuse, Update
+from tcc.plan import Action, CachePlan, Compute, Cost, Hold, Reuse, TopK, Update
+from tcc.scores import Attended, Fixed, Norm, Probe, Stale, Term
 
 __all__ = ["Binding", "Program", "SlotSpec", "Variant", "build_program"]
 
@@ -44,7 +46,8 @@ class Variant:
     Attributes:
         gm: the graph: the model's inputs, then `reads` and `extras` as inputs; the model's outputs, then `stores`.
         kind: what it does.
-        extras: the graph's inputs after the model's own, by name (`slot:...`, `kept_0`, `place_0`, `coefficients_0`).
+        extras: the graph's inputs after the model's own, by name (`slot:...`, `kept_0`, `place_0`, `coefficients_0`,
+            `table_0`).
         stores: the slots whose new values the graph returns after the model's outputs.
         macs: its MACs, for the captured batch.
         records: what each pass did.
@@ -60,7 +63,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Binding:
-    """What one step runs: a variant, and the tensors for its token and coefficient inputs."""
+    """What one step runs: a variant, and the tensors for its token, coefficient and table inputs."""
 
     variant: int
     tensors: dict[str, torch.Tensor]
@@ -129,25 +132,90 @@ def build_program(
 
 @dataclass(frozen=True)
 class _Table:
-    """The inputs of one step that are not in its kind: token sets and coefficients, in the order of their numbers."""
+    """The inputs of one step that are not in its kind: token sets, coefficients and tables, by their numbers."""
 
-    tokens: tuple[str, ...]
+    tokens: tuple[str | TopK, ...]
     coefficients: tuple[tuple[float, ...], ...]
+    tables: tuple[str, ...]
 
 
 def _step_kinds(plan: CachePlan, analysis: Analysis) -> tuple[list[StepKind], list[_Table]]:
     spans = find_spans(plan, analysis)
     stores = [live_stores(plan, span, analysis.num_tokens) for span in spans]
+    maps = {branch: live_maps(plan, branch) for branch in _named(plan, Attended)}
+    ages = {site: live_ages(plan, site) for site in _named(plan, Stale)}
     kinds, tables = [], []
     for step in range(plan.num_steps):
         entries, table = _entries(plan, spans, step)
-        live = frozenset(
-            name for entry, ages in zip(entries, stores, strict=True) for name in slot_names(entry.slots, ages[step])
+        live = {
+            name for entry, kept in zip(entries, stores, strict=True) for name in slot_names(entry.slots, kept[step])
+        }
+        live |= {map_slot(branch) for branch, steps in maps.items() if steps[step]}
+        live |= {age_slot(site) for site, steps in ages.items() if steps[step]}
+        sets = tuple(
+            _choice(plan, analysis, step, tokens, table.tables)
+            if isinstance(tokens, TopK)
+            else plan.tokens[tokens].numel()
+            for tokens in table.tokens
         )
-        counts = tuple(plan.tokens[name].numel() for name in table.tokens)
-        kinds.append(StepKind(entries, live, counts, analysis.num_tokens))
+        records = _records(plan, analysis, step, table, maps, ages)
+        kinds.append(StepKind(entries, frozenset(live), sets, analysis.num_tokens, records))
         tables.append(table)
     return _share_stores(kinds), tables
+
+
+def _named(plan: CachePlan, kind: type[Attended] | type[Stale]) -> list[str]:
+    """The branches, or the sites, that terms of a kind name, in the order of the plan."""
+    terms = (term for score in plan.scores.values() for _, term in score.terms if isinstance(term, kind))
+    return list(dict.fromkeys(term.branch if isinstance(term, Attended) else term.site for term in terms))
+
+
+def _choice(plan: CachePlan, analysis: Analysis, step: int, tokens: TopK, tables: tuple[str, ...]) -> Choice:
+    """A dynamic set, with everything that its graph depends on, and nothing else."""
+    score = plan.score_of(tokens)
+    names = dict.fromkeys(term.site for _, term in score.terms if isinstance(term, (Norm, Probe)))
+    return Choice(
+        score=replace(score, terms=tuple((weight, _numbered(term, tables)) for weight, term in score.terms)),
+        count=tokens.count,
+        tables=tuple((str(tables.index(name)), tuple(plan.tables[name].shape)) for name in score.tables),
+        sites=tuple(analysis.sites[name] for name in names),
+        stored=frozenset(name for name in names if isinstance(plan.action(step, name), (Update, Reuse, Hold))),
+        batch=analysis.batch,
+        num_tokens=analysis.num_tokens,
+        grid=analysis.grid if score.cell else (),
+    )
+
+
+def _numbered(term: Term, tables: tuple[str, ...]) -> Term:
+    """`term` with the numbers of its tables for their names."""
+
+    def number(name: str) -> str:
+        return str(tables.index(name))
+
+    if isinstance(term, Fixed):
+        return Fixed(number(term.table))
+    if isinstance(term, Probe):
+        return Probe(term.site, number(term.hidden), number(term.offset), number(term.weight), number(term.bias))
+    return term
+
+
+def _records(
+    plan: CachePlan,
+    analysis: Analysis,
+    step: int,
+    table: _Table,
+    maps: dict[str, list[bool]],
+    ages: dict[str, list[bool]],
+) -> Records:
+    """What the step notes down for scores; a plan without any live one has none."""
+    computed = [branch for branch in maps if any(maps[branch]) and plan.computes(step, branch)]
+    aged: list[tuple[str, str | None]] = []
+    for site in (site for site in ages if any(ages[site])):
+        action = plan.action(step, site)
+        number = str(table.tokens.index(action.tokens)) if isinstance(action, Update) and action.store else ""
+        aged.append((site, None if isinstance(action, Compute) else number))
+    shape = (analysis.batch, analysis.num_tokens)
+    return Records(tuple((branch, analysis.sites[f"{branch}.kv"]) for branch in computed), tuple(aged), shape)
 
 
 def _share_stores(kinds: list[StepKind]) -> list[StepKind]:
@@ -160,22 +228,23 @@ def _share_stores(kinds: list[StepKind]) -> list[StepKind]:
 
 
 def _entries(plan: CachePlan, spans: list[Span], step: int) -> tuple[tuple[Entry, ...], _Table]:
-    tokens: list[str] = []
+    tokens: list[str | TopK] = []
     coefficients: list[tuple[float, ...]] = []
     entries = []
     for span in spans:
         action: Action = plan.action(step, span[0].name)
         number = 0
         if isinstance(action, Update):
-            name = str(action.tokens)
-            tokens += [name] if name not in tokens else []
-            action = replace(action, tokens=str(tokens.index(name)))
+            tokens += [action.tokens] if action.tokens not in tokens else []
+            action = replace(action, tokens=str(tokens.index(action.tokens)))
         if isinstance(action, Reuse) and action.order:
             coefficients += [action.coefficients] if action.coefficients not in coefficients else []
             number = coefficients.index(action.coefficients)
             action = Reuse(action.order, (0.0,) * (action.order + 1))
         entries.append(Entry(span, action, forecast_depth(plan, span[0].name), number))
-    return tuple(entries), _Table(tuple(tokens), tuple(coefficients))
+    scores = [plan.score_of(dynamic) for dynamic in tokens if isinstance(dynamic, TopK)]
+    tables = tuple(dict.fromkeys(name for score in scores for name in score.tables))
+    return tuple(entries), _Table(tuple(tokens), tuple(coefficients), tables)
 
 
 def _build_variant(gm: fx.GraphModule, kind: StepKind, label: str, check: bool) -> Variant:
@@ -196,12 +265,16 @@ def _build_variant(gm: fx.GraphModule, kind: StepKind, label: str, check: bool) 
 def _tensors(plan: CachePlan, analysis: Analysis, table: _Table) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for number, name in enumerate(table.tokens):
+        if isinstance(name, TopK):
+            continue
         kept = plan.tokens[name]
         place = torch.full((analysis.num_tokens,), -1, dtype=torch.int64)
         place[kept] = torch.arange(kept.numel())
         tensors |= {f"kept_{number}": kept, f"place_{number}": place}
     for number, weights in enumerate(table.coefficients):
         tensors[f"coefficients_{number}"] = torch.tensor(weights, dtype=torch.float32)
+    for number, name in enumerate(table.tables):
+        tensors[f"table_{number}"] = plan.tables[name].to(torch.float32)
     return tensors
 
 

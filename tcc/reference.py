@@ -9,12 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from tcc.checks import check_model, check_sites
 from tcc.info import ModelInfo, inspect
-from tcc.passes.sites import Site
-from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, Skip, Update
+from tcc.passes.sites import Analysis, Site
+from tcc.passes.tokens import Axis
+from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, Skip, TopK, Update
+from tcc.scores import Attended, Fixed, Norm, Probe, Score, Stale, Term
 
 __all__ = ["Reference"]
 
@@ -43,6 +46,8 @@ class Reference:
         """Start a new run: the next call is step 0 and nothing is stored."""
         self.step = 0
         self._stored: dict[str, list[torch.Tensor]] = {}
+        self._maps: dict[str, torch.Tensor] = {}
+        self._ages: dict[str, torch.Tensor] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the next step."""
@@ -64,50 +69,58 @@ class Reference:
         named = self._plan.at(self.step)  # in the graph's order: a block's change is added before the stream is held
         actions = {site: named[name] for name, site in self._info.sites.items() if name in named}
         env: dict[str, Any] = {}
+        self._chosen: dict[TopK, torch.Tensor] = {}
+        self._before = {slot: list(values) for slot, values in self._stored.items()}
+        maps: dict[str, torch.Tensor] = {}
         rest = iter(inputs)
         for node in gm.graph.nodes:
-            seen = self._seen(node.name, actions, env)
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n, seen=seen: seen[n.name])
+            args, kwargs = self._arguments(node, actions, env)
             if node.op == "placeholder":
                 env[node.name] = next(rest)
             elif node.op == "get_attr":
                 env[node.name] = getattr(gm, node.target)
             elif node.op == "output":
+                self._grow_older(env)
+                self._maps |= maps
                 return list(args[0])
             elif node.target is ATTENTION:
-                env[node.name] = self._attend(node.name, actions, args, kwargs)
+                maps |= self._attended(node.name, args, kwargs)
+                env[node.name] = self._attend(node.name, actions, args, kwargs, env)
             else:
                 env[node.name] = node.target(*args, **kwargs)
             for site, action in actions.items():
                 self._act(site, action, node.name, env)
         raise AssertionError("a graph ends with its output")
 
-    def _seen(self, name: str, actions: dict[Site, Action], env: dict[str, Any]) -> dict[str, Any]:
-        """What node `name` sees: the values so far, with the long skips that it alone takes in as the plan has them."""
-        skips = {s.values[0]: (s, action) for s, action in actions.items() if name in s.readers}
-        return (
-            {**env, **{v: self._value(s, s.name, action, env[v]) for v, (s, action) in skips.items()}} if skips else env
-        )
+    def _arguments(self, node: fx.Node, actions: dict[Site, Action], env: dict[str, Any]) -> Any:
+        """What `node` is called with: the values so far, with long skips that enter here as the plan says."""
+        skips: dict[str, Any] = {}
+        for site, action in actions.items():
+            if node.name in site.readers:
+                skips[site.values[0]] = self._value(site, site.name, action, env[site.values[0]], env)
+        return fx.map_arg((node.args, node.kwargs), lambda n: skips[n.name] if n.name in skips else env[n.name])
 
     def _act(self, site: Site, action: Action, name: str, env: dict[str, Any]) -> None:
         """Apply the action where `name` has just completed the site."""
         if site.kind == "block":
             if name == site.stream_out:
-                delta = self._value(site, site.name, action, sum(env[v] for v in site.values))
+                delta = self._value(site, site.name, action, sum(env[v] for v in site.values), env)
                 if not isinstance(action, Compute):
                     env[name] = env[site.stream_in] + delta
         elif name in site.values and not site.readers:
             slot = site.slots[site.values.index(name)]
-            env[name] = self._value(site, slot, action, env[name])
+            env[name] = self._value(site, slot, action, env[name], env)
 
-    def _value(self, site: Site, slot: str, action: Action, computed: torch.Tensor) -> torch.Tensor:
+    def _value(
+        self, site: Site, slot: str, action: Action, computed: torch.Tensor, env: dict[str, Any]
+    ) -> torch.Tensor:
         """The site's value under `action`, by the definitions of DESIGN section 3; updates what is stored."""
         stored = self._stored.setdefault(slot, [])
         if isinstance(action, Compute):
             stored.insert(0, computed.clone())
             return computed
         if isinstance(action, Update):
-            kept = self._mask(action, site.axis.dim, computed)
+            kept = _spread(self._kept(action, env), computed, site.axis.dim, site.batch)
             value = torch.where(kept, computed, stored[0])
             if action.store:
                 stored[0] = value
@@ -119,7 +132,9 @@ class Reference:
         assert isinstance(action, (Reuse, Hold))
         return stored[0]
 
-    def _attend(self, name: str, actions: dict[Site, Action], args: Any, kwargs: Any) -> torch.Tensor:
+    def _attend(
+        self, name: str, actions: dict[Site, Action], args: Any, kwargs: Any, env: dict[str, Any]
+    ) -> torch.Tensor:
         """Attention, with the keys of dropped tokens masked out where the plan says `kept`."""
         for site, action in actions.items():
             if (
@@ -129,23 +144,146 @@ class Reference:
                 and site.kind != "kv"
             ):
                 key = args[1]
-                visible = self._mask(action, key.dim() - 2, key).flatten()
-                bias = torch.zeros(1, visible.numel(), dtype=key.dtype, device=key.device)
+                batch = site.key_batch[site.attention.index(name)]
+                visible = _spread(self._kept(action, env), key, key.dim() - 2, batch).transpose(-2, -1)
+                bias = torch.zeros(visible.shape, dtype=key.dtype, device=key.device)
                 bias = bias.masked_fill(~visible, -torch.inf)
                 given = args[3] if len(args) > 3 else kwargs.get("attn_mask")
                 if given is not None:
-                    if given.dtype == torch.bool:
-                        given = torch.zeros(given.shape, dtype=key.dtype, device=key.device).masked_fill(
-                            ~given, -torch.inf
-                        )
-                    bias = bias + given
+                    bias = bias + _bias(given, key)
                 args = (*args[:3], bias, *args[4:])
                 kwargs = {k: v for k, v in kwargs.items() if k != "attn_mask"}
         out: torch.Tensor = ATTENTION(*args, **kwargs)
         return out
 
-    def _mask(self, action: Update, dim: int, like: torch.Tensor) -> torch.Tensor:
-        """True at the kept tokens, shaped to broadcast along dimension `dim` of `like`."""
-        kept = torch.zeros(like.shape[dim], dtype=torch.bool, device=like.device)
-        kept[self._plan.tokens[str(action.tokens)].to(like.device)] = True
-        return kept.view([-1 if i == dim else 1 for i in range(like.dim())])
+    @property
+    def _analysis(self) -> Analysis:
+        assert self._info is not None
+        return self._info.analysis
+
+    def _kept(self, action: Update, env: dict[str, Any]) -> torch.Tensor:
+        """True at the kept tokens: `[S]`, or `[B, S]` where every sample has its own."""
+        tokens = action.tokens
+        if isinstance(tokens, TopK):
+            if tokens not in self._chosen:
+                self._chosen[tokens] = self._choose(tokens, env)
+            return self._chosen[tokens]
+        kept = torch.zeros(self._analysis.num_tokens, dtype=torch.bool)
+        kept[self._plan.tokens[tokens]] = True
+        return kept
+
+    def _choose(self, tokens: TopK, env: dict[str, Any]) -> torch.Tensor:
+        """The `count` tokens with the highest score, the first ones among equals: `[B, S]`, or `[S]` if shared."""
+        score = self._plan.score_of(tokens)
+        scores = self._scores(score, env)
+        scores = scores.mean(0, keepdim=True) if score.shared else scores
+        cells, count = self._cells(score), tokens.count
+        groups = cells if score.per_cell else [torch.arange(scores.shape[1])]
+        kept = torch.zeros(scores.shape, dtype=torch.bool)
+        for row in range(scores.shape[0]):
+            for group in groups:
+                order = scores[row, group].cpu().argsort(descending=True, stable=True)
+                kept[row, group[order[: count // len(groups)]]] = True
+        return kept[0] if score.shared else kept
+
+    def _scores(self, score: Score, env: dict[str, Any]) -> torch.Tensor:
+        """The score of every token, `[B, S]` float32."""
+        total = torch.zeros(self._analysis.batch, self._analysis.num_tokens)
+        for weight, term in score.terms:
+            total = total + weight * self._term(term, env).cpu()
+        if score.bonus:
+            for row in range(total.shape[0]):
+                for cell in self._cells(score):
+                    total[row, cell[total[row, cell].argmax()]] *= 1 + score.bonus
+        return total
+
+    def _term(self, term: Term, env: dict[str, Any]) -> torch.Tensor:
+        if isinstance(term, Fixed):
+            return self._plan.tables[term.table].float()
+        if isinstance(term, Stale):
+            return self._ages[term.site]
+        if isinstance(term, Attended):
+            return F.normalize(self._maps[term.branch], dim=1, eps=1e-12)
+        x = self._read(self._analysis.sites[term.site], env)
+        if isinstance(term, Norm):
+            return F.normalize(x.norm(dim=2), dim=1, eps=1e-12)
+        assert isinstance(term, Probe)
+        hidden, offset, weight, bias = (
+            self._plan.tables[name].float().to(x.device) for name in (term.hidden, term.offset, term.weight, term.bias)
+        )
+        return F.gelu(F.layer_norm(x, x.shape[-1:]) @ hidden + offset) @ weight + bias
+
+    def _read(self, site: Site, env: dict[str, Any]) -> torch.Tensor:
+        """What a score reads of a site, `[B, S, channels]` float32."""
+        if isinstance(self._plan.action(self.step, site.name), (Update, Reuse, Hold)):
+            x = self._before[site.slots[-1]][0]
+        else:
+            x = sum(env[v] for v in site.values) if site.kind == "block" else env[site.values[-1]]
+        return _apart(x.float(), site.axis, site.batch)
+
+    def _cells(self, score: Score) -> list[torch.Tensor]:
+        """The token positions of every grid cell."""
+        if not score.cell:
+            return []
+        places = torch.arange(self._analysis.num_tokens).view(-1, *self._analysis.grid[-2:])
+        return [
+            cell.flatten()
+            for frame in places
+            for rows in frame.split(score.cell)
+            for cell in rows.split(score.cell, dim=1)
+        ]
+
+    def _attended(self, name: str, args: Any, kwargs: Any) -> dict[str, torch.Tensor]:
+        """How much each token is attended to in attention `name`, for the branches whose scores ask for it."""
+        found = {}
+        for branch in {t.branch for s in self._plan.scores.values() for _, t in s.terms if isinstance(t, Attended)}:
+            site = self._analysis.sites[f"{branch}.kv"]
+            if name == site.attention[0] and self._plan.computes(self.step, branch):
+                query, key = args[0].float(), args[1].float()
+                if query.dim() > 3:  # several query heads may share one key head
+                    key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
+                scale = kwargs.get("scale") or query.shape[-1] ** -0.5
+                logits = query @ key.transpose(-2, -1) * scale
+                given = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+                sums = (logits if given is None else logits + _bias(given, logits)).softmax(-1).sum(-2, keepdim=True)
+                found[branch] = _apart(sums, Axis(sums.dim() - 1), site.batch).mean(2)
+        return found
+
+    def _grow_older(self, env: dict[str, Any]) -> None:
+        """The age of every token at the sites that scores ask for, after this step."""
+        for name in {t.site for s in self._plan.scores.values() for _, t in s.terms if isinstance(t, Stale)}:
+            action = self._plan.action(self.step, name)
+            older = self._ages.get(name, torch.zeros(self._analysis.batch, self._analysis.num_tokens)) + 1
+            if isinstance(action, Compute):
+                older = torch.zeros_like(older)
+            elif isinstance(action, Update) and action.store:
+                older = older.masked_fill(self._kept(action, env), 0)
+            self._ages[name] = older
+
+
+def _spread(kept: torch.Tensor, like: torch.Tensor, dim: int, batch: Axis | None) -> torch.Tensor:
+    """`kept`, `[S]` or `[B, S]`, shaped to broadcast along dimension `dim`, and the samples', of `like`."""
+    sizes = [1] * like.dim()
+    sizes[dim] = kept.shape[-1]
+    if kept.dim() == 2 and batch is not None:
+        kept = kept.repeat(batch.outer, 1).repeat_interleave(batch.inner, dim=0)
+        sizes[batch.dim] = kept.shape[0]
+        kept = kept if batch.dim < dim else kept.T
+    return kept.reshape(sizes).to(like.device)
+
+
+def _apart(x: torch.Tensor, axis: Axis, batch: Axis | None) -> torch.Tensor:
+    """`x` as `[B, S, everything else]`."""
+    x = x.movedim(axis.dim, -1)
+    if batch is None:
+        return x.reshape(1, -1, x.shape[-1]).transpose(1, 2)
+    x = x.movedim(batch.dim - (batch.dim > axis.dim), 0)
+    x = x.unflatten(0, (batch.outer, -1, batch.inner)).movedim(1, 0)
+    return x.reshape(x.shape[0], -1, x.shape[-1]).transpose(1, 2)
+
+
+def _bias(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """An attention mask as numbers to add."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill(~mask, -torch.inf)

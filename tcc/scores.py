@@ -60,7 +60,7 @@ class Attended:
 class Stale:
     """Steps since the token was last computed at a site (ToCa, s3).
 
-    0 after a step that computes the site in full and for the tokens that a step keeps; each other step adds 1.
+    0 after a step that computes the site in full, and for the tokens that an update keeps and stores; else one more.
 
     Attributes:
         site: the site, which the plan updates with the score's own token set.

@@ -18,10 +18,13 @@ import torch
 from hypothesis import HealthCheck, Phase
 
 import tcc
+from tcc.checks import check_sites
+from tcc.errors import PlanError
 from tcc.passes.sites import Site
-from tcc.plan import Action, Compute, Hold, Reuse, Skip, Update
+from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, Skip, TopK, Update
 from tcc.program import build_program
 from tcc.runtime import Session, lower
+from tcc.scores import Attended, Fixed, Norm, Probe, Score, Stale, Term
 from tests import styles, tiny_models
 from tests.tiny_models import Case, relative_error, tensor_of
 
@@ -43,7 +46,7 @@ STYLES: dict[str, Callable[[], Case]] = {
         name: functools.partial(tiny_models.case, name)
         for name in ("separate", "parallel", "flat", "headless", "long_skip", "rescaled", "conv", "hf_pixart")
     },
-    "uvit": functools.partial(tiny_models.case, "uvit"),
+    **{name: functools.partial(tiny_models.case, name) for name in ("uvit", "mdt", "mdtv2")},
     "rotary": styles.rotary,
     "masked": styles.masked,
     "written_out": styles.written_out,
@@ -72,6 +75,7 @@ class Example:
         """The plan as a table: one line per site, one column per step."""
         lines = [f"model {self.model}, {self.plan.num_steps} steps, check={self.check}"]
         lines += [f"  {name} = {kept.tolist()}" for name, kept in self.plan.tokens.items()]
+        lines += [f"  {name} = {score}" for name, score in self.plan.scores.items()]
         for site in self.plan.sites:
             cells = (_cell(action) for _, action in self.plan.column(site))
             lines.append(f"  {site:24} " + " | ".join(cells))
@@ -93,6 +97,7 @@ class _Draft:
         self.draw, self.info = draw, info
         self.num_steps = draw(st.integers(1, MAX_STEPS))
         self.tokens = self._token_sets()
+        self.scores = [f"S{i}" for i in range(draw(st.integers(0, 2)))]
         kinds = draw(st.integers(1, 3))
         self.rows = [0, *(draw(st.integers(0, kinds)) for _ in range(self.num_steps - 1))]
         self.choices: dict[Any, Any] = {}
@@ -107,12 +112,62 @@ class _Draft:
         rows = list(self.actions.items())
         if self.draw(st.booleans()):  # the order in which a plan names its sites means nothing
             rows.reverse()
-        return tcc.CachePlan(num_steps=self.num_steps, actions=dict(rows), tokens=self.tokens)
+        return self._with_scores(dict(rows))
 
     def _token_sets(self) -> dict[str, torch.Tensor]:
         n = self.info.num_tokens
         sets = self.draw(st.lists(st.sets(st.integers(0, n - 1), min_size=1), min_size=1, max_size=3))
         return {f"T{i}": torch.tensor(sorted(kept)) for i, kept in enumerate(sets)}
+
+    def _with_scores(self, actions: dict[tuple[int, str], Action]) -> CachePlan:
+        """The plan with scores that are valid for it: terms that it does not allow are drawn and left out."""
+        tables = _tables(self.info)
+        drawn: dict[str, Score] = {}
+        for name in self.scores:
+            fixed = ((1.0, Fixed(self.draw(st.sampled_from(["one", "each"])))),)
+            drawn[name] = Score(fixed, shared=self.draw(st.booleans()))
+        for name in self.scores:
+            for term in self.draw(st.lists(self._terms(name, actions), max_size=2)):
+                weight = self.draw(st.sampled_from([1.0, 0.25, -1.0]))
+                wider = drawn | {name: replace(drawn[name], terms=(*drawn[name].terms, (weight, term)))}
+                drawn = wider if self._is_valid(actions, wider, tables) else drawn
+            for options in self.draw(st.lists(st.sampled_from(_OPTIONS), max_size=2)):
+                wider = drawn | {name: replace(drawn[name], **options)}
+                drawn = wider if self._is_valid(actions, wider, tables) else drawn
+        return self._made(actions, drawn, tables)
+
+    def _made(
+        self, actions: dict[tuple[int, str], Action], scores: dict[str, Score], tables: dict[str, torch.Tensor]
+    ) -> CachePlan:
+        return CachePlan(self.num_steps, actions, self.tokens, scores=scores, tables=tables)
+
+    def _is_valid(self, *parts: Any) -> bool:
+        try:
+            check_sites(self._made(*parts), self.info.analysis)
+        except PlanError:
+            return False
+        return True
+
+    def _terms(self, score: str, actions: dict[tuple[int, str], Action]) -> st.SearchStrategy[Term]:
+        """Terms for a score; ages of the sites that it chooses tokens for."""
+        sites = self.info.sites.values()
+        values = [s.name for s in sites]
+        streams = [s.name for s in sites if s.kind == "stream"]
+        options: list[st.SearchStrategy[Term]] = [
+            st.sampled_from(values).map(Norm),
+            st.sampled_from(streams).map(lambda site: Probe(site, "hidden", "offset", "weight", "one")),
+        ]
+        branches = [s.name.removesuffix(".kv") for s in sites if s.kind == "kv"]
+        aged = {site for (_, site), a in actions.items() if isinstance(a, Update) and _chosen_by(a) == score}
+        options += [st.sampled_from(branches).map(Attended)] * bool(branches)
+        options += [st.sampled_from(sorted(aged)).map(Stale)] * bool(aged)
+        return st.integers(0, len(options) - 1).flatmap(options.__getitem__)
+
+    def _sets(self) -> st.SearchStrategy[str | TopK]:
+        """Static sets, and dynamic ones of half the tokens, or of a quarter."""
+        n = self.info.num_tokens
+        dynamic = [TopK(name, max(1, n // part)) for name in self.scores for part in (2, 4)]
+        return st.one_of(st.sampled_from([*sorted(self.tokens), *dynamic]), st.sampled_from([*dynamic, "T0"]))
 
     def _once(self, key: Any, strategy: st.SearchStrategy[Any]) -> Any:
         """One draw per key; where all blocks are alike, the key has no block in it."""
@@ -165,7 +220,7 @@ class _Draft:
         elif site.prunable:
             attention = st.sampled_from(["kept", "kept", "current", "cached"])
             store = st.sampled_from([True, True, False])
-            options += [st.builds(Update, st.sampled_from(sorted(self.tokens)), attention, store)] * 3
+            options += [st.builds(Update, self._sets(), attention, store)] * 3
         # st.one_of would take a strategy that is listed twice only once
         return st.integers(0, len(options) - 1).flatmap(options.__getitem__)
 
@@ -185,6 +240,25 @@ class _Draft:
             same = len(sets) == 1 and all(isinstance(t, Update) for t in theirs)
             return replace(action, tokens=sets.pop()) if same else replace(action, attention="current")
         return action
+
+
+def _chosen_by(action: Update) -> str:
+    return action.tokens.score if isinstance(action.tokens, TopK) else ""
+
+
+#: Ways to take the highest; those that the grid or the counts do not allow are left out.
+_OPTIONS: tuple[dict[str, Any], ...] = (
+    {"cell": 2, "bonus": 0.5},
+    {"cell": 2, "per_cell": True},
+    {"cell": 1, "bonus": -0.25},
+)
+
+
+def _tables(info: tcc.ModelInfo) -> dict[str, torch.Tensor]:
+    """What scores read, the same for all plans of a model: no two tokens have nearly the same score."""
+    batch, tokens, width = info.batch, info.num_tokens, info.analysis.stream_shape[-1]
+    shapes = {"one": (tokens,), "each": (batch, tokens), "hidden": (width, 4), "offset": (4,), "weight": (4,)}
+    return {name: tiny_models.noise(*sizes, seed=20 + i) for i, (name, sizes) in enumerate(shapes.items())}
 
 
 def _forecasts() -> st.SearchStrategy[Action]:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 import tcc
 from tcc.checks import check_model, check_sites, forecast_depth
 from tcc.errors import PlanError
-from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, TopK, Update
-from tcc.scores import Norm, Score
+from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, Update
 from tests.tiny_models import Attention, Block, Case, Tokens, case, dit, noise
 
 BLOCK, KEYS = "blocks.0.delta", "blocks.0.attn.kv"
@@ -88,11 +87,9 @@ def test_a_plan_written_by_hand_is_for_any_model() -> None:
     check_model(CachePlan(num_steps=1, actions={}), other("depth").info.key)
 
 
-def check(
-    actions: dict[tuple[int, str], Action], name: str = "dit", tokens: dict[str, Tensor] | None = None, **scores: Score
-) -> None:
+def check(actions: dict[tuple[int, str], Action], name: str = "dit", tokens: dict[str, Tensor] | None = None) -> None:
     """Check a two-step plan against a model."""
-    plan = CachePlan(num_steps=2, actions=actions, tokens=TOKENS if tokens is None else tokens, scores=scores)
+    plan = CachePlan(num_steps=2, actions=actions, tokens=TOKENS if tokens is None else tokens)
     check_sites(plan, case(name).info.analysis)
 
 
@@ -160,12 +157,6 @@ def test_tokens_that_cannot_be_pruned_are_refused_with_the_reason() -> None:
     with pytest.raises(PlanError, match=message):
         check({(0, site): Compute(), (1, site): Update("T")}, "conv")
     check({(0, site): Compute(), (1, site): Reuse()}, "conv")
-
-
-def test_dynamic_token_sets_are_not_compiled_yet() -> None:
-    """They can be written down; the message says what to use."""
-    with pytest.raises(PlanError, match=r"dynamic token sets \(norm\) are not compiled yet: use a static set"):
-        check({(0, BLOCK): Compute(), (1, BLOCK): Update(TopK("norm", 3))}, norm=Score(((1.0, Norm(BLOCK)),)))
 
 
 def test_kept_attention_does_not_read_the_key_slot() -> None:

@@ -137,6 +137,18 @@ def test_inspect_of_a_published_size_makes_no_weights(run: Invoke) -> None:
     assert "DiT-S/8, random weights: 12 blocks, 16 tokens" in text
 
 
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("UViT-S/4", "UViT-S/4, random weights: 13 blocks, 66 tokens (grid 8 x 8 from token 2 on), batch 1"),
+        ("MDT-S/8", "MDT-S/8, random weights: 12 blocks, 16 tokens (grid 4 x 4), batch 1"),
+    ],
+)
+def test_inspect_knows_all_families(run: Invoke, name: str, title: str) -> None:
+    """By size, as DiT."""
+    assert title in " ".join(plain(run("inspect", name, "--batch", "1").output).split())
+
+
 def test_plan_is_shown_saved_and_drawn(run: Invoke) -> None:
     """Summary, plan file, picture and JSON agree; inspect reads the file."""
     made = run(

@@ -294,7 +294,7 @@ def test_wrong_shapes_say_which_model_fits(tmp_path: Path) -> None:
     message = (
         r"w\.pt does not fit this model: pos_embed is \[1, 4, 384\] in the file and "
         r"\[1, 16, 32\] in the model \(and \d+ more\)\. It fits DiT\.from_name\(\"DiT-S/8\", "
-        r"input_size=16, in_channels=4, num_classes=1000, learn_sigma=True\)"
+        r"input_size=16, in_channels=4, num_classes=1000, class_dropout_prob=0\.1, learn_sigma=True\)"
     )
     with pytest.raises(ModelError, match=message):
         load_weights(tiny(), tmp_path / "w.pt")

@@ -257,16 +257,33 @@ def test_the_counted_cost_is_that(policy: str) -> None:
 # --- programs
 
 
+@pytest.mark.parametrize("name", ["dit", "uvit"])
+@pytest.mark.parametrize("score", ["attention", "norm", "value", "random"])
 @pytest.mark.parametrize("policy", ["toca", "duca"])
-def test_programs_compute_what_the_reference_computes(policy: str) -> None:
-    """Random tokens: every step of a run on the tiny DiT."""
-    which = case("dit")
-    plan = plans.POLICIES[policy](which.info, num_steps=12, interval=6, ratio=0.15, score="random")
+def test_programs_compute_what_the_reference_computes(policy: str, score: Any, name: str) -> None:
+    """Every step of a run on a tiny model."""
+    which = case(name)
+    cell = 2 if which.info.image_tokens == (0, which.info.num_tokens) or score == "random" else 0
+    plan = plans.POLICIES[policy](which.info, num_steps=12, interval=6, ratio=0.15, score=score, cell=cell)
     kinds = {type(action) for action in plan.actions.values()}
     assert kinds >= {Compute, Reuse, Update} | ({Hold} if policy == "duca" else set())
     model, reference = session(which, plan), tcc.Reference(which.model, plan)
     for step in range(plan.num_steps):
         assert relative_error(call(model, which, step), call(reference, which, step)) < CLOSE
+
+
+@pytest.mark.parametrize("score", ["random", "norm"])
+def test_tokens_that_are_no_image_tokens_are_recomputed_too(score: Any) -> None:
+    """A U-ViT has two before the 16 of the image: its label and its time."""
+    which = case("uvit")
+    assert which.info.image_tokens == (2, 18)
+    options: dict[str, Any] = {"interval": 20, "ratio": 0.1, "step_slope": 0.0, "layer_slope": 0.0, "cell": 0}
+    plan = plans.toca(which.info, num_steps=4, score=score, **options)
+    assert set(sizes(plan)) == {2 + 4}
+    for kept in plan.tokens.values():
+        assert kept[:2].tolist() == [0, 1]
+    for table in plan.tables.values():
+        assert (table > 0).tolist() == [True] * 2 + [False] * 16
 
 
 @pytest.mark.usefixtures("uncounted")

@@ -186,13 +186,13 @@ def test_a_predictor_becomes_a_plan(run: Invoke, form: str) -> None:
     """Every form; options of the policy are taken, and the schedule of the training is that of the plan."""
     files = ["--out", "plan.safetensors", "--learned", "scores.safetensors"]
     schedule = ["--k1", "2", "--k2", "1", "--sites", "block"]
-    options = ["-o", "keep=0.25", "-o", "scores=uniform" if form == "stream" else "scores=learned"]
-    run("predictor", *SHORT, *files, *schedule, "--form", form, "--iterations", "2", *options)
+    run("predictor", *SHORT, *files, *schedule, "--form", form, "--iterations", "2", "-o", "keep=0.25")
     plan = tcc.CachePlan.load("plan.safetensors")
     assert str(plan.schedule) == "IPPIPI"
     assert {site.rsplit(".", 1)[0] for site in plan.sites if site.endswith("delta")} == {"blocks.0", "blocks.1"}
     kept = {action.tokens for action in plan.actions.values() if isinstance(action, tcc.Update)}
-    assert {len(plan.tokens[str(name)]) for name in kept} == {4}
+    assert all(isinstance(name, tcc.TopK) == (form == "stream") for name in kept)
+    assert {name.count if isinstance(name, tcc.TopK) else len(plan.tokens[name]) for name in kept} == {4}
     found = load_learned("scores.safetensors")
     assert isinstance(found, Probes if form == "stream" else Importance)
     scores = found.mean if isinstance(found, Probes) else found.scores  # type: ignore[union-attr]

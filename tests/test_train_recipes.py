@@ -128,7 +128,7 @@ def test_token_weights_are_a_predictors_rows() -> None:
     choices = {1: sites()}
     sizes = Sizes.of(tiny().info, 2)
     table = TokenWeights(TablePredictor(sizes), tiny().info, choices)
-    nn.init.normal_(table.predictor.table)  # type: ignore[arg-type]
+    nn.init.normal_(table.predictor.get_parameter("table.1"))
     given = table(1)
     assert table.reads is None
     assert given["blocks.1.attn.out"].shape == (1, 16)

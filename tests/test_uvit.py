@@ -194,7 +194,7 @@ def test_impossible_sizes_are_refused(wrong: dict[str, object], message: str) ->
 
 def test_unknown_name_lists_the_sizes() -> None:
     """from_name names the offender and the choices."""
-    with pytest.raises(ModelError, match=r"unknown U-ViT size 'UViT-XL/2'; choose one of UViT-S/2, .*UViT-H/4"):
+    with pytest.raises(ModelError, match=r"unknown UViT size 'UViT-XL/2'; choose one of UViT-S/2, .*UViT-H/4"):
         UViT.from_name("UViT-XL/2")
 
 

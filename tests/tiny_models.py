@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tcc
-from tcc.models import DiT, UViT
+from tcc.models import MDT, DiT, MDTv2, UViT
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +85,13 @@ def uvit(batch: int = 2, **overrides: Any) -> Case:
     """Our U-ViT: 16 image tokens after 2 conditions, width 16, five blocks, two long skips, unless overridden."""
     sizes: dict[str, Any] = {"input_size": 8, "hidden_size": 16, "depth": 4, "num_heads": 2, "num_classes": 10}
     model = fill(UViT(**(sizes | overrides)), std=0.2)
+    return Case(model, (noise(batch, 4, 8, 8), torch.full((batch,), 5), torch.arange(batch)), {})
+
+
+def mdt(version: type[MDT | MDTv2] = MDTv2, batch: int = 2, **overrides: Any) -> Case:
+    """An MDT: 16 tokens, width 16, six blocks; of version 2, two long skips and two blocks that read the embedding."""
+    sizes: dict[str, Any] = {"input_size": 8, "hidden_size": 16, "depth": 6, "num_heads": 2, "num_classes": 10}
+    model = fill(version(**(sizes | {"decode_layer": 2, "learn_sigma": False} | overrides)), std=0.2)
     return Case(model, (noise(batch, 4, 8, 8), torch.full((batch,), 5), torch.arange(batch)), {})
 
 
@@ -279,6 +286,8 @@ def _blocks(count: int = 2, **options: Any) -> list[nn.Module]:
 BUILDERS: dict[str, Callable[[], Case]] = {
     "dit": dit,
     "uvit": uvit,
+    "mdt": lambda: mdt(MDT, depth=3, decode_layer=1),
+    "mdtv2": mdt,
     "hf_dit": hf_dit,
     "hf_pixart": hf_pixart,
     "separate": lambda: tokens_case(Tokens(_blocks())),

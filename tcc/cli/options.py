@@ -22,9 +22,10 @@ __all__ = [
 ]
 
 _MODEL = (
-    "[bold]reference[/] (the trained model that comes with tcc), a size such as [bold]DiT-S/2[/] (random weights), a "
-    "weights file ([bold].safetensors[/] or [bold].pt[/]) of a DiT, or [bold]package.module:callable[/], which is "
-    "called without arguments and returns (model, args, kwargs)."
+    "[bold]reference[/] (the trained model that comes with tcc), a size such as [bold]DiT-S/2[/], [bold]UViT-S/2[/], "
+    "[bold]MDT-S/2[/] or [bold]MDTv2-S/2[/] (random weights), a weights file ([bold].safetensors[/] or [bold].pt[/]) "
+    "of one of these, or [bold]package.module:callable[/], which is called without arguments and returns (model, args, "
+    "kwargs)."
 )
 _WEIGHTS = "[bold]reference[/] (the trained model that comes with tcc), or a weights file of a DiT on pixels."
 

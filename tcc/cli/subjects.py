@@ -1,4 +1,4 @@
-"""The model a command works on: the reference model, a DiT by name, a weights file, or the user's own."""
+"""The model a command works on: the reference model, a published size, a weights file, or the user's own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import nn
 from tcc.cli import screen
 from tcc.errors import ModelError
 from tcc.info import ModelInfo, inspect
-from tcc.models import DiT, DiTConfig, load_dit, reference_model
+from tcc.models import ARCHITECTURES, Architecture, DiT, ModelConfig, load_dit, load_model, reference_model
 
 __all__ = ["Subject", "dit_inputs", "load_pixel_dit", "load_subject", "look"]
 
@@ -48,20 +48,20 @@ def load_subject(name: str, *, batch: int, input_size: int, device: str = "cpu")
     Args:
         name: see the help of `--model`.
         batch: rows of the inputs, where tcc makes them.
-        input_size: side of the input of a DiT given by its size.
-        device: where a DiT given by its size is built; `meta` builds it without memory, for looking only.
+        input_size: side of the input of a model given by its size.
+        device: where a model given by its size is built; `meta` builds it without memory, for looking only.
 
     Raises:
         ModelError: there is no such model, or the callable returns something else.
     """
-    if name.startswith("DiT-"):
+    if kind := _published(name):
         with torch.random.fork_rng(devices=()), torch.device(device):
             torch.manual_seed(0)
-            model = DiT.from_name(name, input_size=input_size).eval()
+            model = kind.from_name(name, input_size=input_size).eval()
             return Subject(model, dit_inputs(model.config, batch), {}, f"{name}, random weights")
     if ":" in name and not Path(name).exists():
         return _imported(name)
-    model = _dit(name)
+    model = reference_model() if name == "reference" else load_model(_weights(name))
     return Subject(model, dit_inputs(model.config, batch), {}, name)
 
 
@@ -81,11 +81,11 @@ def load_pixel_dit(name: str) -> DiT:
     Raises:
         ModelError: its weights are random, or it works on latents.
     """
-    if name.startswith("DiT-"):
+    if _published(name):
         raise ModelError(
             f"{name} has random weights and would draw noise: use 'reference' or a file of trained weights"
         )
-    model = _dit(name)
+    model = reference_model() if name == "reference" else load_dit(_weights(name))
     if model.config.in_channels not in (1, 3):
         raise ModelError(
             f"{name} has {model.config.in_channels} channels, so it works on latents and needs a decoder to draw: "
@@ -94,20 +94,24 @@ def load_pixel_dit(name: str) -> DiT:
     return model
 
 
-def dit_inputs(config: DiTConfig, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The inputs (x, t, y) of one call of a DiT."""
+def dit_inputs(config: ModelConfig, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The inputs (x, t, y) of one call of a model of `tcc.models`."""
     x = torch.zeros(batch, config.in_channels, *config.input_size)
     return x, torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, dtype=torch.int64)
 
 
-def _dit(name: str) -> DiT:
-    if name == "reference":
-        return reference_model()
+def _published(name: str) -> type[Architecture] | None:
+    """The architecture whose size `name` is."""
+    return next((kind for kind in ARCHITECTURES if name.startswith(f"{kind.family}-")), None)
+
+
+def _weights(name: str) -> str:
+    """`name`, if it is that of a weights file."""
     if name.endswith(_WEIGHTS):
-        return load_dit(name)
+        return name
     raise ModelError(
-        f"unknown model '{name}': use 'reference', a size such as DiT-S/2, a weights file (.safetensors or .pt), or "
-        "package.module:callable"
+        f"unknown model '{name}': use 'reference', a size such as DiT-S/2 or UViT-S/2, a weights file (.safetensors or "
+        ".pt), or package.module:callable"
     )
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from tcc.cli import options
+from tcc.cli.measuring import errors, steps
 from tcc.cli.training import Files, Kept, Planned, Run, run_training, settings_of
 from tcc.info import ModelInfo
 from tcc.train.objective import Target
@@ -129,12 +130,19 @@ Form = Annotated[
 def start() -> None:
     """Learn what to cache, on a frozen model.
 
-    At every P-step each kept value becomes a mixture, weight x computed + (1 - weight)
-    x stored, and the weights are trained so that the model's output stays what it was
-    while computing has its price. [bold]router[/] learns one weight per branch and step
-    (Learning-to-Cache), [bold]predictor[/] one per token, block and step (TokenCache).
-    The weights become a plan.
+    At every P-step each kept value becomes a mixture, weight x computed +
+    (1 - weight) x stored, and the weights are trained so that the model's output
+    stays what it was while computing has its price. [bold]router[/] learns one weight
+    per branch and step (Learning-to-Cache), [bold]predictor[/] one per token, block and
+    step (TokenCache). The weights become a plan.
+
+    [bold]steps[/] and [bold]errors[/] learn nothing by gradients: they search where the computed
+    steps stand, and measure what changes from step to step.
     """
+
+
+app.command("steps")(steps)
+app.command("errors")(errors)
 
 
 @app.command()

@@ -156,8 +156,8 @@ def run_training(
     plan_batch: int,
 ) -> None:
     """Train, and write what came out, in one process or several."""
-    dit = _dit(run.model).to(run.device)
     with join_world(run.device) as world:
+        dit = _dit(run.model).to(run.device)
         info = look(dit, _inputs(dit, run.rows, run.device), {}, run.model)
         names = tuple(name for name, site in info.sites.items() if site.kind == run.sites)
         choices = run.choices(names)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tcc.errors import ModelError
+from tcc.models.architecture import Architecture, count_blocks, square
 from tcc.models.config import ModelConfig
 
 # (depth, width, heads) of the four published sizes; each exists with patch 2, 4 and 8.
@@ -224,7 +226,42 @@ class FinalLayer(nn.Module):
         return patches
 
 
-class DiT(nn.Module):
+def initialize_dit(model: nn.Module) -> None:
+    """Initialise as the DiT paper does: Xavier linears, zero gates and head (adaLN-Zero); positions are left alone."""
+    for name, parameter in model.named_parameters():
+        if "adaLN_modulation" in name or "final_layer" in name or name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif name.startswith(("t_embedder", "y_embedder")):
+            nn.init.normal_(parameter, std=0.02)
+        elif not name.endswith("pos_embed"):
+            nn.init.xavier_uniform_(parameter.view(len(parameter), -1))  # the convolution as a linear map
+
+
+def read_dit_sizes(state: Mapping[str, Tensor], block: str) -> dict[str, Any]:
+    """The sizes that a state dict tells, but the depth; the last label row is taken for the null class.
+
+    Args:
+        state: tensors by public names.
+        block: the name of any block.
+
+    Raises:
+        KeyError: a tensor is missing.
+    """
+    width, channels, patch, _ = state["x_embedder.proj.weight"].shape
+    outputs = state["final_layer.linear.weight"].shape[0]
+    return {
+        "input_size": square(state["pos_embed"].shape[1], patch),
+        "patch_size": patch,
+        "in_channels": channels,
+        "hidden_size": width,
+        "mlp_ratio": state[f"{block}.mlp.fc1.weight"].shape[0] / width,
+        "num_classes": state["y_embedder.embedding_table.weight"].shape[0] - 1,
+        "class_dropout_prob": 0.1,
+        "learn_sigma": outputs == 2 * channels * patch * patch,
+    }
+
+
+class DiT(Architecture):
     """A class-conditional diffusion transformer that predicts the noise, and with learned sigma the variance.
 
     Args:
@@ -239,6 +276,13 @@ class DiT(nn.Module):
         num_classes: number of classes.
         learn_sigma: output 2C channels, the second half being the variance interpolation.
     """
+
+    family = "DiT"
+    config_type = DiTConfig
+    sizes = SIZES
+    patches = PATCHES
+    mark = "x_embedder.proj.weight"
+    exact = ("pos_embed",)
 
     def __init__(
         self,
@@ -276,35 +320,13 @@ class DiT(nn.Module):
         self.initialize_weights()
 
     @classmethod
-    def from_name(cls, name: str, **overrides: Any) -> DiT:
-        """Build a published size, e.g. ``DiT.from_name("DiT-XL/2", input_size=32)``.
-
-        Args:
-            name: ``DiT-<S|B|L|XL>/<2|4|8>``.
-            **overrides: any constructor argument, e.g. ``input_size``, ``learn_sigma``, ``num_classes``.
-        """
-        names = {f"DiT-{size}/{patch}": (size, patch) for size in SIZES for patch in PATCHES}
-        if name not in names:
-            raise ModelError(f"unknown DiT size {name!r}; choose one of {', '.join(names)}")
-        size, patch = names[name]
-        depth, width, heads = SIZES[size]
-        sizes = {"patch_size": patch, "depth": depth, "hidden_size": width, "num_heads": heads}
-        return cls(**{**sizes, **overrides})
-
-    @classmethod
-    def from_config(cls, config: DiTConfig) -> DiT:
-        """Build the model that a config describes."""
-        return cls(**dataclasses.asdict(config))
+    def read_sizes(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """See `Architecture`; the last label row is taken for the null class."""
+        return {**read_dit_sizes(state, "blocks.0"), "depth": count_blocks(state, "blocks")}
 
     def initialize_weights(self) -> None:
         """Initialise as the paper does: Xavier linears, zero gates and head (adaLN-Zero): output 0."""
-        for name, parameter in self.named_parameters():
-            if "adaLN_modulation" in name or "final_layer" in name or name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            elif name.startswith(("t_embedder", "y_embedder")):
-                nn.init.normal_(parameter, std=0.02)
-            elif name != "pos_embed":
-                nn.init.xavier_uniform_(parameter.view(len(parameter), -1))  # the convolution as a linear map
+        initialize_dit(self)
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """Put patches ``[B, S, P * P * C_out]`` back together: ``[B, C_out, H, W]``."""

@@ -11,12 +11,14 @@ Shape legend: B batch, C channels, H/W image or latent size, S tokens (condition
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tcc.errors import ModelError
+from tcc.models.architecture import Architecture, count_blocks, square
 from tcc.models.config import ModelConfig
 from tcc.models.dit import Attention, Mlp, PatchEmbed, timestep_features, unpatchify
 
@@ -96,7 +98,7 @@ class UViTBlock(nn.Module):
         return x
 
 
-class UViT(nn.Module):
+class UViT(Architecture):
     """A diffusion transformer with long skips, which predicts the noise.
 
     Args:
@@ -111,6 +113,12 @@ class UViT(nn.Module):
         has_null_class: whether the label table has a null row after the classes.
         final_conv: whether a 3x3 convolution follows the head.
     """
+
+    family = "UViT"
+    config_type = UViTConfig
+    sizes = SIZES
+    patches = PATCHES
+    mark = "mid_block.attn.qkv.weight"
 
     def __init__(
         self,
@@ -152,25 +160,26 @@ class UViT(nn.Module):
         self.initialize_weights()
 
     @classmethod
-    def from_name(cls, name: str, **overrides: Any) -> UViT:
-        """Build a published size, e.g. ``UViT.from_name("UViT-H/2", input_size=32)``.
-
-        Args:
-            name: ``UViT-<S|M|L|H>/<2|4>``.
-            **overrides: any constructor argument, e.g. ``input_size``, ``num_classes``.
-        """
-        names = {f"UViT-{size}/{patch}": (size, patch) for size in SIZES for patch in PATCHES}
-        if name not in names:
-            raise ModelError(f"unknown U-ViT size {name!r}; choose one of {', '.join(names)}")
-        size, patch = names[name]
-        depth, width, heads = SIZES[size]
-        sizes = {"patch_size": patch, "depth": depth, "hidden_size": width, "num_heads": heads}
-        return cls(**{**sizes, "final_conv": size != "H", **overrides})
+    def size_options(cls, size: str, patch: int) -> dict[str, Any]:
+        """The constructor arguments of a published size."""
+        return {**super().size_options(size, patch), "final_conv": size != "H"}
 
     @classmethod
-    def from_config(cls, config: UViTConfig) -> UViT:
-        """Build the model that a config describes."""
-        return cls(**dataclasses.asdict(config))
+    def read_sizes(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """See `Architecture`; the last label row, where there are labels, is taken for the null class."""
+        width, channels, patch, _ = state["patch_embed.proj.weight"].shape
+        rows = state["label_emb.weight"].shape[0] if "label_emb.weight" in state else 0
+        return {
+            "input_size": square(state["pos_embed"].shape[1] - (2 if rows else 1), patch),
+            "patch_size": patch,
+            "in_channels": channels,
+            "hidden_size": width,
+            "depth": count_blocks(state, "in_blocks") + count_blocks(state, "out_blocks"),
+            "mlp_ratio": state["mid_block.mlp.fc1.weight"].shape[0] / width,
+            "num_classes": max(0, rows - 1),
+            "has_null_class": rows > 0,
+            "final_conv": "final_layer.weight" in state,
+        }
 
     def initialize_weights(self) -> None:
         """Initialise as the paper does: normal linears and positions, cut off at two deviations."""

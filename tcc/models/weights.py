@@ -1,17 +1,18 @@
-"""DiT weights: published ``.pt`` files, ``.safetensors`` files, and the model shipped with tcc.
+"""Weight files of all architectures: published ``.pt`` files, ``.safetensors`` files, and the model shipped with tcc.
 
 Nothing here unpickles arbitrary objects. Files written by :func:`save_weights` carry the model's
-configuration in their header, so :func:`load_dit` needs no arguments for them.
+configuration in their header, so :func:`load_model` needs no arguments for them.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import dataclasses
 import os
 import pickle
 from importlib import resources
 from pathlib import Path
+from typing import TypeVar
 
 import safetensors
 import safetensors.torch
@@ -19,11 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from tcc.errors import ModelError
-from tcc.models.dit import PATCHES, SIZES, DiT, DiTConfig
+from tcc.models.architecture import Architecture
+from tcc.models.config import ModelConfig
+from tcc.models.dit import DiT
+from tcc.models.mdt import MDT, MDTv2
+from tcc.models.uvit import UViT
 
-CONFIG_KEY = "tcc.dit"  # header entry of a safetensors file that holds DiTConfig as JSON
+# a state dict belongs to the first whose mark it has
+ARCHITECTURES: tuple[type[Architecture], ...] = (UViT, MDTv2, MDT, DiT)
 REFERENCE_FILE = "dit-fmnist-64tok.safetensors"
 State = dict[str, Tensor]
+Model = TypeVar("Model", bound=Architecture)
 
 
 def reference_model() -> DiT:
@@ -36,8 +43,8 @@ def reference_model() -> DiT:
         return load_dit(path)
 
 
-def load_dit(path: str | os.PathLike[str], *, num_heads: int | None = None) -> DiT:
-    """Build the DiT that a weight file describes and load the weights.
+def load_model(path: str | os.PathLike[str], *, num_heads: int | None = None) -> Architecture:
+    """Build the model that a weight file describes and load the weights.
 
     Args:
         path: a ``.safetensors`` or ``.pt`` file.
@@ -47,13 +54,29 @@ def load_dit(path: str | os.PathLike[str], *, num_heads: int | None = None) -> D
         The model in float32 and eval mode, on the CPU.
     """
     state, header = read_state(path)
-    config = DiTConfig.from_json(header[CONFIG_KEY]) if CONFIG_KEY in header else infer_config(state, num_heads)
-    model = DiT.from_config(config)
+    kind = _kind(state)
+    if kind is None:
+        raise ModelError(f"{path}: these are not the weights of {_families()}")
+    key = _config_key(kind)
+    config = kind.config_type.from_json(header[key]) if key in header else kind.infer_config(state, num_heads)
+    model = kind.from_config(config)
     _load_strict(model, state, path)
     return model.eval()
 
 
-def load_weights(model: DiT, path: str | os.PathLike[str]) -> DiT:
+def load_dit(path: str | os.PathLike[str], *, num_heads: int | None = None) -> DiT:
+    """Load a DiT, see :func:`load_model`.
+
+    Raises:
+        ModelError: the file holds another model.
+    """
+    model = load_model(path, num_heads=num_heads)
+    if not isinstance(model, DiT):
+        raise ModelError(f"{path} holds the weights of {model.family}, and a DiT is needed")
+    return model
+
+
+def load_weights(model: Model, path: str | os.PathLike[str]) -> Model:
     """Load a weight file into an existing model; every name and shape must agree.
 
     Args:
@@ -68,20 +91,20 @@ def load_weights(model: DiT, path: str | os.PathLike[str]) -> DiT:
     return model
 
 
-def save_weights(model: DiT, path: str | os.PathLike[str], dtype: torch.dtype = torch.float16) -> None:
+def save_weights(model: Architecture, path: str | os.PathLike[str], dtype: torch.dtype = torch.float16) -> None:
     """Write the weights and the configuration to one safetensors file, replacing it atomically.
 
     Args:
         model: the model to save.
         path: where to.
-        dtype: storage type of the trained tensors; the fixed positions are kept in float32.
+        dtype: storage type of the trained tensors; fixed positions are kept in float32, indices as they are.
     """
     tensors = {
-        name: tensor.detach().to("cpu", torch.float32 if name == "pos_embed" else dtype).contiguous()
+        name: tensor.detach().to("cpu", _stored_as(model, name, tensor, dtype)).contiguous()
         for name, tensor in model.state_dict().items()
     }
     partial = Path(f"{os.fspath(path)}.partial")
-    safetensors.torch.save_file(tensors, partial, metadata={CONFIG_KEY: model.config.to_json()})
+    safetensors.torch.save_file(tensors, partial, metadata={_config_key(type(model)): model.config.to_json()})
     os.replace(partial, path)
 
 
@@ -115,40 +138,23 @@ def read_state(path: str | os.PathLike[str]) -> tuple[State, dict[str, str]]:
     return _unwrap(content, path), {}
 
 
-def infer_config(state: State, num_heads: int | None = None) -> DiTConfig:
-    """Read a DiT's configuration off the shapes of its weights (square input assumed).
+def _stored_as(model: Architecture, name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    if not tensor.is_floating_point():
+        return tensor.dtype
+    return torch.float32 if name in model.exact else dtype
 
-    Args:
-        state: tensors by public DiT names.
-        num_heads: attention heads; shapes do not tell them, so by default they come from the published size
-            with the same depth and width.
-    """
-    try:
-        width, channels, patch, _ = state["x_embedder.proj.weight"].shape
-        tokens = state["pos_embed"].shape[1]
-        rows = state["y_embedder.embedding_table.weight"].shape[0]
-        outputs = state["final_layer.linear.weight"].shape[0]
-        inner = state["blocks.0.mlp.fc1.weight"].shape[0]
-    except KeyError as error:
-        raise ModelError(f"these are not the weights of a DiT: no tensor named {error}") from error
-    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-    published = {(d, w): heads for d, w, heads in SIZES.values()}
-    heads = num_heads or published.get((depth, width))
-    if heads is None:
-        raise ModelError(f"no published DiT has depth {depth} and width {width}: pass num_heads")
-    side = math.isqrt(tokens) * patch
-    return DiTConfig(
-        input_size=(side, side),
-        patch_size=patch,
-        in_channels=channels,
-        hidden_size=width,
-        depth=depth,
-        num_heads=heads,
-        mlp_ratio=inner / width,
-        class_dropout_prob=0.1,
-        num_classes=rows - 1,
-        learn_sigma=outputs == 2 * channels * patch * patch,
-    )
+
+def _config_key(kind: type[Architecture]) -> str:
+    """The entry of a safetensors header that holds the configuration as JSON."""
+    return f"tcc.{kind.family.lower()}"
+
+
+def _kind(state: State) -> type[Architecture] | None:
+    return next((kind for kind in ARCHITECTURES if kind.mark in state), None)
+
+
+def _families() -> str:
+    return "a " + " or ".join(sorted(kind.family for kind in ARCHITECTURES))
 
 
 def _unwrap(content: object, path: str | os.PathLike[str]) -> State:
@@ -163,18 +169,19 @@ def _unwrap(content: object, path: str | os.PathLike[str]) -> State:
     return content
 
 
-def _load_strict(model: DiT, state: State, path: str | os.PathLike[str]) -> None:
-    """Load with ``strict=True``; on disagreement say what differs and which model the file fits."""
+def _load_strict(model: Architecture, state: State, path: str | os.PathLike[str]) -> None:
+    """Load with ``strict=True``, but for what only training needs; on disagreement say which model the file fits."""
+    given = {name: tensor for name, tensor in state.items() if not name.startswith(model.training_only)}
     own = model.state_dict()
     wrong = [
-        f"{name} is {list(state[name].shape)} in the file and {list(own[name].shape)} in the model"
+        f"{name} is {list(given[name].shape)} in the file and {list(own[name].shape)} in the model"
         for name in own
-        if name in state and state[name].shape != own[name].shape
+        if name in given and given[name].shape != own[name].shape
     ]
-    wrong += [f"{name} is missing from the file" for name in own if name not in state]
-    wrong += [f"{name} is unknown to the model" for name in state if name not in own]
+    wrong += [f"{name} is missing from the file" for name in own if name not in given]
+    wrong += [f"{name} is unknown to the model" for name in given if name not in own]
     if not wrong:
-        nn.Module.load_state_dict(model, state, strict=True)
+        nn.Module.load_state_dict(model, given, strict=True)
         return
     more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
     raise ModelError(f"{path} does not fit this model: {wrong[0]}{more}. {_fitting_model(state)}")
@@ -182,14 +189,20 @@ def _load_strict(model: DiT, state: State, path: str | os.PathLike[str]) -> None
 
 def _fitting_model(state: State) -> str:
     """Say how to build the model that a state dict belongs to."""
+    kind = _kind(state)
     try:
-        config = infer_config(state, num_heads=1)
+        config = None if kind is None else kind.infer_config(state, num_heads=1)
     except ModelError:
-        return "It holds no weights of a DiT"
-    extra = f"input_size={config.input_size[0]}, in_channels={config.in_channels}"
-    extra += f", num_classes={config.num_classes}, learn_sigma={config.learn_sigma}"
-    for size, (depth, width, _) in SIZES.items():
-        if (depth, width) == (config.depth, config.hidden_size) and config.patch_size in PATCHES:
-            return f'It fits DiT.from_name("DiT-{size}/{config.patch_size}", {extra})'
+        config = None
+    if kind is None or config is None:
+        return f"It holds no weights of {_families()}"
+    extra = f"input_size={config.input_size[0]}, in_channels={config.in_channels}, num_classes={config.num_classes}"
+    common = {field.name for field in dataclasses.fields(ModelConfig)}
+    for field in dataclasses.fields(config):
+        if field.name not in common:
+            extra += f", {field.name}={getattr(config, field.name)}"
+    for size, (depth, width, _) in kind.sizes.items():
+        if (depth, width) == (config.depth, config.hidden_size) and config.patch_size in kind.patches:
+            return f'It fits {kind.__name__}.from_name("{kind.family}-{size}/{config.patch_size}", {extra})'
     custom = f"hidden_size={config.hidden_size}, depth={config.depth}, patch_size={config.patch_size}"
-    return f"It fits DiT({custom}, {extra}) with the right num_heads"
+    return f"It fits {kind.__name__}({custom}, {extra}) with the right num_heads"

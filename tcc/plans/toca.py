@@ -13,13 +13,15 @@ from tcc.errors import PlanError
 from tcc.info import ModelInfo
 from tcc.passes.sites import Site
 from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, TopK, Update
-from tcc.plans.tokens import grid_cells
-from tcc.scores import Attended, Norm, Score, Stale, Term
+from tcc.plans.tokens import grid_cells, with_others
+from tcc.scores import Attended, Fixed, Norm, Score, Stale, Term
 
 __all__ = ["duca", "toca", "toca_steps"]
 
 Kind = Literal["full", "first", "partial", "aggressive"]
 ScoreKind = Literal["attention", "norm", "value", "random"]
+#: What tokens that are not image tokens score, which are always kept: the terms of a score are of the order of 1.
+ALWAYS = 1e6
 
 
 def toca_steps(num_steps: int, interval: int, *, quirk: bool = True, aggressive: bool = False) -> tuple[Kind, ...]:
@@ -89,11 +91,12 @@ def toca(
     """ToCa (Zou et al., ICLR 2025, arXiv 2410.05317): the MLP runs on tokens that matter, attention is reused.
 
     Between full steps (`toca_steps`), every block reuses its self-attention, and recomputes its MLP for the
-    `floor(S ratio mlp layer step)` tokens of the highest score, with `layer = 1 + w - 2 w l / (L - 1)` for block l of L
-    and `step = 1 + w - 2 w i / num_steps` for the step i counted down, at least 0; no token means reuse. The score is
-    `s1 + stale s3 / interval` (section 3.3), and the highest of each grid cell gets `bonus` times its score on top, s4.
-    The published s2, the entropy of cross attention, is left out: no score of tcc reads it. Here s3 also counts the
-    steps on which no token of the branch is recomputed.
+    `floor(S ratio mlp layer step)` highest-scoring of S image tokens. Block l of L has
+    `layer = 1 + w - 2 w l / (L - 1)`, the step i, counted down, `step = 1 + w - 2 w i / num_steps`, at least 0; no
+    token means reuse. Tokens of other kinds are recomputed with them. The score is `s1 + stale s3 / interval` (section
+    3.3), and the highest of each grid cell gets `bonus` times its score on top, s4. The published s2, the entropy of
+    cross attention, is left out: no score of tcc reads it. Here s3 also counts the steps on which no token of the
+    branch is recomputed.
 
     The defaults are those for DiT with 50 DDIM steps; for 250 DDPM steps: interval=4, layer_slope=0.8, step_slope=0.4.
     The number of tokens differs from step to step, and each number makes a variant: `levels` bounds them.
@@ -103,9 +106,10 @@ def toca(
         num_steps: denoising steps.
         interval: N in the paper, see `toca_steps`.
         ratio: the share of tokens that is recomputed, before the factors.
-        score: s1: `attention`, how much a token is attended to (its map is computed at full steps); `norm`, the norm of
-            the token in the stream that enters the block; `value`, the norm of its attention value (DuCa); `random`,
-            drawn when the plan is made, the same for every image: a static token set per block and step.
+        score: s1: `attention`, how much a token is attended to (full steps compute the map: one more product of queries
+            and keys, 1.5 % more for DiT-XL/2, which the published FLOPs leave out); `norm`, the norm of the token in
+            the stream that enters the block; `value`, the norm of its attention value (DuCa); `random`, drawn when the
+            plan is made, the same for every image: a static token set per block and step.
         layer_slope: w of the layer factor; above 0, front blocks recompute more.
         step_slope: w of the step factor; above 0, late steps recompute more.
         mlp: the factor of the MLPs, and of every branch that is no attention.
@@ -188,6 +192,9 @@ class _Table:
         self.actions: dict[tuple[int, str], Action] = {}
         self.scores: dict[str, Score] = {}
         self.tokens: dict[str, torch.Tensor] = {}
+        self.tables: dict[str, torch.Tensor] = {}
+        start, stop = info.image_tokens
+        self.num_image = stop - start
         self.ages = {site.name: np.zeros(info.num_tokens) for site in self.sites}
 
     def plan(self) -> CachePlan:
@@ -198,13 +205,15 @@ class _Table:
                     self.actions[step, site.name] = Compute()
                     self.ages[site.name][:] = 0
                 else:
-                    self.actions[step, site.name] = Reuse() if kind == "aggressive" else self._partial(step, site)
+                    action = Reuse() if kind == "aggressive" else self._partial(step, site)
+                    self.actions[step, site.name] = action
+                    self.ages[site.name] += isinstance(action, Reuse)
             if "aggressive" in self.kinds:
                 self.actions[step, "out.stream"] = Hold() if kind == "aggressive" else Compute()
         self._keep_values()
         policy = {"name": self.name, **asdict(self.options)}
-        plan = CachePlan(len(self.kinds), self.actions, tokens=self.tokens, scores=self.scores, policy=policy)
-        return self.info.count(plan)
+        data = {"tokens": self.tokens, "scores": self.scores, "tables": self.tables}
+        return self.info.count(CachePlan(len(self.kinds), self.actions, policy=policy, **data))
 
     def _partial(self, step: int, site: Site) -> Action:
         """Some tokens of the site, or none."""
@@ -216,21 +225,26 @@ class _Table:
         if self.options.score == "random":
             return Update(self._draw(step, site, count))
         self.scores.setdefault(site.name, self._score(site))
-        return Update(TopK(site.name, count))
+        return Update(TopK(site.name, count + self.info.num_tokens - self.num_image))
 
     def _count(self, step: int, site: Site) -> int:
-        """How many tokens: S x ratio x factors of layer, step and module, rounded down."""
+        """How many image tokens: all x ratio x factors of layer, step and module, rounded down."""
         w, depth = self.options.layer_slope, max(1, len(self.info.blocks) - 1)
         layer = 1 + w - 2 * w * site.block / depth
         module = self.options.cross if site.name.split(".")[-2] == "cross" else self.options.mlp
         share = min(1.0, self.options.ratio * layer * self.factors[step] * module)
-        return max(0, int(share * self.info.num_tokens))
+        return max(0, int(share * self.num_image))
 
     def _score(self, site: Site) -> Score:
         options = self.options
         terms: list[tuple[float, Term]] = [(1.0, self._term(site))]
         if options.stale:
             terms.append((options.stale / options.interval, Stale(site.name)))
+        if self.num_image < self.info.num_tokens:
+            others = torch.full((self.info.num_tokens,), ALWAYS)
+            others[slice(*self.info.image_tokens)] = 0.0
+            self.tables["others"] = others
+            terms.append((1.0, Fixed("others")))
         return Score(tuple(terms), cell=options.cell, bonus=options.bonus if options.cell else 0.0)
 
     def _term(self, site: Site) -> Term:
@@ -261,11 +275,12 @@ class _Table:
             cells = grid_cells(self.info, options.cell)
             best = np.take_along_axis(cells, ranks[cells].argmax(axis=1)[:, None], axis=1)[:, 0]
             ranks[best] *= 1 + options.bonus
-        kept = np.sort(np.argsort(-ranks, kind="stable")[:count])
+        start, stop = self.info.image_tokens
+        kept = with_others(self.info, start + np.argsort(-ranks[start:stop], kind="stable")[:count])
         ages += 1
-        ages[kept] = 0
+        ages[kept.numpy()] = 0
         name = f"{site.name}:{step}"
-        self.tokens[name] = torch.from_numpy(kept)
+        self.tokens[name] = kept
         return name
 
 

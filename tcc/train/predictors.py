@@ -111,17 +111,20 @@ class Predictor(nn.Module, ABC):
 
 
 class TablePredictor(Predictor):
-    """One logit per step, block and token."""
+    """One logit per step, block and token.
+
+    Each step has a parameter of its own, so that the optimiser leaves a step alone that an iteration leaves out.
+    """
 
     form = "table"
 
     def __init__(self, sizes: Sizes, *, seed: int = 0) -> None:
         super().__init__(sizes, seed=seed)
-        self.table = nn.Parameter(torch.zeros(sizes.steps, sizes.blocks, sizes.tokens))
+        self.table = nn.ParameterList(torch.zeros(sizes.blocks, sizes.tokens) for _ in range(sizes.steps))
 
     def logits(self, step: int, stream: Tensor | None = None) -> Tensor:
         """`[1, blocks, S]`."""
-        return self.table[step : step + 1]
+        return self.table[step][None]
 
 
 class NetworkPredictor(Predictor):
@@ -166,7 +169,8 @@ class NetworkPredictor(Predictor):
 class StreamPredictor(Predictor):
     """A network on the stream that enters block 0, read out for every block and step: what `Probes` describes.
 
-    The hidden layer is random at first, and its read-out zero; the bias is a table.
+    The hidden layer is random at first, and its read-out zero; the bias is a table. As in the table, each step has
+    read-outs of its own.
 
     Args:
         sizes: what it speaks about.
@@ -180,8 +184,8 @@ class StreamPredictor(Predictor):
         super().__init__(sizes, seed=seed)
         self.hidden = self._normal(sizes.width, hidden, std=sizes.width**-0.5)
         self.offset = nn.Parameter(torch.zeros(hidden))
-        self.weight = nn.Parameter(torch.zeros(sizes.steps, sizes.blocks, hidden))
-        self.bias = nn.Parameter(torch.zeros(sizes.steps, sizes.blocks, sizes.tokens))
+        self.weight = nn.ParameterList(torch.zeros(sizes.blocks, hidden) for _ in range(sizes.steps))
+        self.bias = nn.ParameterList(torch.zeros(sizes.blocks, sizes.tokens) for _ in range(sizes.steps))
         self.register_buffer("mean", torch.full((sizes.steps, sizes.blocks, sizes.tokens), 0.5))
 
     def logits(self, step: int, stream: Tensor | None) -> Tensor:
@@ -208,7 +212,8 @@ class StreamPredictor(Predictor):
 
     def learned(self) -> Probes:
         """The network as data, for a plan that ranks tokens in the graph."""
-        tensors = (self.hidden, self.offset, self.weight, self.bias, self.get_buffer("mean"))
+        weight, bias = torch.stack([*self.weight]), torch.stack([*self.bias])
+        tensors = (self.hidden, self.offset, weight, bias, self.get_buffer("mean"))
         return Probes(*(tensor.detach().cpu().clone() for tensor in tensors))
 
 

@@ -178,7 +178,14 @@ class TokenWeights(Weights):
         return self.predictor.learned()
 
     def known(self) -> Tensor:
-        """The importances that were given last, at every step that has been asked for."""
-        among = {step: sorted({self.blocks[site] for site in chosen}) for step, chosen in self.choices.items()}
-        rows = [importance[:, among[step]].flatten() for step, importance in self.seen.items()]
-        return torch.cat(rows) if rows else torch.empty(0)
+        """The importance of every token in the blocks and at the steps where there is something to decide.
+
+        Where it depends on the stream, those that were given last, or the means.
+        """
+        means = self.predictor.importance().scores
+        rows = []
+        for step, chosen in self.choices.items():
+            importance = self.seen.get(step) if self.reads else None
+            importance = means[step : step + 1] if importance is None else importance.cpu()
+            rows.append(importance[:, sorted({self.blocks[site] for site in chosen})].flatten())
+        return torch.cat(rows)

@@ -1,0 +1,246 @@
+"""Compute the scores of a dynamic token set in the graph, and take the highest.
+
+No operator here sorts: a token's rank is the number of tokens that come before it. Such counts are pointwise work and
+sums, which every backend fuses and every exporter has, and which break ties in one way everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from tcc.passes.gathers import apart
+from tcc.passes.graph import emit, shape, value
+from tcc.passes.sites import Site
+from tcc.passes.tokens import Axis
+from tcc.scores import Attended, Fixed, Norm, Score, Stale, Term
+
+__all__ = ["Choice", "age_slot", "choose", "map_slot", "older", "sum_maps"]
+
+aten = torch.ops.aten
+_TINY = 1e-12  # keeps a score of zeros from dividing by zero
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A dynamic token set of one kind of step.
+
+    Attributes:
+        score: the score; its tables are named by the numbers of their inputs.
+        count: how many tokens are taken.
+        tables: the shape of every table, by number.
+        sites: the sites whose value the score reads.
+        stored: the names of those that are read from their slot.
+        batch: the samples, B.
+        num_tokens: the tokens, S.
+        grid: the image grid, where the score speaks of cells.
+    """
+
+    score: Score
+    count: int
+    tables: tuple[tuple[str, tuple[int, ...]], ...]
+    sites: tuple[Site, ...]
+    stored: frozenset[str]
+    batch: int
+    num_tokens: int
+    grid: tuple[int, ...] = ()
+
+    @property
+    def own_sets(self) -> bool:
+        """Whether every sample has a set of its own."""
+        return self.batch > 1 and not self.score.shared
+
+
+def map_slot(branch: str) -> str:
+    """The slot that keeps how much each token is attended to in `branch`, `[B, S]`."""
+    return f"{branch}.map"
+
+
+def age_slot(site: str) -> str:
+    """The slot that keeps the steps since each token was computed at `site`, `[B, S]`."""
+    return f"{site}.age"
+
+
+@dataclass
+class _Build:
+    """Adds calls at the graph's insertion point."""
+
+    graph: fx.Graph
+    like: fx.Node
+
+    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return emit(self.graph, target, args, kwargs, like=self.like)
+
+    def per_token(self, x: fx.Node, axis: Axis, batch: Axis | None) -> fx.Node:
+        """`x` as `[B, S, everything else]` in float32."""
+        if batch is None:
+            x, axis, batch = self(aten.unsqueeze.default, x, 0), Axis(axis.dim + 1, axis.outer, axis.inner), Axis(0)
+        sizes, (tokens, samples) = apart(shape(x), axis, batch)
+        order = [samples, tokens, *(d for d in range(len(sizes)) if d not in (samples, tokens))]
+        x = self(aten.permute.default, self(aten.reshape.default, x, sizes), order)
+        x = self(aten.reshape.default, x, [*shape(x)[:2], -1])
+        return x if value(x).dtype == torch.float32 else self(aten._to_copy.default, x, dtype=torch.float32)
+
+    def unit(self, x: fx.Node) -> fx.Node:
+        """`[B, S]` divided by its L2 norm over the tokens."""
+        return self(aten.div.Tensor, x, self(aten.clamp_min.default, self.norm(x, 1, True), _TINY))
+
+    def norm(self, x: fx.Node, dim: int, keep: bool = False) -> fx.Node:
+        return self(aten.sqrt.default, self(aten.sum.dim_IntList, self(aten.mul.Tensor, x, x), [dim], keep))
+
+
+def choose(
+    graph: fx.Graph,
+    choice: Choice,
+    read: Callable[[Site], fx.Node],
+    given: Callable[[str], fx.Node],
+    like: fx.Node,
+) -> tuple[fx.Node, fx.Node]:
+    """Add the choice at the graph's insertion point.
+
+    Args:
+        graph: the graph.
+        choice: what to compute.
+        read: the value of a site that the score reads.
+        given: the input of a table (by number), of a map or of ages (by slot).
+        like: a node whose module path and source line the new ones take over.
+
+    Returns:
+        The kept positions, sorted, and the place of every token (-1 for dropped ones): `[B, k]` and `[B, S]`, or `[k]`
+        and `[S]` where all samples share one set.
+    """
+    build = _Build(graph, like)
+    scores: fx.Node | None = None
+    for weight, term in choice.score.terms:
+        one = _term(build, term, choice, read, given)
+        one = one if weight == 1 else build(aten.mul.Tensor, one, weight)
+        scores = one if scores is None else build(aten.add.Tensor, scores, one)
+    assert scores is not None
+    full = [choice.batch, choice.num_tokens]
+    scores = scores if list(shape(scores)) == full else build(aten.expand.default, scores, full)
+    if choice.score.bonus:
+        scores = _with_bonus(build, scores, choice)
+    if not choice.own_sets:
+        scores = build(aten.mean.dim, scores, [0], True)
+    return _highest(build, scores, choice)
+
+
+def _term(
+    build: _Build, term: Term, choice: Choice, read: Callable[[Site], fx.Node], given: Callable[[str], fx.Node]
+) -> fx.Node:
+    """One term: `[B, S]`, or `[S]` where it is the same for all samples."""
+    if isinstance(term, Fixed):
+        return given(term.table)
+    if isinstance(term, Stale):
+        return given(age_slot(term.site))
+    if isinstance(term, Attended):
+        return build.unit(given(map_slot(term.branch)))
+    site = next(site for site in choice.sites if site.name == term.site)
+    x = build.per_token(read(site), site.axis, site.batch)
+    if isinstance(term, Norm):
+        return build.unit(build.norm(x, 2))
+    hidden, offset, weight, bias = (given(t) for t in (term.hidden, term.offset, term.weight, term.bias))
+    x = build(aten.layer_norm.default, x, [shape(x)[-1]])
+    x = build(aten.gelu.default, build(aten.add.Tensor, build(aten.matmul.default, x, hidden), offset))
+    return build(aten.add.Tensor, build(aten.matmul.default, x, weight), bias)
+
+
+def _in_cells(build: _Build, x: fx.Node, choice: Choice) -> fx.Node:
+    """`[B, S]` -> `[B, cells, tokens of a cell]`."""
+    sizes, cell = _cell_sizes(choice, shape(x)[0])
+    x = build(aten.permute.default, build(aten.reshape.default, x, sizes), [0, 1, 2, 4, 3, 5])
+    return build(aten.reshape.default, x, [shape(x)[0], -1, cell * cell])
+
+
+def _from_cells(build: _Build, x: fx.Node, choice: Choice) -> fx.Node:
+    """The inverse of `_in_cells`."""
+    (batch, frames, rows, _, columns, _), cell = _cell_sizes(choice, shape(x)[0])
+    x = build(aten.reshape.default, x, [batch, frames, rows, columns, cell, cell])
+    return build(aten.reshape.default, build(aten.permute.default, x, [0, 1, 2, 4, 3, 5]), [batch, -1])
+
+
+def _cell_sizes(choice: Choice, batch: int) -> tuple[list[int], int]:
+    cell, (height, width) = choice.score.cell, choice.grid[-2:]
+    frames = choice.num_tokens // (height * width)
+    return [batch, frames, height // cell, cell, width // cell, cell], cell
+
+
+def _with_bonus(build: _Build, scores: fx.Node, choice: Choice) -> fx.Node:
+    """In every cell, the highest token (the first among equals) gets a share of its own score on top."""
+    cells = _in_cells(build, scores, choice)
+    best = build(aten.eq.Scalar, _ranks(build, cells), 0)
+    more = build(aten.mul.Tensor, cells, 1 + choice.score.bonus)
+    return _from_cells(build, build(aten.where.self, best, more, cells), choice)
+
+
+def _ranks(build: _Build, scores: fx.Node) -> fx.Node:
+    """How many of the last dimension's scores come before each: higher ones, and equal ones that stand earlier."""
+    count, device = shape(scores)[-1], value(scores).device
+    mine, theirs = (build(aten.unsqueeze.default, scores, dim) for dim in (-1, -2))
+    number = build(aten.arange.default, count, device=device)
+    earlier = build(aten.lt.Tensor, build(aten.unsqueeze.default, number, 0), build(aten.unsqueeze.default, number, 1))
+    equal = build(aten.logical_and.default, build(aten.eq.Tensor, theirs, mine), earlier)
+    before = build(aten.logical_or.default, build(aten.gt.Tensor, theirs, mine), equal)
+    return build(aten.sum.dim_IntList, before, [-1])
+
+
+def _highest(build: _Build, scores: fx.Node, choice: Choice) -> tuple[fx.Node, fx.Node]:
+    """Kept positions and places of the tokens with the highest scores."""
+    if choice.score.per_cell:
+        cells = _in_cells(build, scores, choice)
+        each = choice.count // shape(cells)[1]
+        is_kept = _from_cells(build, build(aten.lt.Scalar, _ranks(build, cells), each), choice)
+    else:
+        is_kept = build(aten.lt.Scalar, _ranks(build, scores), choice.count)
+    ones = build(aten._to_copy.default, is_kept, dtype=torch.int64)
+    so_far = build(aten.cumsum.default, ones, 1)
+    place = build(aten.sub.Tensor, build(aten.mul.Tensor, so_far, ones), 1)
+    # the p-th kept token stands behind as many tokens as have fewer than p + 1 kept ones up to them
+    number = build(aten.arange.default, choice.count, device=value(scores).device)
+    number = build(aten.view.default, number, [1, choice.count, 1])
+    behind = build(aten.le.Tensor, build(aten.unsqueeze.default, so_far, 1), number)
+    kept = build(aten.sum.dim_IntList, behind, [2])
+    if choice.own_sets:
+        return kept, place
+    return tuple(build(aten.squeeze.dim, node, 0) for node in (kept, place))  # type: ignore[return-value]
+
+
+def sum_maps(graph: fx.Graph, attention: fx.Node, batch: Axis | None) -> fx.Node:
+    """How much each token is attended to: column sums of the softmax map, averaged over the heads, `[B, S]`.
+
+    Written out beside the fused attention, whose map cannot be had.
+    """
+    build = _Build(graph, attention)
+    query, key = attention.args[0], attention.args[1]
+    mask = attention.args[3] if len(attention.args) > 3 else attention.kwargs.get("attn_mask")
+    assert isinstance(query, fx.Node)
+    assert isinstance(key, fx.Node)
+    if len(shape(query)) > 3 and shape(query)[-3] != shape(key)[-3]:  # several query heads share one key head
+        key = build(aten.repeat_interleave.self_int, key, shape(query)[-3] // shape(key)[-3], len(shape(key)) - 3)
+    scale = attention.kwargs.get("scale") or shape(query)[-1] ** -0.5
+    logits = build(aten.matmul.default, query, build(aten.transpose.int, key, -2, -1))
+    logits = build(aten.mul.Tensor, build(aten._to_copy.default, logits, dtype=torch.float32), scale)
+    if isinstance(mask, fx.Node):
+        logits = _masked(build, logits, mask)
+    sums = build(aten.sum.dim_IntList, build(aten.softmax.int, logits, -1), [-2], True)
+    tokens = Axis(len(shape(sums)) - 1)
+    return build(aten.mean.dim, build.per_token(sums, tokens, batch), [2])
+
+
+def _masked(build: _Build, logits: fx.Node, mask: fx.Node) -> fx.Node:
+    if value(mask).dtype != torch.bool:
+        return build(aten.add.Tensor, logits, mask)
+    return build(aten.masked_fill.Scalar, logits, build(aten.logical_not.default, mask), float("-inf"))
+
+
+def older(graph: fx.Graph, ages: fx.Node, place: fx.Node | None) -> fx.Node:
+    """The ages after a step that keeps the tokens of `place`, `[S]` or `[B, S]`, or that keeps none."""
+    build = _Build(graph, ages)
+    more = build(aten.add.Tensor, ages, 1.0)
+    if place is None:
+        return more
+    return build(aten.mul.Tensor, more, build(aten.lt.Scalar, place, 0))
