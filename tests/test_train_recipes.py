@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import tcc
+import tcc.data
 from tcc.errors import PlanError, TrainError
-from tcc.learned import Router
+from tcc.learned import Router, load_learned
+from tcc.models import reference_model
 from tcc.plan import CachePlan, Compute, Reuse, Update
 from tcc.samplers import sample
 from tcc.train.images import MemoryImages
@@ -335,3 +338,17 @@ def test_recipes_that_cannot_run_are_refused() -> None:
         Trajectories(objective, {5: sites()}, 4, 10)
     with pytest.raises(TrainError, match="needs a model with a null class"):
         Trajectories(objective, {1: sites()}, 4, 10, cfg_scale=1.5)
+
+
+@pytest.mark.parametrize(("num_steps", "share"), [(50, 0.422), (20, 0.45)])
+def test_shipped_routers_are_for_the_shipped_model(num_steps: int, share: float) -> None:
+    """Every other step, all branches of the reference model, and the share that their README tells."""
+    found = load_learned(Path(tcc.data.__file__).with_name(f"router-ddim{num_steps}.safetensors"))
+    assert isinstance(found, Router)
+    assert found.p_steps == tuple(range(1, num_steps, 2))
+    depth = reference_model().config.depth
+    assert found.sites == tuple(f"blocks.{i}.{branch}.out" for i in range(depth) for branch in ("attn", "mlp"))
+    scores = found.scores[list(found.p_steps)]
+    assert float((scores <= 0.1).float().mean()) == pytest.approx(share, abs=1e-3)
+    noisy, clean = scores.chunk(2) if num_steps == 20 else (scores[:12], scores[13:])
+    assert float(noisy.mean()) < 0.3 < 0.7 < float(clean.mean())

@@ -100,6 +100,14 @@ Groups = Annotated[
     ),
 ]
 Rate = Annotated[float, typer.Option("--lr", help="Learning rate of AdamW.", rich_help_panel=_RUN)]
+FormRate = Annotated[
+    float | None,
+    typer.Option(
+        "--lr",
+        help="Learning rate of AdamW. [dim]default: table 0.1, network 0.01, stream 0.05[/]",
+        rich_help_panel=_RUN,
+    ),
+]
 TrainSeed = Annotated[int, typer.Option(help="Seed of everything that is drawn.", rich_help_panel=_RUN)]
 Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to train.", rich_help_panel=_RUN)]
 Fast = Annotated[bool, typer.Option("--compile", help="Compile teacher and student first.", rich_help_panel=_RUN)]
@@ -163,9 +171,9 @@ def router(
     cfg: Cfg = 1.0,
     iterations: Iterations = None,
     minutes: Minutes = None,
-    batch: TrainBatch = 8,
+    batch: TrainBatch = 4,
     groups: Groups = 1,
-    lr: Rate = 0.1,
+    lr: Rate = 0.2,
     seed: TrainSeed = 0,
     device: Device = "cpu",
     compile: Fast = False,
@@ -211,9 +219,9 @@ def predictor(
     cfg: Cfg = 1.0,
     iterations: Iterations = None,
     minutes: Minutes = None,
-    batch: TrainBatch = 8,
+    batch: TrainBatch = 4,
     groups: Groups = 1,
-    lr: Rate = 0.03,
+    lr: FormRate = None,
     seed: TrainSeed = 0,
     device: Device = "cpu",
     compile: Fast = False,
@@ -232,7 +240,8 @@ def predictor(
     run = Run(model, data, recipe, steps, (k1, k2), sites, price, target, compare, cfg, batch, groups, device, compile)
     level = {"out": "out", "delta": "branch", "block": "block"}[sites]
     planned = Planned.of("tokencache", "importance", [f"k1={k1}", f"k2={k2}", f"level={level}", *(option or [])])
-    settings = settings_of(iterations, minutes, lr, groups, seed)
+    rate = {"table": 0.1, "network": 0.01, "stream": 0.05}[form] if lr is None else lr
+    settings = settings_of(iterations, minutes, rate, groups, seed)
 
     def make(info: ModelInfo, names: tuple[str, ...], choices: Choices) -> Weights:
         return TokenWeights(FORMS[form](Sizes.of(info, steps), seed=seed), info, choices).to(device)
