@@ -39,9 +39,10 @@ from tcc.cli.compare import Method, Task, compare, of_executable, warm_up
 from tcc.errors import PlanError
 from tcc.metrics import feature_network, psnr
 from tcc.models import DiT, load_dit, reference_model
+from tcc.passes.pipeline import StepKind
 from tcc.plan import CachePlan
-from tcc.program import build_program
-from tcc.runtime import Executable, Session, lower
+from tcc.program import Variant, build_program
+from tcc.runtime import Compiled, Executable, Session, lower
 from tcc.samplers import sample
 
 CHUNK, CFG = 250, 1.5
@@ -78,6 +79,8 @@ class Bench:
         task = self.task(*noise(model, 0, 0, batch))
         self.info = tcc.inspect(model, *task.inputs(task.noise, 0))
         self._compiled: dict[str, Executable] = {}
+        self._variants: dict[StepKind, Variant] = {}
+        self._runners: dict[StepKind, Compiled] = {}
 
     def task(self, noise: Tensor, labels: Tensor) -> Task:
         """What every method does with one batch."""
@@ -88,7 +91,8 @@ class Bench:
         """The compiled plan; compiled once."""
         key = digest(plan)
         if key not in self._compiled:
-            self._compiled[key] = lower(build_program(self.info.captured, self.info.analysis, plan), self.backend)
+            program = build_program(self.info.captured, self.info.analysis, plan, known=self._variants)
+            self._compiled[key] = lower(program, self.backend, known=self._runners)
         return self._compiled[key]
 
     def open(self, entry: Entry) -> Callable[..., Tensor]:

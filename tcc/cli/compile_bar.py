@@ -9,33 +9,36 @@ from collections.abc import Mapping
 from tcc.checks import check_model
 from tcc.cli import screen
 from tcc.info import ModelInfo
+from tcc.passes.pipeline import StepKind
 from tcc.plan import CachePlan
-from tcc.program import build_program
-from tcc.runtime import Executable, lower
+from tcc.program import Variant, build_program
+from tcc.runtime import Compiled, Executable, lower
 
 __all__ = ["executables"]
 
 
 def executables(info: ModelInfo, plans: Mapping[str, CachePlan], backend: str) -> dict[str, Executable]:
-    """Compile every plan for one model that was captured once; the bar moves on with each variant.
+    """Compile every plan for one model that was captured once; the bar moves on with each new variant.
 
     Raises:
         PlanError: a plan is not for this model.
     """
     for plan in plans.values():
         check_model(plan, info.key)
+    variants: dict[StepKind, Variant] = {}  # several plans of one model share variants: each is made once
     with screen.status("rewriting the graph"):
-        programs = {name: build_program(info.captured, info.analysis, plan) for name, plan in plans.items()}
-    total, begun = sum(len(program.variants) for program in programs.values()), itertools.count()
-    with screen.bar("compiling", total) as bar:
+        programs = {n: build_program(info.captured, info.analysis, plan, known=variants) for n, plan in plans.items()}
+    begun, runners = itertools.count(), dict[StepKind, Compiled]()
+    with screen.bar("compiling", len(variants)) as bar:
 
         def begin(name: str, line: str) -> None:
-            bar(next(begun), total)
+            bar(next(begun), len(variants))
             bar.describe(f"{name}: {line}")
 
         compiled = {
-            name: lower(program, backend, progress=functools.partial(begin, name)) for name, program in programs.items()
+            name: lower(program, backend, progress=functools.partial(begin, name), known=runners)
+            for name, program in programs.items()
         }
-        bar(total, total)
+        bar(len(variants), len(variants))
         bar.describe("compiled")
     return compiled

@@ -87,10 +87,12 @@ def demo(
 
 def make_plans(info: ModelInfo, steps: int) -> dict[str, CachePlan]:
     """The plans of the demo. The token plans' options are the best of a search by PSNR at equal bound."""
+    third = -(-steps // 3) + 1 if steps > 2 else steps  # as many as FORA computes
     tokens = functools.partial(plans.tprr, num_steps=steps, k1=1, k2=1, attention="cached", level="out", rotate=True)
     return {
         _COMPILED: plans.full(info, num_steps=steps),
         "FORA, every 3rd step": plans.fora(info, num_steps=steps, interval=3),
+        "forecast, every 3rd step": plans.forecast(info, num_steps=steps, i_steps=third),
         "tokens, keep 1/2": tokens(info, keep=0.5),
         "tokens, keep 1/4": tokens(info, keep=0.25),
     }
