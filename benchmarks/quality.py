@@ -27,7 +27,7 @@ from typing import Any
 
 import quality_report
 import torch
-from quality_rows import UNCACHED, Missing, Row, ablation, comparison
+from quality_rows import UNCACHED, Missing, Row, Visits, ablation, comparison
 from quality_store import Store, digest
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -57,6 +57,7 @@ class Entry:
     steps: int
     plan: CachePlan
     folder: Path
+    visits: Visits | None = None
 
     @property
     def work(self) -> float:
@@ -105,10 +106,10 @@ class Bench:
     def images(self, entry: Entry, seed: int, chunk: int, size: int) -> Tensor:
         """The images `[size, C, H, W]` of one chunk."""
         started, labels = noise(self.model, seed, chunk, size)
-        model, null, parts = self.open(entry), self.model.config.null_class, []
-        for x, y in zip(started.split(self.batch), labels.split(self.batch), strict=True):
-            parts.append(sample(model, x, y, num_steps=entry.plan.num_steps, cfg_scale=CFG, null_class=null))
-        return torch.cat(parts)
+        options: dict[str, Any] = {"num_steps": entry.plan.num_steps, "diffusion": entry.visits, "cfg_scale": CFG}
+        model, null = self.open(entry), self.model.config.null_class
+        batches = zip(started.split(self.batch), labels.split(self.batch), strict=True)
+        return torch.cat([sample(model, x, y, null_class=null, **options) for x, y in batches])
 
 
 def shape(model: DiT) -> tuple[int, int, int]:
@@ -129,12 +130,12 @@ def entries(
     found: dict[Path, Entry] = {}
     for row in rows:
         try:
-            plan = row.plan(bench.info, steps, learned)
+            plan, visits = row.plan(bench.info, steps, learned), row.diffusion(steps, learned)
         except (Missing, PlanError) as error:
             console.print(f"[dim]left out at {steps} steps: {row.name}: {error}[/]")
             continue
-        folder = store.row(steps, row.name, plan)
-        found[folder] = Entry(row, steps, plan, folder)
+        folder = store.row(steps, row.name, plan, visits.visited if visits else ())
+        found[folder] = Entry(row, steps, plan, folder, visits)
     return list(found.values())
 
 
@@ -279,7 +280,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run, time or report."""
-    args, console = parse(arguments), Console(width=150)
+    args, console = parse(arguments), Console(width=170)
     torch.set_num_threads(args.threads)
     model = load_dit(args.model) if args.model else reference_model()
     try:

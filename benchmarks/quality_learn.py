@@ -13,30 +13,40 @@ import functools
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from quality_rows import CALIBRATION, FORECAST_SHARES, IMPORTANCE, NETWORK, PAIRS_ROUTER, PROBES, ROUTER, placed_file
-from rich.console import Console
+from quality_rows import (
+    CALIBRATION,
+    IMPORTANCE,
+    NETWORK,
+    PAIRS_ROUTER,
+    PROBES,
+    SHARES,
+    Visits,
+    placed_file,
+    visited_file,
+)
 
 import tcc
 from tcc import plans
 from tcc.calibrate import calibrate
+from tcc.metrics import psnr
 from tcc.models import reference_model
 from tcc.plans.forecast import even_steps
 from tcc.samplers import sample
 from tcc.train.placement import image_quality, search_steps
 
 CFG, SEED = 1.5, 987_654_321
-#: What `tcc train` makes, and its options. The I-steps of all are every other step.
+#: What `tcc train` makes, and its options. Routers trained on whole runs ship with tcc.
 TRAINED: dict[str, tuple[str, ...]] = {
-    ROUTER: ("router", "--recipe", "trajectory", "--cfg", "1.5"),
-    PAIRS_ROUTER: ("router", "--recipe", "pairs"),
-    IMPORTANCE: ("predictor", "--form", "table", "--recipe", "trajectory", "--cfg", "1.5", "--target", "0.5"),
-    PROBES: ("predictor", "--form", "stream", "--recipe", "trajectory", "--cfg", "1.5", "--target", "0.5"),
-    NETWORK: ("predictor", "--form", "network", "--recipe", "trajectory", "--cfg", "1.5", "--target", "0.5"),
+    PAIRS_ROUTER: ("router", "--recipe", "pairs", "--lambda", "1.5e-6"),
+    IMPORTANCE: ("predictor", "--form", "table", "--target", "0.5"),
+    PROBES: ("predictor", "--form", "stream", "--target", "0.5"),
+    NETWORK: ("predictor", "--form", "network", "--target", "0.5"),
 }
+Quality = Callable[[tuple[int, ...]], float]
 
 
 def train(path: Path, options: Sequence[str], steps: int, data: Path, minutes: float) -> None:
@@ -60,26 +70,38 @@ def measure(path: Path, steps: int, images: int) -> None:
     calibrate(info, lambda recorder: run(recorder), num_steps=steps).save(path)
 
 
-def place(path: Path, steps: int, share: float, images: int, evaluations: int, console: Console) -> None:
-    """Search where the I-steps of a forecast stand, by the PSNR of a few images."""
+def forecast_quality(steps: int, images: int, backend: str) -> Quality:
+    """How near a forecast comes to the uncached images, by its I-steps: dB, mean over so many images."""
     model, noise, labels = _draws(images)
     expected = sample(model, noise, labels, num_steps=steps, cfg_scale=CFG)
-    policy = functools.partial(plans.full, num_steps=steps)
     example = tuple(torch.zeros(2 * images, *shape, dtype=d) for shape, d in _INPUTS)
-    compiled = tcc.compile(model, policy, example_inputs=(example, {}))
-    assert compiled.info is not None
-    quality = image_quality(
-        compiled,
-        lambda i_steps: plans.forecast(compiled.info, num_steps=steps, i_steps=i_steps),
-        noise,
-        labels,
-        expected,
-        cfg_scale=CFG,
-        null_class=10,
-    )
+    policy = functools.partial(plans.full, num_steps=steps)
+    compiled = tcc.compile(model, policy, example_inputs=(example, {}), backend=backend)
+    info = compiled.info
+    assert info is not None
+    forecast = functools.partial(plans.forecast, info, num_steps=steps)
+    options = {"cfg_scale": CFG, "null_class": model.config.null_class}
+    return image_quality(compiled, lambda chosen: forecast(i_steps=chosen), noise, labels, expected, **options)
+
+
+def ddim_quality(steps: int, images: int, _backend: str) -> Quality:
+    """How near DDIM comes to the uncached images, by the steps that it visits; as `forecast_quality`."""
+    model, noise, labels = _draws(images)
+    expected = sample(model, noise, labels, num_steps=steps, cfg_scale=CFG)
+
+    def quality(visited: tuple[int, ...]) -> float:
+        places = Visits(of=steps, visited=visited)
+        drawn = sample(model, noise, labels, num_steps=len(visited), cfg_scale=CFG, diffusion=places)
+        return float(psnr(drawn, expected).clamp(max=140).mean())
+
+    return quality
+
+
+def place(path: Path, quality: Quality, steps: int, share: float, evaluations: int) -> None:
+    """Search the best places for a share of the steps."""
     start = even_steps(steps, max(2, round(share * steps)))
     found = search_steps(quality, start, num_steps=steps, evaluations=evaluations)
-    console.print(f"{path.name}: {found.start:.2f} dB evenly spread, {found.quality:.2f} dB found: {found.i_steps}")
+    print(f"{path.name}: {found.start:.2f} dB evenly spread, {found.quality:.2f} dB found: {found.i_steps}", flush=True)
     path.write_text(json.dumps(list(found.i_steps)) + "\n")
 
 
@@ -101,28 +123,35 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=10.0, help="of every training")
     parser.add_argument("--images", type=int, default=20, help="of a calibration and of a search")
     parser.add_argument("--evaluations", type=int, default=200, help="of a search")
+    parser.add_argument("--backend", default="inductor", help="of a search")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    args, console = parser.parse_args(arguments), Console(highlight=False)
+    args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     args.learned.mkdir(parents=True, exist_ok=True)
     for steps in args.steps:
-        jobs = {CALIBRATION: lambda path, s=steps: measure(path, s, args.images)}
-        jobs |= {
-            placed_file(share): lambda path, s=steps, share=share: place(
-                path, s, share, args.images, args.evaluations, console
-            )
-            for share in FORECAST_SHARES
-        }
-        jobs |= {
-            file: lambda path, s=steps, options=options: train(path, options, s, args.data, args.minutes)
-            for file, options in TRAINED.items()
-        }
-        for file, make in jobs.items():
+        for file, make in jobs(args, steps).items():
             path = args.learned / file.format(steps=steps)
             if not path.exists() and any(word in path.name for word in args.only):
-                console.print(f"making {path}")
+                print(f"making {path}", flush=True)
                 make(path)
     return 0
+
+
+def jobs(args: argparse.Namespace, steps: int) -> dict[str, Callable[[Path], None]]:
+    """What makes each file."""
+    found: dict[str, Callable[[Path], None]] = {
+        CALIBRATION: functools.partial(measure, steps=steps, images=args.images)
+    }
+    qualities = {placed_file: forecast_quality, visited_file: ddim_quality}
+    qualities = {file: functools.cache(quality) for file, quality in qualities.items()}  # one model for all shares
+    for share in SHARES:
+        for file, quality in qualities.items():
+            found[file(share)] = lambda path, quality=quality, share=share: place(
+                path, quality(steps, args.images, args.backend), steps, share, args.evaluations
+            )
+    for file, options in TRAINED.items():
+        found[file] = functools.partial(train, options=options, steps=steps, data=args.data, minutes=args.minutes)
+    return found
 
 
 if __name__ == "__main__":

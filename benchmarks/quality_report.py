@@ -162,7 +162,7 @@ def rich_table(rows: Sequence[Measured], steps: int) -> Table:
     """The table for the terminal."""
     table = Table(title=f"DDIM {steps} steps, guidance 1.5; FD (Fashion-MNIST CNN)")
     for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "row" else "right")
+        table.add_column(column, justify="left" if column == "row" else "right", no_wrap=column == "row")
     for m in ordered(rows, steps):
         table.add_row(*cells(rows, m))
     return table

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tcc import plans
+from tcc import data, plans
 from tcc.info import ModelInfo
 from tcc.plan import Action, CachePlan, Compute
+from tcc.samplers import Diffusion
 
 FEWER = "fewer steps"
 #: The counts of the fewer-steps curve, for a run of so many steps.
@@ -25,12 +26,18 @@ PAIRS_ROUTER = "pairs-router-ddim{steps}.safetensors"
 IMPORTANCE, NETWORK = "importance-ddim{steps}.safetensors", "network-importance-ddim{steps}.safetensors"
 PROBES, CALIBRATION = "probes-ddim{steps}.safetensors", "calibration-ddim{steps}.safetensors"
 
-FORECAST_SHARES = (0.5, 0.34, 0.26, 0.2, 0.16)  # of the steps, that a forecast computes
+SHARES = (0.5, 0.34, 0.26, 0.2, 0.16)  # of the steps, that a forecast computes
+SHIPPED = Path(data.__file__).parent
 
 
 def placed_file(share: float) -> str:
     """The file with the searched I-steps of a forecast, in which `{steps}` is the number of steps."""
     return f"i-steps-ddim{{steps}}-{share:g}.json"
+
+
+def visited_file(share: float) -> str:
+    """The file with the searched steps that DDIM visits, likewise."""
+    return f"ddim-steps-ddim{{steps}}-{share:g}.json"
 
 
 class Missing(Exception):  # noqa: N818 # no fault: the row waits for something
@@ -39,7 +46,7 @@ class Missing(Exception):  # noqa: N818 # no fault: the row waits for something
 
 @dataclass(frozen=True)
 class Learned:
-    """An option that is a file in the folder of learned things; of a JSON file, its content.
+    """An option that is a file in the folder of learned things, or shipped with tcc; of a JSON file, its content.
 
     Attributes:
         file: its name, in which `{steps}` is the number of steps.
@@ -53,9 +60,10 @@ class Learned:
         Raises:
             Missing: there is no such file.
         """
-        path = folder / self.file.format(steps=steps)
-        if not path.is_file():
-            raise Missing(f"there is no {path}")
+        name = self.file.format(steps=steps)
+        path = next((place / name for place in (folder, SHIPPED) if (place / name).is_file()), None)
+        if path is None:
+            raise Missing(f"there is no {folder / name}")
         return json.loads(path.read_text()) if path.suffix == ".json" else str(path)
 
 
@@ -64,6 +72,24 @@ class Share:
     """An option that is a number of steps: a share of all, rounded."""
 
     share: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Visits(Diffusion):
+    """Visits some of the timesteps of a longer run, and no others.
+
+    Attributes:
+        of: the steps of the longer run.
+        visited: those that are visited.
+    """
+
+    of: int
+    visited: tuple[int, ...]
+
+    def timesteps(self, num_steps: int | str) -> tuple[int, ...]:
+        """The timesteps of the visited steps."""
+        every = Diffusion().timesteps(self.of)
+        return tuple(every[step] for step in self.visited)
 
 
 @dataclass(frozen=True)
@@ -78,6 +104,7 @@ class Row:
         run_steps: the steps that it runs, where they are fewer than those of the run it is compared with.
         control: the name of the row that it is the control of: as many tokens or branches, chosen at random.
         shuffled: whether the plan's actions are dealt out anew, see `shuffle`.
+        visits: a list of the steps that it visits, where those are not spread evenly.
     """
 
     name: str
@@ -87,6 +114,7 @@ class Row:
     run_steps: int | None = None
     control: str = ""
     shuffled: bool = False
+    visits: Learned | None = None
 
     def plan(self, info: ModelInfo, steps: int, learned: Path) -> CachePlan:
         """Its plan for runs of `steps` steps.
@@ -96,13 +124,23 @@ class Row:
             PlanError: the policy refuses the options.
         """
         options = dict(self.options)
+        visits = self.diffusion(steps, learned)
         for name, value in self.options.items():
             if isinstance(value, Learned):
                 options[name] = value.resolved(steps, learned)
             elif isinstance(value, Share):
                 options[name] = max(2, round(value.share * steps))
-        plan: CachePlan = plans.POLICIES[self.policy](info, num_steps=self.run_steps or steps, **options)
+        count = len(visits.visited) if visits else self.run_steps or steps
+        plan: CachePlan = plans.POLICIES[self.policy](info, num_steps=count, **options)
         return shuffle(info, plan) if self.shuffled else plan
+
+    def diffusion(self, steps: int, learned: Path) -> Visits | None:
+        """What the sampler visits, where it is not the default.
+
+        Raises:
+            Missing: there is no such file in the folder `learned`.
+        """
+        return None if self.visits is None else Visits(of=steps, visited=tuple(self.visits.resolved(steps, learned)))
 
 
 def shuffle(info: ModelInfo, plan: CachePlan, seed: int = 0) -> CachePlan:
@@ -150,8 +188,10 @@ def comparison(steps: int) -> list[Row]:
 def branch_rows() -> list[Row]:
     """Methods that reuse or forecast by a fixed schedule."""
     rows = [Row(f"FORA N={n}", "FORA", "fora", {"interval": n}) for n in (2, 3, 4)]
-    for share in FORECAST_SHARES:
+    for share in SHARES:
         rows += [
+            Row(f"DDIM {share:.0%}, steps searched", "fewer steps, searched", "full",
+                visits=Learned(visited_file(share))),
             Row(f"forecast {share:.0%}", "forecast", "forecast", {"i_steps": Share(share)}),
             Row(f"forecast {share:.0%}, steps searched", "forecast, steps searched", "forecast",
                 {"i_steps": Learned(placed_file(share))}),

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -77,10 +77,11 @@ class Store:
         if changed:
             raise ValueError(f"{root} is of other settings ({', '.join(changed)}): choose another --out")
 
-    def row(self, steps: int, name: str, plan: CachePlan) -> Path:
-        """The folder of a row."""
+    def row(self, steps: int, name: str, plan: CachePlan, visited: Sequence[int] = ()) -> Path:
+        """The folder of a row; `visited` are the steps that the sampler visits, where they are not the default."""
         slug = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
-        return self.root / str(steps) / f"{slug}-{digest(plan)}"
+        place = f"-{hashlib.sha256(str(list(visited)).encode()).hexdigest()[:10]}" if visited else ""
+        return self.root / str(steps) / f"{slug}-{digest(plan)}{place}"
 
     @staticmethod
     def has(row: Path, seed: int, chunk: int) -> bool:

@@ -16,9 +16,10 @@ import tcc
 from tcc.metrics import Statistics, frechet_distance, real_statistics
 from tcc.models import DiT, save_weights
 from tcc.plan import CachePlan, Compute, Reuse
+from tcc.samplers import Diffusion
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SCRIPTS = ("quality_rows", "quality_store", "quality_report", "quality")
+SCRIPTS = ("quality_rows", "quality_store", "quality_report", "quality", "quality_learn")
 
 
 @pytest.fixture(scope="module")
@@ -209,9 +210,19 @@ def test_a_plan_is_told_by_its_table_alone(scripts: dict[str, ModuleType]) -> No
     assert len({digest(plan), *map(digest, others)}) == 6
 
 
+def counts(plan: CachePlan) -> dict[tuple[int, str], object]:
+    """How many tokens are recomputed, at every step and branch that computes some."""
+    sizes = {name: len(kept) for name, kept in plan.tokens.items()}
+    updates = {at: action.tokens for at, action in plan.actions.items() if isinstance(action, tcc.Update)}
+    return {at: sizes[tokens] if isinstance(tokens, str) else tokens.count for at, tokens in updates.items()}
+
+
 @pytest.mark.parametrize("kind", ["comparison", "ablation"])
 def test_the_rows_are_plans(scripts: dict[str, ModuleType], kind: str) -> None:
-    """Names are unique; every row that is not learned makes a plan; controls name a row and cost as much as it."""
+    """Names are unique; every row that is not learned makes a plan; controls have the counts of their row.
+
+    They cost no more than it does: what ranks the tokens has its price.
+    """
     quality_rows = scripts["quality_rows"]
     sizes = {"input_size": 32, "patch_size": 4, "in_channels": 1, "hidden_size": 16, "depth": 8, "num_heads": 2}
     model = DiT(**sizes, num_classes=10).eval()  # type: ignore[arg-type]
@@ -219,15 +230,17 @@ def test_the_rows_are_plans(scripts: dict[str, ModuleType], kind: str) -> None:
     listed = getattr(quality_rows, kind)(20)
     assert len({row.name for row in listed}) == len(listed)
 
-    later = ("toca", "duca") if kind == "comparison" else ()  # their token sets are not compiled yet
     fixed = [row for row in listed if not any(isinstance(o, quality_rows.Learned) for o in row.options.values())]
-    fixed = [row for row in fixed if row.policy not in later]
-    made = {row.name: row.plan(info, 20, Path("nowhere")) for row in fixed if row.run_steps is None}
+    paired = {row.control for row in listed} | {row.name for row in listed if row.control}
+    kinds = {(row.policy, tuple(row.options)): row for row in fixed if row.run_steps is None and row.visits is None}
+    fixed = [row for row in fixed if row.name in paired or row in kinds.values()]  # of alike rows the last
+    made = {row.name: row.plan(info, 20, Path("nowhere")) for row in fixed}
     names = {row.name for row in listed}
     for row in listed:
         assert not row.control or row.control in names
         if row.name in made and row.control in made:
-            assert made[row.name].macs == made[row.control].macs
+            assert counts(made[row.name]) == counts(made[row.control])
+            assert made[row.name].macs <= made[row.control].macs
 
 
 @pytest.mark.parametrize(
@@ -270,3 +283,52 @@ def test_a_shuffled_plan_has_the_same_counts_at_other_places(scripts: dict[str, 
         len({tuple(sorted(site for site, action in shuffled.at(s).items() if action == Reuse())) for s in (1, 3, 5)})
         > 1
     )
+
+
+def test_the_sampler_visits_the_steps_that_it_is_given(scripts: dict[str, ModuleType]) -> None:
+    """Timesteps of the longer run; all of them are that run."""
+    visits, every = scripts["quality_rows"].Visits, Diffusion().timesteps(20)
+
+    assert visits(of=20, visited=(0, 3, 19)).timesteps(3) == (every[0], every[3], every[19])
+    assert visits(of=20, visited=tuple(range(20))).steps(20) == Diffusion().steps(20)
+
+
+def test_rows_with_other_steps_to_visit_are_kept_apart(
+    scripts: dict[str, ModuleType], weights: str, tmp_path: Path
+) -> None:
+    """A searched list of steps is run as it is written, and a new list begins a new row."""
+    name = scripts["quality_rows"].visited_file(0.5).format(steps=4)
+    options = ("--seeds", "0", "--samples", "4", "--only", "DDIM 50%", "2 steps", "--learned", str(tmp_path))
+    found = []
+    for number, visited in enumerate(([0, 3], [0, 2])):
+        (tmp_path / name).write_text(json.dumps(visited))
+        results = tmp_path / f"results{number}"
+        assert run(scripts, weights, tmp_path / "out", *options, "--results", str(results)) == 0
+        found.append(rows(results))
+
+    even, placed = (
+        (f["2 steps"]["psnr"]["0"] for f in found),
+        [f["DDIM 50%, steps searched"]["psnr"]["0"] for f in found],
+    )  # type: ignore[index]
+    assert placed[0] == pytest.approx(next(even), rel=1e-6)  # two steps spread evenly are the first and the last
+    assert placed[1] != pytest.approx(placed[0], rel=1e-3)
+
+
+def test_what_the_rows_need_is_made(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
+    """A calibration and searched steps for the reference model are files that the policies take; none is made twice."""
+    learn = scripts["quality_learn"]
+    options = ["--learned", str(tmp_path), "--steps", "4", "--images", "2", "--evaluations", "2", "--threads", "1"]
+    options += ["--backend", "eager", "--only", "calibration", "steps-ddim4-0.5"]
+    assert learn.main(options) == 0
+
+    made = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert made.keys() == {"calibration-ddim4.safetensors", "i-steps-ddim4-0.5.json", "ddim-steps-ddim4-0.5.json"}
+    assert learn.main(options) == 0
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == made
+    info = tcc.inspect(tcc.models.reference_model(), torch.zeros(2, 1, 32, 32), *torch.zeros(2, 2, dtype=torch.int64))
+    needy = [
+        row
+        for row in scripts["quality_rows"].comparison(4)
+        if row.name in ("metric 50%", "forecast 50%, steps searched")
+    ]
+    assert [row.plan(info, 4, tmp_path).num_steps for row in needy] == [4, 4]
