@@ -50,6 +50,17 @@ class Choice:
     grid: tuple[int, ...] = ()
 
     @property
+    def record_slots(self) -> tuple[str, ...]:
+        """The slots of maps and ages that the score reads."""
+        terms = (term for _, term in self.score.terms)
+        found = (
+            map_slot(t.branch) if isinstance(t, Attended) else age_slot(t.site)
+            for t in terms
+            if isinstance(t, (Attended, Stale))
+        )
+        return tuple(dict.fromkeys(found))
+
+    @property
     def own_sets(self) -> bool:
         """Whether every sample has a set of its own."""
         return self.batch > 1 and not self.score.shared

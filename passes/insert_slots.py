@@ -294,25 +294,29 @@ class _Edit:
 
     def choose_tokens(self, number: int, choice: Choice) -> None:
         """Choose a dynamic token set, right after the last value that its score reads."""
-        computed = [s for s in choice.sites if s.name not in choice.stored]
-        ends = [name for s in computed for name in ((s.stream_out,) if s.kind == "block" else s.values)]
-        last = max([self.first, *(self.nodes[name] for name in ends)])
-        ages = (choice.batch, choice.num_tokens)
-        device = self._device
+        sizes, device = (choice.batch, choice.num_tokens), self._device
+        given = {name: self._input(f"table_{name}", shape, torch.float32, device) for name, shape in choice.tables}
+        given |= {slot: self._slot_of(slot, sizes, torch.float32, device) for slot in choice.record_slots}
+        stored = {
+            s: self._slot_of(s.slots[-1], s.shape, s.dtype, device) for s in choice.sites if s.name in choice.stored
+        }
+        ends = [
+            n for s in choice.sites if s not in stored for n in ((s.stream_out,) if s.kind == "block" else s.values)
+        ]
 
         def read(site: Site) -> fx.Node:
-            if site.name in choice.stored:
-                return self._slot_of(site.slots[-1], site.shape, site.dtype, device)
+            if site in stored:
+                return stored[site]
             return self._sum(Entry((site,), Compute())) if site.kind == "block" else self.nodes[site.values[-1]]
 
-        def given(name: str) -> fx.Node:
-            if name in sizes:
-                return self._input(f"table_{name}", sizes[name], torch.float32, device)
-            return self._slot_of(name, ages, torch.float32, device)
-
-        sizes = dict(choice.tables)
+        last = max([self.first.prev, *(self.nodes[name] for name in ends)])
+        at_start = last is self.first.prev
         with self.graph.inserting_before(last.next):
-            self.chosen[str(number)] = choose(self.graph, choice, read, given, last)
+            self.chosen[str(number)] = choose(
+                self.graph, choice, read, given.__getitem__, self.first if at_start else last
+            )
+        if at_start:  # more inputs come before the choice
+            self.first = last.next
         self.count += 1
 
     def record(self, records: Records) -> None:

@@ -109,7 +109,7 @@ def _check_set(step: int, tokens: TopK, uses: list[tuple[Site, Update]], plan: C
                     f"{where}: the samples cannot be followed into the keys of '{site.name}', so that they cannot keep "
                     "tokens of their own: use Score(shared=True) or attention 'current'"
                 )
-    first = min(uses, key=lambda use: _first_use(*use, analysis))
+    first = min(uses, key=lambda use: _first_use(use[0], use[1], analysis))
     for _, term in score.terms:
         if isinstance(term, (Norm, Probe)):
             _check_order(where, analysis.sites[term.site], plan.action(step, term.site), first, analysis)

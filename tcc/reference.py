@@ -278,7 +278,7 @@ def _apart(x: torch.Tensor, axis: Axis, batch: Axis | None) -> torch.Tensor:
     if batch is None:
         return x.reshape(1, -1, x.shape[-1]).transpose(1, 2)
     x = x.movedim(batch.dim - (batch.dim > axis.dim), 0)
-    x = x.unflatten(0, (batch.outer, -1, batch.inner)).movedim(1, 0)
+    x = x.reshape(batch.outer, -1, batch.inner, *x.shape[1:]).movedim(1, 0)
     return x.reshape(x.shape[0], -1, x.shape[-1]).transpose(1, 2)
 
 

@@ -71,7 +71,7 @@ def lower(
         known: what the same backend made of variants of the same model before; new ones are added to it.
 
     Raises:
-        CallError: the mode is not known.
+        CallError: the mode or the backend is not known.
     """
     if mode not in ("default", "reduce-overhead"):
         raise CallError(f"mode={mode!r}: use 'default', or 'reduce-overhead' for CUDA graphs")
@@ -116,9 +116,15 @@ def _backend(backend: str | Backend, options: dict[str, Any]) -> Backend:
         return lambda gm, _: gm.forward
     if backend == "inductor":
         return lambda gm, examples: _inductor(gm, examples, options)
-    from torch._dynamo import lookup_backend  # no public way to fetch a backend by name (torch 2.11-2.13)
+    # no public way to fetch a backend by name (torch 2.11-2.13)
+    from torch._dynamo import list_backends, lookup_backend
+    from torch._dynamo.exc import InvalidBackend
 
-    found: Backend = lookup_backend(backend)
+    try:
+        found: Backend = lookup_backend(backend)
+    except InvalidBackend as error:
+        known = ", ".join(["eager", "inductor", *list_backends()])
+        raise CallError(f"backend={backend!r} is not known: use one of {known}, or a function") from error
     return found
 
 
@@ -187,29 +193,32 @@ class Session:
         Raises:
             CallError: the call differs from the captured one in structure, shape, dtype or device.
         """
-        tensors = self._captured.flatten(args, kwargs)
-        runner, extras = self._steps[self.step]
-        with torch.no_grad():
-            outputs = runner(*tensors, *extras)
-        self.step = (self.step + 1) % len(self._steps)
-        return self._captured.unflatten(list(outputs))
+        return self._run(self._captured.flatten(args, kwargs))
 
     def run_step(self, step: int, *args: Any, **kwargs: Any) -> Any:
         """Run step `step`, which must be the next one (or 0, which starts a new run).
 
         Raises:
-            CallError: `step` is not the next step, or the plan has no such step.
+            CallError: `step` is not the next step, the plan has no such step, or the call differs from the captured
+                one; a run in progress goes on where it was.
         """
         if step >= self.num_steps:
             raise CallError(
                 f"step {step} was called but the plan has {self.num_steps} steps, 0..{self.num_steps - 1}: make the "
                 "plan with the number of steps you run"
             )
-        if step == 0:
-            self.reset()
-        if step != self.step:
+        if step not in (0, self.step):
             raise CallError(
                 f"step {step} was called but the next step is {self.step} of {self.num_steps}: a plan's steps run in "
                 "order. Call reset() to start a new run, and new_session() for a second run at the same time"
             )
-        return self(*args, **kwargs)
+        tensors = self._captured.flatten(args, kwargs)  # before the reset: a refused call changes nothing
+        self.step = step
+        return self._run(tensors)
+
+    def _run(self, tensors: list[torch.Tensor]) -> Any:
+        runner, extras = self._steps[self.step]
+        with torch.no_grad():
+            outputs = runner(*tensors, *extras)
+        self.step = (self.step + 1) % len(self._steps)
+        return self._captured.unflatten(list(outputs))

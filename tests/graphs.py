@@ -33,10 +33,11 @@ class Sketch:
             node.meta["slot"] = name.removeprefix("slot:")
         return node
 
-    def tokens(self, count: int, total: int, number: int = 0) -> tuple[fx.Node, fx.Node]:
-        """The two inputs that describe a token set: kept positions, and the place of every token."""
-        kept = self.input(f"kept_{number}", count, dtype=torch.int64)
-        return kept, self.input(f"place_{number}", total, dtype=torch.int64)
+    def tokens(self, count: int, total: int, number: int = 0, batch: int = 0) -> tuple[fx.Node, fx.Node]:
+        """The two inputs that describe a token set, or one for each of `batch` samples: kept positions, and places."""
+        lead = (batch,) if batch else ()
+        kept = self.input(f"kept_{number}", *lead, count, dtype=torch.int64)
+        return kept, self.input(f"place_{number}", *lead, total, dtype=torch.int64)
 
     def weight(self, name: str, *sizes: int, seed: int = 3) -> fx.Node:
         """A parameter."""
@@ -51,13 +52,15 @@ class Sketch:
         """A call at the end of the graph."""
         return emit(self.graph, target, args, kwargs)
 
-    def gather(self, x: fx.Node, kept: fx.Node, dim: int = 1) -> fx.Node:
+    def gather(self, x: fx.Node, kept: fx.Node, dim: int = 1, *batch: int) -> fx.Node:
         """The kept tokens of `x`."""
-        return self.call(gather_tokens, x, kept, dim)
+        return self.call(gather_tokens, x, kept, dim, *batch)
 
-    def scatter(self, base: fx.Node, rows: fx.Node, kept: fx.Node, place: fx.Node, dim: int = 1) -> fx.Node:
+    def scatter(
+        self, base: fx.Node, rows: fx.Node, kept: fx.Node, place: fx.Node, dim: int = 1, *batch: int
+    ) -> fx.Node:
         """`base` with its kept tokens replaced by `rows`."""
-        return self.call(scatter_tokens, base, rows, kept, place, dim)
+        return self.call(scatter_tokens, base, rows, kept, place, dim, *batch)
 
     def done(self, *outputs: fx.Node, stores: Sequence[str] = ()) -> fx.GraphModule:
         """The module; the last outputs are the new values of the slots `stores`."""
@@ -84,8 +87,8 @@ def calls(gm: fx.GraphModule) -> list[str]:
     return [str(getattr(t, "_schema", None) and t) if hasattr(t, "_schema") else t.__name__ for t in targets]
 
 
-def values(gm: fx.GraphModule, seed: int = 5, kept: Sequence[Sequence[int]] = ()) -> list[Tensor]:
-    """Real inputs for the graph: normal noise, and the token sets `kept` in order."""
+def values(gm: fx.GraphModule, seed: int = 5, kept: Sequence[Sequence[Any]] = ()) -> list[Tensor]:
+    """Real inputs for the graph: normal noise, and the token sets `kept` in order (positions, or sets by sample)."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for node in gm.graph.nodes:
@@ -94,7 +97,10 @@ def values(gm: fx.GraphModule, seed: int = 5, kept: Sequence[Sequence[int]] = ()
             if name.startswith("kept_"):
                 made.append(torch.tensor(kept[int(name[5:])]))
             elif name.startswith("place_"):
-                made.append(place_of(kept[int(name[6:])], val.shape[0]))
+                given, total = kept[int(name[6:])], val.shape[-1]
+                made.append(
+                    torch.stack([place_of(k, total) for k in given]) if val.dim() == 2 else place_of(given, total)
+                )
             else:
                 made.append(torch.randn(val.shape, generator=generator).to(val.dtype))
     return made

@@ -126,6 +126,25 @@ def test_steps_run_in_order(model: tcc.CompiledModel) -> None:
     assert run.step == 1
 
 
+def test_a_refused_step_changes_nothing(model: tcc.CompiledModel) -> None:
+    """A first step with wrong arguments does not end the run in progress."""
+    which, run = case("dit"), model.new_session()
+    run.run_step(0, *which.args)
+    with pytest.raises(CallError):
+        run.run_step(0, which.args[0][:1], *which.args[1:])
+    assert run.step == 1
+    run.run_step(1, *which.args)
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    """With the names that there are."""
+    which = case("dit")
+    with pytest.raises(CallError, match=r"backend='nope' is not known: use one of eager, inductor, .*, or a function"):
+        tcc.compile(
+            which.model, tcc.plans.full(which.info, num_steps=1), backend="nope", example_inputs=(which.args, {})
+        )
+
+
 def test_a_step_after_the_last_is_refused(model: tcc.CompiledModel) -> None:
     """A run with more steps than the plan has is told so, and not to reset."""
     run = model.new_session()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import re
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +15,8 @@ from torch import Tensor, nn
 import tcc
 from tcc.checks import check_model, check_sites, forecast_depth
 from tcc.errors import PlanError
-from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, Update
+from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, Skip, TopK, Update
+from tcc.scores import Attended, Fixed, Norm, Probe, Score, Term
 from tests.tiny_models import Attention, Block, Case, Tokens, case, dit, noise
 
 BLOCK, KEYS = "blocks.0.delta", "blocks.0.attn.kv"
@@ -222,3 +226,116 @@ def test_forecast_depth_is_the_history_that_a_site_needs() -> None:
     rows: dict[tuple[int, str], Action] = {(3, BLOCK): Reuse(2, (1.0, 1.0, 1.0)), (4, BLOCK): Reuse()}
     plan = CachePlan(num_steps=5, actions={**rows, (0, KEYS): Compute()})
     assert (forecast_depth(plan, BLOCK), forecast_depth(plan, KEYS)) == (3, 1)
+
+
+MLP = "blocks.0.mlp.out"
+TABLES = {
+    "s": torch.zeros(16),
+    "b": torch.zeros(3, 16),
+    "t": torch.zeros(4),
+    "w": torch.zeros(32, 4),
+    "v": torch.zeros(8, 4),
+}
+
+
+def dynamic(
+    *terms: Term,
+    count: int = 4,
+    site: str = MLP,
+    name: str = "dit",
+    more: dict[tuple[int, str], Action] | None = None,
+    **options: Any,
+) -> None:
+    """Check a two-step plan whose second step updates one site by a score."""
+    attention = options.pop("attention", "current")
+    actions: dict[tuple[int, str], Action] = {(1, site): Update(TopK("mine", count), attention), **(more or {})}
+    scores = {"mine": Score(tuple((1.0, term) for term in terms), **options)}
+    check_sites(CachePlan(2, actions, TOKENS, scores=scores, tables=TABLES), case(name).info.analysis)
+
+
+BAD_SETS: dict[str, tuple[Callable[[], None], str]] = {
+    "too many": (lambda: dynamic(Fixed("s"), count=17), "TopK(score='mine', count=17): the stream has only 16 tokens"),
+    "unknown site": (
+        lambda: dynamic(Norm("blocks.9.delta")),
+        "score 'mine', Norm(site='blocks.9.delta'): the model has no",
+    ),
+    "unknown branch": (
+        lambda: dynamic(Attended("blocks.0.mlp")),
+        "no branch with one self-attention of that name (such",
+    ),
+    "rows of a table": (lambda: dynamic(Fixed("t")), "table 't' has shape [4], this model needs [16] or [2, 16]"),
+    "samples of a table": (
+        lambda: dynamic(Fixed("b")),
+        "table 'b' has shape [3, 16], this model needs [16] or [2, 16]",
+    ),
+    "width of a probe": (
+        lambda: dynamic(Probe("blocks.0.stream", "v", "t", "t", "s")),
+        "table 'v' has shape [8, 4], this model needs [32, 4]",
+    ),
+    "bias of a probe": (
+        lambda: dynamic(Probe("blocks.0.stream", "w", "t", "t", "t")),
+        "table 't' has shape [4], this model needs [16]",
+    ),
+    "cell": (lambda: dynamic(Fixed("s"), cell=3, bonus=1.0), "cell=3 must divide both sides of the 4 x 4 grid"),
+    "count per cell": (
+        lambda: dynamic(Fixed("s"), cell=2, per_cell=True, count=6),
+        "the count must be a multiple of the 4 cells",
+    ),
+    "no grid": (
+        lambda: _without_grid(),
+        "the model's token grid is unknown for 12 tokens: grid cells need an image grid",
+    ),
+    "its own value": (
+        lambda: (
+            dynamic(Norm("blocks.0.stream"), site="blocks.0.delta", more={(1, "blocks.0.stream"): Compute()})
+            or dynamic(Norm("blocks.1.stream"), site="blocks.0.delta")
+        ),
+        "which the step computes only after the tokens are needed at 'blocks.0.delta': read a site that comes earlier",
+    ),
+    "keys of a later attention": (
+        lambda: (
+            dynamic(Norm("blocks.0.attn.out"), site="blocks.0.mlp.out")
+            or dynamic(Norm("blocks.0.mlp.out"), site="blocks.0.attn.out", attention="kept")
+        ),
+        "the score reads 'blocks.0.mlp.out', which the step computes only after the tokens are needed at",
+    ),
+    "skipped": (
+        lambda: dynamic(Norm("blocks.0.attn.out"), more={(1, "blocks.0.attn.out"): Skip()}),
+        "the score reads 'blocks.0.attn.out', which the step skips",
+    ),
+    "part of a site": (
+        lambda: dynamic(Norm("blocks.0.mlp.delta")),
+        "keeps a part of what 'blocks.0.mlp.out' keeps, which the plan acts on: read 'blocks.0.mlp.out'",
+    ),
+}
+
+
+def _without_grid() -> None:
+    actions: dict[tuple[int, str], Action] = {(1, MLP): Update(TopK("mine", 4))}
+    score = Score(((1.0, Norm(MLP)),), cell=2, per_cell=True)
+    check_sites(CachePlan(2, actions, scores={"mine": score}), case("separate").info.analysis)
+
+
+@pytest.mark.parametrize("kind", BAD_SETS)
+def test_a_dynamic_set_that_the_model_does_not_allow_is_refused(kind: str) -> None:
+    """The message names the score or the set, what is wrong, and what to do."""
+    make, message = BAD_SETS[kind]
+    with pytest.raises(PlanError, match=re.escape(message)):
+        make()
+
+
+def test_samples_that_cannot_be_followed_share_their_set() -> None:
+    """Where the keys' samples are unknown, a set of its own for each sample is refused, and a shared one is not."""
+    analysis = case("dit").info.analysis
+    sites = {name: replace(site, key_batch=(None,) * len(site.attention)) for name, site in analysis.sites.items()}
+    blind = replace(analysis, sites=sites)
+    for shared in (True, False):
+        actions: dict[tuple[int, str], Action] = {(1, BLOCK): Update(TopK("mine", 4), "kept")}
+        plan = CachePlan(2, actions, scores={"mine": Score(((1.0, Norm("blocks.0.stream")),), shared=shared)})
+        if shared:
+            check_sites(plan, blind)
+        else:
+            with pytest.raises(
+                PlanError, match=r"samples cannot be followed into the keys of .* use Score\(shared=True\)"
+            ):
+                check_sites(plan, blind)

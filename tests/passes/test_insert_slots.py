@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from tcc.passes.insert_slots import Entry, InsertSlots, age_of, history
+from tcc.passes.choose_tokens import Choice
+from tcc.passes.insert_slots import Entry, InsertSlots, Records, age_of, history
 from tcc.passes.sites import Site
 from tcc.passes.tokens import Axis
 from tcc.plan import Action, Compute, Hold, Reuse, Skip, Update
+from tcc.scores import Norm, Score, Stale
 from tests.graphs import Sketch, calls, edits, text, values
 from tests.tiny_models import case
 
@@ -231,3 +233,22 @@ def test_no_entries_no_edits() -> None:
     before = text(gm)
     assert edits(gm, InsertSlots(())) == 0
     assert text(gm) == before
+
+
+def test_a_dynamic_set_is_chosen_and_stored_by_sample() -> None:
+    """The tokens of each sample with the highest norm of the stream that enters, by hand; ages start anew for them."""
+    gm, sites = block()
+    read = replace(sites["stream"], name="b.stream", values=(next(iter(gm.graph.nodes)).name,), batch=Axis(0))
+    score = Score(((1.0, Norm("b.stream")), (0.0, Stale("b.mlp.out"))))
+    choice = Choice(score, 3, (), (read,), frozenset(), B, S)
+    out = replace(sites["out"], batch=Axis(0))
+    made = InsertSlots((Entry((out,), Update("0")),), (choice,), S, Records((), (("b.mlp.out", "0"),), (B, S)))
+    assert edits(gm, made) > 0
+    inputs, outputs = run(gm)
+    x, slot = inputs["x"], inputs["slot:b.mlp.out"]
+    kept = torch.zeros(B, S, dtype=torch.bool).scatter(1, x.norm(dim=2).topk(3, dim=1).indices, True)
+    expected = torch.where(kept[..., None], x.exp(), slot)
+    torch.testing.assert_close(outputs["b.mlp.out"], expected)
+    torch.testing.assert_close(outputs["neg"], -(x + 3 * expected))
+    ages = inputs["slot:b.mlp.out.age"]
+    torch.testing.assert_close(outputs["b.mlp.out.age"], torch.where(kept, 0.0, ages + 1))

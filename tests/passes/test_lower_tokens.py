@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import fx
 
@@ -57,6 +58,29 @@ def test_outputs_are_bit_identical_along_every_dimension() -> None:
         before = gm(*inputs)[0]
         assert edits(gm, LowerTokens()) == 2
         assert torch.equal(gm(*inputs)[0], before)
+
+
+def own_sets(dim: int, batch: int) -> fx.GraphModule:
+    """A gather and a scatter along `dim`, of other tokens in each of two samples."""
+    sketch, sizes = Sketch(), [4, 4, 4]
+    sizes[dim], sizes[batch] = 6, 2
+    kept, place = sketch.tokens(3, 6, batch=2)
+    x, base = sketch.input("x", *sizes), sketch.input("base", *sizes)
+    rows = sketch.gather(x, kept, dim, batch)
+    return sketch.done(sketch.scatter(base, sketch.call(aten.neg.default, rows), kept, place, dim, batch))
+
+
+@pytest.mark.parametrize(("dim", "batch"), [(1, 0), (2, 0), (0, 1), (2, 1), (0, 2)])
+def test_a_set_for_every_sample_becomes_a_gather(dim: int, batch: int) -> None:
+    """Positions are expanded over the other dimensions; no scatter and no data-dependent shape is left."""
+    gm = own_sets(dim, batch)
+    inputs = values(gm, kept=[[KEPT, [1, 2, 4]]])
+    before = gm(*inputs)[0]
+    assert edits(gm, LowerTokens()) == 2
+    assert calls(gm).count("aten.gather.default") == 2
+    assert not [name for name in calls(gm) if "scatter" in name or "index" in name]
+    assert torch.equal(gm(*inputs)[0], before)
+    assert edits(gm, LowerTokens()) == 0
 
 
 def test_the_operators_do_what_their_names_say() -> None:

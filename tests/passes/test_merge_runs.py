@@ -95,3 +95,20 @@ def test_a_chain_of_blocks_scatters_once() -> None:
     assert calls(gm).count("scatter_tokens") == 1
     assert calls(gm).count("gather_tokens") == 0
     assert edits(gm, MergeRuns()) == 0
+
+
+def test_sets_of_every_sample_cancel_too() -> None:
+    """The same set along the same dimensions; along other dimensions it stays."""
+    for dims, expected in (((1, 0), 1), ((0, 1), 0)):
+        sketch = Sketch()
+        base, rows, (kept, place) = (
+            sketch.input("base", 4, 4, 2),
+            sketch.input("rows", 4, 2, 2),
+            sketch.tokens(2, 4, batch=4),
+        )
+        gm = sketch.done(sketch.gather(sketch.scatter(base, rows, kept, place, 1, 0), kept, *dims))
+        inputs = values(gm, kept=[[[0, 1], [1, 2], [2, 3], [0, 3]]])
+        before = gm(*inputs)[0]
+        assert edits(gm, MergeRuns()) == expected
+        assert edits(gm, MergeRuns()) == 0
+        assert torch.equal(gm(*inputs)[0], before)

@@ -195,3 +195,93 @@ def test_a_graph_without_gathers_is_left_alone() -> None:
     before = text(gm)
     assert edits(gm, PruneTokens()) == 0
     assert text(gm) == before
+
+
+OWN = [KEPT, OTHER]
+
+
+def own(*extra: str) -> tuple[Sketch, list[fx.Node], fx.Node]:
+    """A sketch with inputs `[B, S, D]` and a token set for each sample."""
+    sketch = Sketch()
+    inputs = [sketch.input(name, B, S, D) for name in ("x", *extra)]
+    return sketch, inputs, sketch.tokens(3, S, batch=B)[0]
+
+
+def prune_own(gm: fx.GraphModule) -> int:
+    """Run the pass; the outputs must stay equal, and a second run must find nothing to do."""
+    inputs = values(gm, kept=[OWN])
+    before = gm(*inputs)
+    count = edits(gm, PruneTokens())
+    for one, other in zip(gm(*inputs), before, strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
+    assert edits(gm, PruneTokens()) == 0
+    return count
+
+
+def test_a_gather_of_every_sample_moves_to_the_input() -> None:
+    """By the same rules, asked for the tokens and for the samples."""
+    sketch, (x,), kept = own()
+    gm = sketch.done(sketch.gather(mlp(sketch, x), kept, 1, 0))
+    assert prune_own(gm) == 1
+    expected, (x,), kept = own()
+    assert text(gm) == text(expected.done(mlp(expected, expected.gather(x, kept, 1, 0))))
+
+
+@pytest.mark.parametrize("sizes", [(S, D), (1, S, D)])
+def test_a_table_that_all_samples_share_is_gathered_for_each(sizes: tuple[int, ...]) -> None:
+    """It is expanded, which copies nothing, and each sample takes its own rows of it."""
+    sketch, (x,), kept = own()
+    summed = sketch.call(aten.add.Tensor, x, sketch.weight("table", *sizes))
+    turned = sketch.call(aten.mul.Tensor, summed, sketch.weight("scale", *sizes))
+    gm = sketch.done(sketch.gather(mlp(sketch, turned), kept, 1, 0))
+    assert prune_own(gm) == 1
+    assert calls(gm).count("gather_tokens") == 3
+    assert calls(gm).count("aten.expand.default") == 2
+
+
+def test_samples_that_share_the_tokens_dimension_are_followed() -> None:
+    """`[B * S, D]` above and below: the products run on three rows of each sample."""
+    sketch, (x,), kept = own()
+    flat = sketch.call(aten.view.default, sketch.call(aten.exp.default, x), [B * S, D])
+    product = sketch.call(aten.linear.default, flat, sketch.weight("w", D, D))
+    gm = sketch.done(sketch.gather(sketch.call(aten.view.default, product, [B, S, D]), kept, 1, 0))
+    assert prune_own(gm) == 1
+    (linear,) = [n for n in gm.graph.nodes if n.target is aten.linear.default]
+    assert linear.meta["val"].shape == (B * 3, D)
+
+
+def test_a_gather_stops_where_flat_rows_are_needed_whole() -> None:
+    """The stop gives tokens and samples dimensions of their own."""
+    sketch, (x,), kept = own()
+    flat = sketch.call(aten.view.default, x, [B * S, D])
+    product = sketch.call(aten.linear.default, sketch.call(aten.exp.default, flat), sketch.weight("w", D, D))
+    out = sketch.call(aten.view.default, product, [B, S, D])
+    gm = sketch.done(sketch.gather(sketch.call(aten.neg.default, out), kept, 1, 0), product)
+    prune_own(gm)
+    (linear,) = [n for n in gm.graph.nodes if n.target is aten.linear.default]
+    assert linear.meta["val"].shape == (B * S, D)
+
+
+def test_a_gather_stops_where_samples_mix() -> None:
+    """A mean over the batch: correct, and nothing is saved above it."""
+    sketch, (x, y), kept = own("y")
+    mixed = sketch.call(aten.cumsum.default, sketch.call(aten.exp.default, x), 0)
+    gm = sketch.done(sketch.gather(sketch.call(aten.add.Tensor, mixed, y), kept, 1, 0))
+    assert prune_own(gm) == 1
+    (total,) = [n for n in gm.graph.nodes if n.target is aten.cumsum.default]
+    assert total.meta["val"].shape == (B, S, D)
+
+
+def test_positions_that_are_computed_late_come_before_what_they_gather() -> None:
+    """A set that is chosen after the values it gathers: the pass keeps the order of computation."""
+    sketch = Sketch()
+    x, y, scores = (sketch.input(name, B, S, D) for name in ("x", "y", "scores"))
+    early = mlp(sketch, sketch.call(aten.mul.Tensor, x, sketch.weight("table", S, D)))
+    order = sketch.call(aten.sort.default, sketch.call(aten.sum.dim_IntList, scores, [2]))
+    ranks = sketch.call(operator.getitem, order, 1)
+    kept = sketch.call(aten.slice.Tensor, ranks, 1, 0, 3)
+    gm = sketch.done(sketch.gather(early, kept, 1, 0), y)
+    assert prune_own(gm) == 1
+    gm.graph.lint()
+    (linear,) = [n for n in gm.graph.nodes if n.target is aten.linear.default]
+    assert linear.meta["val"].shape == (B, 3, 8)
