@@ -38,6 +38,7 @@ class Choice:
         batch: the samples, B.
         num_tokens: the tokens, S.
         grid: the image grid, where the score speaks of cells.
+        image: the positions of the image tokens, from and up to but not including, likewise.
     """
 
     score: Score
@@ -48,6 +49,7 @@ class Choice:
     batch: int
     num_tokens: int
     grid: tuple[int, ...] = ()
+    image: tuple[int, int] = (0, 0)
 
     @property
     def record_slots(self) -> tuple[str, ...]:
@@ -161,22 +163,28 @@ def _term(
 
 
 def _in_cells(build: _Build, x: fx.Node, choice: Choice) -> fx.Node:
-    """`[B, S]` -> `[B, cells, tokens of a cell]`."""
+    """`[B, S]` -> `[B, cells, tokens of a cell]`, of the image tokens."""
+    if choice.image != (0, choice.num_tokens):
+        x = build(aten.slice.Tensor, x, 1, *choice.image)
     sizes, cell = _cell_sizes(choice, shape(x)[0])
     x = build(aten.permute.default, build(aten.reshape.default, x, sizes), [0, 1, 2, 4, 3, 5])
     return build(aten.reshape.default, x, [shape(x)[0], -1, cell * cell])
 
 
-def _from_cells(build: _Build, x: fx.Node, choice: Choice) -> fx.Node:
-    """The inverse of `_in_cells`."""
+def _from_cells(build: _Build, x: fx.Node, others: fx.Node, choice: Choice) -> fx.Node:
+    """The inverse of `_in_cells`; tokens that are no image tokens have their value in `others`, `[B, S]`."""
     (batch, frames, rows, _, columns, _), cell = _cell_sizes(choice, shape(x)[0])
     x = build(aten.reshape.default, x, [batch, frames, rows, columns, cell, cell])
-    return build(aten.reshape.default, build(aten.permute.default, x, [0, 1, 2, 4, 3, 5]), [batch, -1])
+    x = build(aten.reshape.default, build(aten.permute.default, x, [0, 1, 2, 4, 3, 5]), [batch, -1])
+    start, stop = choice.image
+    before = [build(aten.slice.Tensor, others, 1, 0, start)] if start else []
+    after = [build(aten.slice.Tensor, others, 1, stop, choice.num_tokens)] if stop < choice.num_tokens else []
+    return build(aten.cat.default, [*before, x, *after], 1) if before or after else x
 
 
 def _cell_sizes(choice: Choice, batch: int) -> tuple[list[int], int]:
     cell, (height, width) = choice.score.cell, choice.grid[-2:]
-    frames = choice.num_tokens // (height * width)
+    frames = (choice.image[1] - choice.image[0]) // (height * width)
     return [batch, frames, height // cell, cell, width // cell, cell], cell
 
 
@@ -185,7 +193,7 @@ def _with_bonus(build: _Build, scores: fx.Node, choice: Choice) -> fx.Node:
     cells = _in_cells(build, scores, choice)
     best = build(aten.eq.Scalar, _ranks(build, cells), 0)
     more = build(aten.mul.Tensor, cells, 1 + choice.score.bonus)
-    return _from_cells(build, build(aten.where.self, best, more, cells), choice)
+    return _from_cells(build, build(aten.where.self, best, more, cells), scores, choice)
 
 
 def _ranks(build: _Build, scores: fx.Node) -> fx.Node:
@@ -203,8 +211,10 @@ def _highest(build: _Build, scores: fx.Node, choice: Choice) -> tuple[fx.Node, f
     """Kept positions and places of the tokens with the highest scores."""
     if choice.score.per_cell:
         cells = _in_cells(build, scores, choice)
-        each = choice.count // shape(cells)[1]
-        is_kept = _from_cells(build, build(aten.lt.Scalar, _ranks(build, cells), each), choice)
+        others = choice.num_tokens - (choice.image[1] - choice.image[0])
+        each = (choice.count - others) // shape(cells)[1]
+        always = build(aten.full_like.default, scores, True, dtype=torch.bool)
+        is_kept = _from_cells(build, build(aten.lt.Scalar, _ranks(build, cells), each), always, choice)
     else:
         is_kept = build(aten.lt.Scalar, _ranks(build, scores), choice.count)
     ones = build(aten._to_copy.default, is_kept, dtype=torch.int64)

@@ -40,11 +40,6 @@ def check_scores(plan: CachePlan, analysis: Analysis) -> None:
             _check_set(step, tokens, found, plan, analysis)
 
 
-def num_cells(score: Score, analysis: Analysis) -> int:
-    """The grid cells of a score."""
-    return analysis.num_tokens // score.cell**2
-
-
 def _check_branch(where: str, term: Attended, analysis: Analysis) -> None:
     keys = analysis.sites.get(f"{term.branch}.kv")
     if keys is None or keys.reason or (keys.batch is None and analysis.batch > 1):
@@ -83,7 +78,7 @@ def _check_value(where: str, site: Site, plan: CachePlan, analysis: Analysis) ->
 
 def _check_cells(name: str, score: Score, analysis: Analysis) -> None:
     grid = analysis.grid
-    if len(grid) not in (2, 3) or math.prod(grid) != analysis.num_tokens:
+    if len(grid) not in (2, 3):
         raise PlanError(
             f"score '{name}': the model's token grid is {grid or 'unknown'} for {analysis.num_tokens} tokens: grid "
             "cells need an image grid; use cell=0, bonus=0 and per_cell=False"
@@ -97,11 +92,15 @@ def _check_set(step: int, tokens: TopK, uses: list[tuple[Site, Update]], plan: C
     where = f"step {step}, {tokens}"
     if tokens.count > analysis.num_tokens:
         raise PlanError(f"{where}: the stream has only {analysis.num_tokens} tokens")
-    if score.per_cell and tokens.count % num_cells(score, analysis):
-        raise PlanError(
-            f"{where}: score '{tokens.score}' keeps the same number in every cell: the count must be a multiple of "
-            f"the {num_cells(score, analysis)} cells"
-        )
+    if score.per_cell:
+        cells = math.prod(analysis.grid) // score.cell**2
+        others = analysis.num_tokens - math.prod(analysis.grid)
+        if tokens.count <= others or (tokens.count - others) % cells:
+            beside = f"the {others} tokens that are no image tokens, and " if others else ""
+            raise PlanError(
+                f"{where}: score '{tokens.score}' keeps the same number in every cell: the count must be {beside}a "
+                f"multiple of the {cells} cells"
+            )
     if analysis.batch > 1 and not score.shared:
         for site, action in uses:
             if site.batch is None or (action.attention == "kept" and None in site.key_batch):

@@ -183,6 +183,7 @@ def _choice(plan: CachePlan, analysis: Analysis, step: int, tokens: TopK, tables
         batch=analysis.batch,
         num_tokens=analysis.num_tokens,
         grid=analysis.grid if score.cell else (),
+        image=analysis.image_tokens if score.cell else (0, 0),
     )
 
 

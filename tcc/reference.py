@@ -177,9 +177,13 @@ class Reference:
         score = self._plan.score_of(tokens)
         scores = self._scores(score, env)
         scores = scores.mean(0, keepdim=True) if score.shared else scores
-        cells, count = self._cells(score), tokens.count
-        groups = cells if score.per_cell else [torch.arange(scores.shape[1])]
+        groups, count = [torch.arange(scores.shape[1])], tokens.count
         kept = torch.zeros(scores.shape, dtype=torch.bool)
+        if score.per_cell:
+            groups = self._cells(score)
+            kept[:] = True  # what is no image token
+            kept[:, torch.cat(groups)] = False
+            count -= int(kept[0].sum())
         for row in range(scores.shape[0]):
             for group in groups:
                 order = scores[row, group].cpu().argsort(descending=True, stable=True)
@@ -225,7 +229,7 @@ class Reference:
         """The token positions of every grid cell."""
         if not score.cell:
             return []
-        places = torch.arange(self._analysis.num_tokens).view(-1, *self._analysis.grid[-2:])
+        places = torch.arange(*self._analysis.image_tokens).view(-1, *self._analysis.grid[-2:])
         return [
             cell.flatten()
             for frame in places

@@ -99,7 +99,8 @@ class Score:
         terms: `((weight, term), ...)`.
         cell: the side of the grid cells (of one frame) that `bonus` and `per_cell` speak of; 0 for none.
         bonus: in every cell, the highest token gets this share of its own score on top (ToCa, s4).
-        per_cell: keep the same number of tokens in every cell (grid-based pruning, TokenCache v1).
+        per_cell: keep the same number of tokens in every cell (grid-based pruning, TokenCache v1), and all tokens that
+            are no image tokens; the count is of all of them together.
         shared: rank the tokens once for the whole batch, by the mean over the samples.
     """
 

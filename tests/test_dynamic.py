@@ -259,3 +259,21 @@ def test_gathers_of_each_sample() -> None:
     assert torch.equal(gather_tokens(x, kept, 1, 0), expected)
     assert torch.equal(gather_tokens(x.transpose(0, 1), kept, 0, 1), expected.transpose(0, 1))
     assert torch.equal(gather_tokens(x[:, None], kept, 2, 0), expected[:, None])
+
+
+@pytest.mark.parametrize("options", [{"cell": 2, "bonus": 2.0}, {"cell": 2, "per_cell": True}], ids=str)
+def test_cells_hold_image_tokens_alone(options: dict[str, float]) -> None:
+    """U-ViT puts other tokens first: cells begin behind them, and a count per cell keeps them all beside it."""
+    which = case("uvit")
+    start, stop = which.info.image_tokens
+    assert start > 0
+    site = next(s.name for s in which.info.sites.values() if s.name.endswith(".mlp.delta"))
+    score = replace(Score(((1.0, Fixed("one")), (1.0, Norm(site)))), **options)
+    plan = dynamic_plan(which, score, kind="delta", only="mlp", keep=lambda n: start + (stop - start) // 2)
+    run, reference = session(which, plan), tcc.Reference(which.model, plan, which.info)
+    for step in range(STEPS):
+        assert relative_error(call(run, which, step), call(reference, which, step)) <= CLOSE
+        if step % 3 and score.per_cell:
+            assert bool(kept_of(reference)[:, :start].all())
+            cells = kept_of(reference)[:, start:stop].unflatten(1, (*which.info.grid[:1], -1))
+            assert set(cells.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).sum((2, 4)).flatten().tolist()) == {2}

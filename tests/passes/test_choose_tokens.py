@@ -17,7 +17,7 @@ B, S, D = 2, 16, 3
 def chosen(score: Score, table: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """What the graph of a choice by one table returns: kept positions and places."""
     sketch = Sketch()
-    choice = Choice(score, count, (("0", tuple(table.shape)),), (), frozenset(), B, S, (4, 4))
+    choice = Choice(score, count, (("0", tuple(table.shape)),), (), frozenset(), B, S, (4, 4), (0, 16))
     node = sketch.input("table", *table.shape)
     end = sketch.call(torch.ops.aten.neg.default, node)
     kept, place = choose(sketch.graph, choice, lambda _: end, lambda _: node, end)
