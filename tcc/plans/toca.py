@@ -212,8 +212,10 @@ class _Table:
                 self.actions[step, "out.stream"] = Hold() if kind == "aggressive" else Compute()
         self._keep_values()
         policy = {"name": self.name, **asdict(self.options)}
-        data = {"tokens": self.tokens, "scores": self.scores, "tables": self.tables}
-        return self.info.count(CachePlan(len(self.kinds), self.actions, policy=policy, **data))
+        plan = CachePlan(
+            len(self.kinds), self.actions, self.tokens, policy=policy, scores=self.scores, tables=self.tables
+        )
+        return self.info.count(plan)
 
     def _partial(self, step: int, site: Site) -> Action:
         """Some tokens of the site, or none."""
