@@ -28,7 +28,7 @@ _LOOKS = {
     "hold": "#d07c5c",
     "skip": "#e4e4e4",
 }
-_SCORES = 6  # scores that a summary spells out
+_SHOWN = 6  # sizes of token sets, and scores, that a summary spells out
 _WIDTH = 100  # characters to a line of the schedule
 
 
@@ -178,15 +178,28 @@ def _short(option: Any) -> str:
 
 
 def _token_lines(plan: CachePlan) -> list[str]:
-    """One line for each token set: its name, size and share."""
-    lines = []
+    """The static token sets by their size, and what dynamic ones are chosen by."""
+    sizes: dict[int, list[str]] = {}
     for name, kept in plan.tokens.items():
-        share = _share(plan, kept.numel())
-        of = f" of {plan.model.num_tokens} ({share:.0%})" if plan.model and share is not None else ""
-        lines.append(f"{name}: {kept.numel()}{of}")
+        sizes.setdefault(kept.numel(), []).append(name)
+    lines = [f"{_sets(names)}: {_out_of(plan, size)}" for size, names in [*sizes.items()][:_SHOWN]]
+    if rest := [*sizes.items()][_SHOWN:]:
+        lines.append(
+            f"and {_sets([n for _, names in rest for n in names])}: {_range(sorted(size for size, _ in rest))}"
+        )
     dynamic = _dynamic(plan)
-    lines += [f"top {_range(dynamic[name])} by {name}: {_formula(plan.scores[name])}" for name in [*dynamic][:_SCORES]]
-    return lines + ([f"and by {len(dynamic) - _SCORES} more scores"] if len(dynamic) > _SCORES else [])
+    lines += [f"top {_range(dynamic[name])} by {name}: {_formula(plan.scores[name])}" for name in [*dynamic][:_SHOWN]]
+    return lines + ([f"and by {len(dynamic) - _SHOWN} more scores"] if len(dynamic) > _SHOWN else [])
+
+
+def _sets(names: list[str]) -> str:
+    """One set by its name, several by their number."""
+    return names[0] if len(names) == 1 else f"{len(names)} sets"
+
+
+def _out_of(plan: CachePlan, count: int) -> str:
+    share = _share(plan, count)
+    return f"{count} of {plan.model.num_tokens} ({share:.0%})" if plan.model and share is not None else str(count)
 
 
 def _dynamic(plan: CachePlan) -> dict[str, list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,18 @@ def test_summary_says_it_all_in_few_lines() -> None:
         "bound    1.60x: the speedup that the MACs allow; measure to know the real one",
         "slots    1.5 MiB for the batch it was made for",
     ]
+
+
+def test_summary_counts_token_sets_by_their_size() -> None:
+    """Six hundred sets are a line or a few, whatever their sizes; the facts name each."""
+    sizes = [32] * 599 + [*range(33, 40)] + [39]
+    sets = {f"kept{i}": torch.arange(size) for i, size in enumerate(sizes)}
+    plan = replace(a_plan(), tokens=sets, model=ModelKey("0" * 64, (), 64))
+    lines = [line[9:] for line in summary(plan).splitlines()]
+    assert lines[4:7] == ["599 sets: 32 of 64 (50%)", "kept599: 33 of 64 (52%)", "kept600: 34 of 64 (53%)"]
+    assert lines[9:11] == ["kept603: 37 of 64 (58%)", "and 3 sets: 38..39"]
+    assert len(lines) == 12
+    assert len(facts(plan)["tokens"]) == 607
 
 
 def test_summary_names_what_dynamic_sets_are_chosen_by() -> None:
