@@ -124,7 +124,8 @@ class TablePredictor(Predictor):
 
     def logits(self, step: int, stream: Tensor | None = None) -> Tensor:
         """`[1, blocks, S]`."""
-        return self.table[step][None]
+        table: Tensor = self.table[step]
+        return table[None]
 
 
 class NetworkPredictor(Predictor):
@@ -194,7 +195,8 @@ class StreamPredictor(Predictor):
             raise PlanError("this predictor depends on the stream: call it with the stream that enters block 0")
         x = F.layer_norm(stream.float(), stream.shape[-1:])
         x = F.gelu(x @ self.hidden + self.offset)
-        return torch.einsum("bsh,lh->bls", x, self.weight[step]) + self.bias[step]
+        logits: Tensor = torch.einsum("bsh,lh->bls", x, self.weight[step]) + self.bias[step]
+        return logits
 
     def calibrate(self, streams: Sequence[Tensor]) -> None:
         """Set the mean importance from samples: what places I-steps and ranks blocks (TokenCache v2).
