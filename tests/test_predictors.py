@@ -52,6 +52,25 @@ def test_it_starts_halfway(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_a_mean_that_is_held(form: str) -> None:
+    """The mean logit is that of the mean importance, per step and sample; the weights only distribute it."""
+    free, held = scrambled(form), FORMS[form](SIZES, mean=0.3)
+    assert torch.allclose(held(2, STREAM), torch.tensor(0.3))
+    held.load_state_dict(free.state_dict())
+    logits = held(2, STREAM).logit()
+    wanted = torch.full((len(logits),), math.log(0.3 / 0.7))
+    torch.testing.assert_close(logits.mean(dim=(1, 2)), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits - logits[:, :1, :1], (x := free.logits(2, STREAM)) - x[:, :1, :1])
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.0, float("nan")])
+def test_a_mean_that_cannot_be_held(mean: float) -> None:
+    """At 0 and 1 there is nothing to distribute."""
+    with pytest.raises(PlanError, match="a mean importance that is held lies between 0 and 1"):
+        FORMS["table"](SIZES, mean=mean)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_any_importances_can_be_learned_on_one_step(form: str) -> None:
     """A gradient reaches all parameters but those of other steps; 400 steps of Adam come close to one target."""
     predictor = FORMS[form](SIZES)
@@ -143,7 +162,7 @@ def test_a_saved_predictor_is_the_same(form: str, tmp_path: Path) -> None:
     """The form, the sizes and every bit of the weights, also of other widths than the default."""
     predictor: Predictor = scrambled(form)
     if form != "table":
-        predictor = FORMS[form](SIZES, hidden=24)  # type: ignore[call-arg]
+        predictor = FORMS[form](SIZES, mean=0.25, hidden=24)  # type: ignore[call-arg]
     predictor.save(tmp_path / "g.safetensors")
     loaded = load_predictor(tmp_path / "g.safetensors")
     assert type(loaded) is type(predictor)
@@ -156,6 +175,7 @@ def test_a_saved_predictor_is_the_same(form: str, tmp_path: Path) -> None:
 def bad_predictors(folder: Path) -> dict[str, Path]:
     """Files that are no predictor."""
     header = {"form": "table", "sizes": {"steps": 1, "blocks": 1, "tokens": 4, "width": 8, "grid": [2, 2]}}
+    header |= {"mean": None}
     contents: dict[str, tuple[dict[str, torch.Tensor], Any]] = {
         "bare tensors": ({"table.0": torch.zeros(1, 4)}, None),
         "another form": ({"table.0": torch.zeros(1, 4)}, header | {"form": "oracle"}),

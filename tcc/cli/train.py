@@ -237,13 +237,16 @@ def predictor(
       tcc train predictor --out tokens50.safetensors --learned importance.safetensors
       tcc train predictor --form stream --data photos --target 0.5 -o keep=0.25 --out tokens50.safetensors
     """
-    run = Run(model, data, recipe, steps, (k1, k2), sites, price, target, compare, cfg, batch, groups, device, compile)
+    run = Run(
+        model, data, recipe, steps, (k1, k2), sites, price, target, compare, cfg, batch, groups, device, compile,
+        held=target is not None,
+    )  # fmt: skip
     level = {"out": "out", "delta": "branch", "block": "block"}[sites]
     planned = Planned.of("tokencache", "importance", [f"k1={k1}", f"k2={k2}", f"level={level}", *(option or [])])
     rate = {"table": 0.1, "network": 0.01, "stream": 0.05}[form] if lr is None else lr
     settings = settings_of(iterations, minutes, rate, groups, seed)
 
     def make(info: ModelInfo, names: tuple[str, ...], choices: Choices) -> Weights:
-        return TokenWeights(FORMS[form](Sizes.of(info, steps), seed=seed), info, choices).to(device)
+        return TokenWeights(FORMS[form](Sizes.of(info, steps), seed=seed, mean=target), info, choices).to(device)
 
     run_training(run, settings, make, planned, Files(out, learned, json), plan_batch)

@@ -55,6 +55,7 @@ class Run:
     groups: int
     device: str
     fast: bool
+    held: bool = False  # whether the weights keep to the target by themselves
 
     def __post_init__(self) -> None:
         if self.batch % self.groups:
@@ -82,7 +83,7 @@ class Run:
     def budget(self) -> Budget:
         """The price of computing."""
         price = self.price if self.price is not None else (2e-6 if self.target is None else 0.0)
-        return Budget(price, self.target)
+        return Budget(price, self.target, 0.0 if self.held else 1.0)
 
     def choices(self, names: tuple[str, ...]) -> Choices:
         """The P-steps of the schedule; from the image backwards for pairs, so that an even run ends with a P-step."""

@@ -58,19 +58,32 @@ class Sizes:
 class Predictor(nn.Module, ABC):
     """`g(l, t)`: an importance in 0..1 for every token of every block.
 
-    Every form starts at importance 0.5 everywhere: halfway between what is stored and what is computed, where the
-    sigmoid's gradient is largest. The penalty on it is its mean.
+    Every form starts with one importance everywhere: `mean`, or else 0.5, halfway between what is stored and what is
+    computed, where the sigmoid's gradient is largest.
+
+    The published loss alone is least where everything is computed. Either a penalty on the mean importance is added to
+    it, or the importance is held at a mean: then only its distribution over blocks and tokens is learned. That needs no
+    penalty, whose right size differs from step to step with the size of the error (by five orders on the reference
+    model), and which drowns the error where it is too large.
 
     Args:
         sizes: what it speaks about.
         seed: seed of the initial weights; the same seed gives the same weights on every device.
+        mean: the importance of the mean logit, at every step (of every sample, where it depends on the stream); None
+            leaves the logits free.
+
+    Raises:
+        PlanError: the mean is not between 0 and 1.
     """
 
     form: ClassVar[str]
 
-    def __init__(self, sizes: Sizes, *, seed: int = 0) -> None:
+    def __init__(self, sizes: Sizes, *, seed: int = 0, mean: float | None = None) -> None:
         super().__init__()
+        if mean is not None and not 0 < mean < 1:
+            raise PlanError(f"mean={mean}: a mean importance that is held lies between 0 and 1")
         self.sizes = sizes
+        self.held = mean
         self._draw = torch.Generator().manual_seed(seed)
 
     @abstractmethod
@@ -87,7 +100,10 @@ class Predictor(nn.Module, ABC):
         Returns:
             `[1, blocks, S]`, or `[B, blocks, S]` where it depends on the stream; float32 in 0..1.
         """
-        return torch.sigmoid(self.logits(step, stream))
+        logits = self.logits(step, stream)
+        if self.held is not None:
+            logits = logits - logits.mean(dim=(1, 2), keepdim=True) + math.log(self.held / (1 - self.held))
+        return torch.sigmoid(logits)
 
     def importance(self) -> Importance:
         """The importances of all steps, for a form that needs no stream."""
@@ -100,7 +116,7 @@ class Predictor(nn.Module, ABC):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the weights and sizes as one safetensors file, replacing it atomically."""
-        header = {"form": self.form, "sizes": asdict(self.sizes), "version": 1}
+        header = {"form": self.form, "sizes": asdict(self.sizes), "mean": self.held, "version": 1}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         partial = Path(f"{os.fspath(path)}.partial")
         safetensors.torch.save_file(tensors, partial, metadata={_HEADER: json.dumps(header)})
@@ -118,8 +134,8 @@ class TablePredictor(Predictor):
 
     form = "table"
 
-    def __init__(self, sizes: Sizes, *, seed: int = 0) -> None:
-        super().__init__(sizes, seed=seed)
+    def __init__(self, sizes: Sizes, *, seed: int = 0, mean: float | None = None) -> None:
+        super().__init__(sizes, seed=seed, mean=mean)
         self.table = nn.ParameterList(torch.zeros(sizes.blocks, sizes.tokens) for _ in range(sizes.steps))
 
     def logits(self, step: int, stream: Tensor | None = None) -> Tensor:
@@ -139,14 +155,15 @@ class NetworkPredictor(Predictor):
     Args:
         sizes: what it speaks about.
         seed: seed of the initial weights.
+        mean: see `Predictor`.
         hidden: width of both layers.
     """
 
     form = "network"
     waves = 5
 
-    def __init__(self, sizes: Sizes, *, seed: int = 0, hidden: int = 64) -> None:
-        super().__init__(sizes, seed=seed)
+    def __init__(self, sizes: Sizes, *, seed: int = 0, mean: float | None = None, hidden: int = 64) -> None:
+        super().__init__(sizes, seed=seed, mean=mean)
         axes = len(sizes.grid) or 1
         self.block = self._normal(sizes.blocks, hidden, std=0.5)
         self.time = self._normal(2 * self.waves, hidden, std=self.waves**-0.5)
@@ -176,13 +193,14 @@ class StreamPredictor(Predictor):
     Args:
         sizes: what it speaks about.
         seed: seed of the initial weights.
+        mean: see `Predictor`.
         hidden: width H of the hidden layer.
     """
 
     form = "stream"
 
-    def __init__(self, sizes: Sizes, *, seed: int = 0, hidden: int = 16) -> None:
-        super().__init__(sizes, seed=seed)
+    def __init__(self, sizes: Sizes, *, seed: int = 0, mean: float | None = None, hidden: int = 16) -> None:
+        super().__init__(sizes, seed=seed, mean=mean)
         self.hidden = self._normal(sizes.width, hidden, std=sizes.width**-0.5)
         self.offset = nn.Parameter(torch.zeros(hidden))
         self.weight = nn.ParameterList(torch.zeros(sizes.blocks, hidden) for _ in range(sizes.steps))
@@ -238,7 +256,7 @@ def load_predictor(path: str | os.PathLike[str]) -> Predictor:
         given = header["sizes"]
         sizes = Sizes(**(given | {"grid": tuple(given["grid"])}))
         width = {} if header["form"] == "table" else {"hidden": state["offset"].numel()}
-        predictor = FORMS[header["form"]](sizes, **width)
+        predictor = FORMS[header["form"]](sizes, mean=header["mean"], **width)
         predictor.load_state_dict(state, strict=True)
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise PlanError(f"{path} is no predictor: make one with `tcc train predictor`") from error
