@@ -27,7 +27,7 @@ from typing import Any
 
 import quality_report
 import torch
-from quality_rows import UNCACHED, Missing, Row, Visits, ablation, comparison
+from quality_rows import CORE, UNCACHED, Missing, Row, Visits, ablation, comparison
 from quality_store import Store, digest
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -264,6 +264,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--samples", type=int, help="samples per row and seed; report: count so many [default: all]")
     parser.add_argument("--ablation", action="store_true", help="the rows that differ from a base in one option")
+    parser.add_argument("--core", action="store_true", help="only the rows that the claims rest on")
     parser.add_argument("--only", nargs="+", default=[], help="rows whose name holds one of these words")
     parser.add_argument("--learned", type=Path, default=Path("learned"), help="folder of trained routers, importances")
     parser.add_argument("--model", help="a weights file [default: the reference model]")
@@ -276,6 +277,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=60.0, help="time: no further round of a row after so many")
     parser.add_argument("--results", type=Path, help="report: also write the table, the plots and the numbers here")
     return parser.parse_args(arguments)
+
+
+def chosen_rows(args: argparse.Namespace, steps: int) -> list[Row]:
+    """The rows that the command line asks for; the uncached run is always among them."""
+    rows = ablation(steps) if args.ablation else comparison(steps)
+    rows = [row for row in rows if row == UNCACHED or not args.core or row.name.startswith(CORE)]
+    return [row for row in rows if row == UNCACHED or not args.only or any(word in row.name for word in args.only)]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -293,9 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
     bench = Bench(model, batch=args.batch, backend=args.backend)
     found: list[Entry] = []
     for steps in args.steps:
-        rows = ablation(steps) if args.ablation else comparison(steps)
-        chosen = [r for r in rows if r == UNCACHED or not args.only or any(word in r.name for word in args.only)]
-        found += entries(bench, store, chosen, steps, args.learned, console)
+        found += entries(bench, store, chosen_rows(args, steps), steps, args.learned, console)
     if args.what == "run":
         run(bench, found, args.seeds, args.samples or LEVELS[-1], args.chunk, args.hours)
     elif args.what == "time":

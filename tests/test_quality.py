@@ -332,3 +332,11 @@ def test_what_the_rows_need_is_made(scripts: dict[str, ModuleType], tmp_path: Pa
         if row.name in ("metric 50%", "forecast 50%, steps searched")
     ]
     assert [row.plan(info, 4, tmp_path).num_steps for row in needy] == [4, 4]
+
+
+def test_every_core_name_names_a_row(scripts: dict[str, ModuleType]) -> None:
+    """The list of core rows and the list of rows agree."""
+    rows = scripts["quality_rows"]
+    names = [row.name for steps in (50, 20) for row in rows.comparison(steps)]
+
+    assert all(any(name.startswith(core) for name in names) for core in rows.CORE)
