@@ -153,6 +153,15 @@ def test_user_mistakes_are_one_line(run: Invoke) -> None:
     assert not Path("plan.safetensors").exists()
 
 
+@pytest.mark.parametrize("option", ["--out", "--learned", "--json"])
+def test_what_cannot_be_written_is_said_before_training(run: Invoke, option: str) -> None:
+    """Not after it, when the time is spent."""
+    for path, message in (("nowhere/x", "there is no folder nowhere: make it first"), ("photos", "photos is a folder")):
+        result = run("router", *SHORT, "--iterations", "1", "--out", "plan.safetensors", option, path, exit_code=2)
+        assert message in plain(result.output)
+    assert not Path("plan.state.safetensors").exists()
+
+
 def test_help_teaches(run: Invoke) -> None:
     """What is learned, from what, and examples."""
     text = plain(run("--help").output)

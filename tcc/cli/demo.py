@@ -33,7 +33,12 @@ __all__ = ["demo"]
 
 _EAGER, _COMPILED = "uncached, eager", "uncached, compiled"
 
-Out = Annotated[Path, typer.Option(metavar="FILE", help="The picture to write: a row of images per method.")]
+Out = Annotated[
+    Path,
+    typer.Option(
+        metavar="FILE", callback=options.in_a_folder, help="The picture to write: a row of images per method."
+    ),
+]
 Steps = Annotated[int, typer.Option(min=2, max=1000, help="DDIM steps.")]
 Rounds = Annotated[int, typer.Option(min=1, help="How often every method is run.")]
 Seconds = Annotated[float, typer.Option(help="No further round begins after so many seconds of measuring.")]

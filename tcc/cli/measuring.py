@@ -64,7 +64,9 @@ def _run(model: str, images: int, steps: int, cfg: float) -> _Run:
 
 
 def steps(
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The plan to write.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", callback=options.in_a_folder, help="The plan to write.", show_default=False)
+    ],
     json: options.Json = None,
     model: options.WeightsName = "reference",
     num_steps: Steps = 50,
@@ -129,7 +131,12 @@ def _quality(
 
 
 def errors(
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The measurement to write.", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE", callback=options.in_a_folder, help="The measurement to write.", show_default=False
+        ),
+    ],
     model: options.WeightsName = "reference",
     num_steps: Steps = 50,
     back: Annotated[int, typer.Option(min=1, help="Compare with values up to so many steps older.")] = 3,

@@ -17,9 +17,24 @@ __all__ = [
     "ModelName",
     "Seed",
     "WeightsName",
+    "in_a_folder",
     "numbers",
     "whole_numbers",
 ]
+
+
+def in_a_folder(path: Path | None) -> Path | None:
+    """What is to be written, if its folder is there: said before hours of work, not after.
+
+    Raises:
+        typer.BadParameter: there is no such folder, or the path is a folder itself.
+    """
+    if path is not None and not path.absolute().parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {path.parent}: make it first")
+    if path is not None and path.is_dir():
+        raise typer.BadParameter(f"{path} is a folder: name a file")
+    return path
+
 
 _MODEL = (
     "[bold]reference[/] (the trained model that comes with tcc), a size such as [bold]DiT-S/2[/], [bold]UViT-S/2[/], "
@@ -37,7 +52,10 @@ InputSize = Annotated[
 Batch = Annotated[
     int, typer.Option("--batch", "-b", min=1, help="Rows of one model call: images, times two under guidance.")
 ]
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the numbers as JSON.")]
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Also write the numbers as JSON.", callback=in_a_folder),
+]
 Backend = Annotated[
     Literal["inductor", "eager"],
     typer.Option(help="[bold]inductor[/] compiles (seconds to a minute per variant), [bold]eager[/] only rewrites."),

@@ -31,8 +31,13 @@ Options = Annotated[
 Policies = Annotated[bool, typer.Option("--policies", help="List the policies and stop.")]
 Explain = Annotated[bool, typer.Option("--explain", help="Explain the policy and its options, and stop.")]
 Steps = Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps of one run.")]
-Out = Annotated[Path | None, typer.Option(metavar="FILE", help="Save the plan (.safetensors).")]
-Png = Annotated[Path | None, typer.Option(metavar="FILE", help="Draw steps x sites, coloured by action.")]
+Out = Annotated[
+    Path | None, typer.Option(metavar="FILE", callback=options.in_a_folder, help="Save the plan (.safetensors).")
+]
+Png = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", callback=options.in_a_folder, help="Draw steps x sites, coloured by action."),
+]
 
 
 def plan(

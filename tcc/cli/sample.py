@@ -29,7 +29,7 @@ PlanFile = Annotated[
 Steps = Annotated[
     int | None, typer.Option(min=1, max=1000, help="DDIM steps. [dim]default: the plan's, or 50[/]", show_default=False)
 ]
-Out = Annotated[Path, typer.Option(metavar="FILE", help="The picture to write.")]
+Out = Annotated[Path, typer.Option(metavar="FILE", callback=options.in_a_folder, help="The picture to write.")]
 
 
 def sample(

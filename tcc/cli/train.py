@@ -23,11 +23,20 @@ _LEARN, _PLAN, _RUN = "What is learned from what", "The plan", "How long and whe
 
 Out = Annotated[
     Path,
-    typer.Option(metavar="FILE", help="The plan to write; the training's state is kept beside it.", show_default=False),
+    typer.Option(
+        metavar="FILE",
+        callback=options.in_a_folder,
+        help="The plan to write; the training's state is kept beside it.",
+        show_default=False,
+    ),
 ]
 Learned = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Also write the scores that were learned, to make other plans from."),
+    typer.Option(
+        metavar="FILE",
+        callback=options.in_a_folder,
+        help="Also write the scores that were learned, to make other plans from.",
+    ),
 ]
 Data = Annotated[
     Path | None,
