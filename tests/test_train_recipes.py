@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import tcc
 import tcc.data
 from tcc.errors import PlanError, TrainError
-from tcc.learned import Router, load_learned
+from tcc.learned import Importance, Router, load_learned
 from tcc.models import reference_model
 from tcc.plan import CachePlan, Compute, Reuse, Update
 from tcc.samplers import sample
@@ -141,6 +141,18 @@ def test_token_weights_are_a_predictors_rows() -> None:
     seeing = TokenWeights(StreamPredictor(sizes), tiny().info, choices)
     assert seeing.reads == "blocks.0.stream"
     assert seeing(1, torch.randn(4, 16, 32))["blocks.0.mlp.out"].shape == (4, 16)
+
+
+def test_steps_that_decide_nothing_are_ranked_like_the_nearest() -> None:
+    """A plan may have its I-steps elsewhere; what was never learned there would rank all tokens alike."""
+    sizes = Sizes.of(tiny().info, 6)
+    for predictor in (TablePredictor(sizes), StreamPredictor(sizes)):
+        for parameter in predictor.parameters():
+            nn.init.normal_(parameter)
+        rows, own = [1, 1, 1, 4, 4, 4], predictor.learned()
+        found = TokenWeights(predictor, tiny().info, {1: sites(), 4: sites()}).learned()
+        for name in ("scores",) if isinstance(own, Importance) else ("weight", "bias", "mean"):
+            assert torch.equal(getattr(found, name), getattr(own, name)[rows])
 
 
 class Calls:

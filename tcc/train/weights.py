@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from tcc.errors import PlanError
 from tcc.info import ModelInfo
-from tcc.learned import Learned, Router
+from tcc.learned import Importance, Learned, Router
 from tcc.plan import CachePlan, Compute
 from tcc.train.predictors import Predictor
 
@@ -174,8 +174,15 @@ class TokenWeights(Weights):
         return {site: importance[:, self.blocks[site]] for site in self.choices[step]}
 
     def learned(self) -> Learned:
-        """Importances, or probes where they depend on the stream."""
-        return self.predictor.learned()
+        """Importances, or probes where they depend on the stream.
+
+        A step at which nothing was to be decided has what the nearest one learned: a plan may have other I-steps.
+        """
+        steps = [min(self.choices, key=lambda at: abs(at - step)) for step in range(self.predictor.sizes.steps)]
+        found = self.predictor.learned()
+        if isinstance(found, Importance):
+            return Importance(found.scores[steps])
+        return replace(found, weight=found.weight[steps], bias=found.bias[steps], mean=found.mean[steps])
 
     def known(self) -> Tensor:
         """The importance of every token in the blocks and at the steps where there is something to decide.
