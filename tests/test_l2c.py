@@ -265,7 +265,10 @@ BAD_FILES: dict[str, tuple[Any, str]] = {
     "no tensor": (logits() | {"0.prob": 3.0}, "expected a vector of logits, found float"),
     "a tensor": (torch.zeros(3), "expected a router's vectors '0.prob', '1.prob', ..., found Tensor"),
     "a list": ({"routers": [torch.zeros(4)]}, "expected a router's vectors '0.prob', '1.prob', ..., found list"),
-    "an object": (training_checkpoint(logits()) | {"args": Bomb()}, "holds objects other than tensors, which are not"),
+    "an object": (
+        training_checkpoint(logits()) | {"args": Bomb()},
+        f"it holds objects other than tensors, which are not executed (it names {os.name}.mkdir)",
+    ),
 }
 
 
