@@ -74,6 +74,8 @@ def test_fashion_mnist_files_are_recognised(tmp_path: Path) -> None:
     assert pixels.shape == (1, 1, 32, 32)
     assert float(pixels[0, 0, 0, 0]) == -1
     assert float(pixels[0, 0, 16, 16]) == pytest.approx(7 / 127.5 - 1)
+    with pytest.raises(TrainError, match="the model takes 4 channels, the latents of an encoder"):
+        open_images(tmp_path, size=(8, 8), channels=4, num_classes=10)
     with pytest.raises(TrainError, match="holds Fashion-MNIST, grey squares; the model takes 3 x 8 x 8"):
         opened(tmp_path)
 

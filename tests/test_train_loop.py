@@ -256,7 +256,7 @@ def test_settings_that_cannot_be_are_refused() -> None:
     """Before anything runs."""
     with pytest.raises(TrainError, match="nothing ends the training"):
         Settings()
-    for options in ({"lr": 0.0}, {"lr": math.nan}, {"groups": 0}, {"iterations": -1}):
+    for options in ({"lr": 0.0}, {"lr": math.nan}, {"lr": math.inf}, {"groups": 0}, {"iterations": -1}):
         with pytest.raises(TrainError, match="the learning rate is positive"):
             Settings(**({"iterations": 1} | options))  # type: ignore[arg-type]
     with pytest.raises(TrainError, match=r"2 processes share 1 group\(s\)"):

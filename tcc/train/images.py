@@ -96,9 +96,15 @@ def open_images(folder: str | Path, *, size: tuple[int, int], channels: int, num
         num_classes: how many labels the model knows.
 
     Raises:
-        TrainError: there is no such folder, it holds no images, or more classes than the model knows.
+        TrainError: there is no such folder, it holds no images, or more classes than the model knows; or the model
+            takes no pixels.
     """
     root = Path(folder)
+    if channels not in (1, 3):
+        raise TrainError(
+            f"the model takes {channels} channels, the latents of an encoder, and images have 1 or 3: train without "
+            "images on trajectories, or give tcc.train.Pairs your own Images"
+        )
     if not root.is_dir():
         raise TrainError(f"there is no folder {root}: give one with images, or train without images on trajectories")
     if any(root.glob("train-images-idx3-ubyte*")):
