@@ -195,9 +195,9 @@ def router(
 
     [bold]Examples[/]
 
-      tcc train router --data fashion-mnist --out router50.safetensors
-      tcc train router --steps 20 --lambda 1e-5 --minutes 5 -o theta=0.5 --out router20.safetensors
-      torchrun --nproc-per-node 2 -m tcc train router --groups 2 --out router50.safetensors
+      tcc train router --data fashion-mnist --out plan50.safetensors --learned router50.safetensors
+      tcc train router --steps 20 --lambda 1e-5 --minutes 5 -o theta=0.5 --out plan20.safetensors
+      torchrun --nproc-per-node 2 -m tcc train router --groups 2 --out plan50.safetensors
     """
     run = Run(model, data, recipe, steps, (k1, k2), sites, price, target, compare, cfg, batch, groups, device, compile)
     planned = Planned.of("l2c", "router", option or [])
@@ -243,8 +243,8 @@ def predictor(
 
     [bold]Examples[/]
 
-      tcc train predictor --out tokens50.safetensors --learned importance.safetensors
-      tcc train predictor --form stream --data photos --target 0.5 -o keep=0.25 --out tokens50.safetensors
+      tcc train predictor --out plan50.safetensors --learned importance.safetensors
+      tcc train predictor --form stream --data photos --target 0.5 -o keep=0.25 --out plan50.safetensors
     """
     run = Run(
         model, data, recipe, steps, (k1, k2), sites, price, target, compare, cfg, batch, groups, device, compile,
