@@ -133,4 +133,6 @@ def load_learned(path: str | os.PathLike[str]) -> Learned:
         content |= {field.name: tuple(header[field.name]) for field in fields(kind) if field.name not in content}
         return kind(**content)
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise PlanError(f"{path} is no router, importance or probes: make one with `tcc train`") from error
+        raise PlanError(
+            f"{path} is no router, importance or probes: make one with `tcc train ... --learned FILE`"
+        ) from error

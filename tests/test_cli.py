@@ -247,10 +247,6 @@ def test_the_demo_draws_what_the_sampler_draws(weights: str) -> None:
         (("inspect", "tiny:branching"), "torch.export could not capture Branches"),
         (("plan", "--model", "tiny:make", "-o", "keep=1.5"), "the keep ratio is in (0, 1]"),
         (("plan", "--model", "tiny:make", "-o", "blocks=7"), "there is no block 7; the model has blocks 0..1"),
-        (
-            ("plan", "--model", "tiny:make", "--out", "no/such/folder/plan.safetensors"),
-            "no/such/folder/plan.safetensors: the plan cannot be written",
-        ),
         (("sample", "--model", "DiT-S/2"), "DiT-S/2 has random weights and would draw noise"),
         (("sample", "--plan", "none.safetensors"), "none.safetensors: cannot be read as a plan"),
     ],
@@ -287,6 +283,15 @@ def test_a_plan_for_another_model_is_refused(run: Invoke, weights: str) -> None:
     result = run("sample", "--model", "other.safetensors", *given, exit_code=1)
 
     assert "the plan is for another model: its graph hash is" in plain(result.stderr)
+
+
+@pytest.mark.parametrize("option", ["--out", "--png", "--json"])
+def test_a_file_in_no_folder_is_a_usage_error(run: Invoke, option: str) -> None:
+    """Said before the model is loaded."""
+    result = run("plan", "--model", "nothing", option, "no/such/folder/plan", exit_code=2)
+
+    assert "there is no folder no/such/folder: make it first" in plain(result.output)
+    assert option in result.output
 
 
 @pytest.mark.parametrize(("classes", "message"), [("0;1", "is not a list of numbers"), ("0,9", "classes 0..2")])

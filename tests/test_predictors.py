@@ -241,5 +241,5 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     header = {"tcc.learned": json.dumps({"kind": "importance"})}
     safetensors.torch.save_file({"numbers": torch.zeros(2)}, tmp_path / "other", metadata=header)
     for name in ("weights", "other"):
-        with pytest.raises(PlanError, match=f"{name} is no router, importance or probes: make one with `tcc train`"):
+        with pytest.raises(PlanError, match=f"{name} is no router, importance or probes: make one with `tcc train "):
             load_learned(tmp_path / name)
