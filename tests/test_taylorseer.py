@@ -155,9 +155,9 @@ def test_programs_compute_what_the_reference_computes(order: int) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"interval": 0}, "taylorseer(interval=0, order=2, first_full=2): the interval and first_full are at least 1"),
-        ({"order": -1}, "taylorseer(interval=3, order=-1, first_full=2)"),
-        ({"first_full": 0}, "taylorseer(interval=3, order=2, first_full=0)"),
+        ({"interval": 0}, "interval=0: expected a whole number, 1 or more"),
+        ({"order": -1}, "order=-1: expected a whole number, 0 or more"),
+        ({"first_full": 0}, "first_full=0: expected a whole number, 1 or more"),
         ({"sites": "kv"}, "taylorseer(sites='kv'): use 'out' or 'delta'"),
     ],
 )

@@ -22,6 +22,7 @@ from tcc.cli import app
 from tcc.learned import Importance, Probes, Router, load_learned
 from tcc.models import save_weights
 from tcc.models.dit import DiT
+from tcc.plan import Skip
 from tests.tiny_models import fill
 
 Invoke = Callable[..., Any]
@@ -83,6 +84,16 @@ def test_a_router_becomes_a_plan(run: Invoke, recipe: str) -> None:
     assert numbers["share_below"] == pytest.approx(len(below) / 12)
     assert "4 iterations in" in plain(result.output)
     assert Path("plan.state.safetensors").is_file()
+
+
+def test_a_router_for_dropping_becomes_a_plan_that_drops(run: Invoke) -> None:
+    """Nothing is reused, and what the router does not ask for is left out."""
+    files = ["--out", "plan.safetensors", "--learned", "scores.safetensors"]
+    run("router", *SHORT, *files, "--drop", "--iterations", "2", "-o", "theta=0.6")
+    scores, plan = router("scores.safetensors"), tcc.CachePlan.load("plan.safetensors")
+    dropped = [key for key, action in plan.actions.items() if action == Skip()]
+    assert len(dropped) == int((scores.scores <= 0.6).sum()) > 0
+    assert not any(isinstance(action, tcc.Reuse) for action in plan.actions.values())
 
 
 def test_the_same_command_goes_on(run: Invoke) -> None:

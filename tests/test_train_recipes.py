@@ -17,7 +17,7 @@ import tcc.data
 from tcc.errors import PlanError, TrainError
 from tcc.learned import Importance, Router, load_learned
 from tcc.models import reference_model
-from tcc.plan import CachePlan, Compute, Reuse, Update
+from tcc.plan import CachePlan, Compute, Reuse, Skip, Update
 from tcc.samplers import sample
 from tcc.train.images import MemoryImages
 from tcc.train.objective import Objective
@@ -29,6 +29,7 @@ from tcc.train.weights import Budget, Choices, RouterWeights, TokenWeights, choi
 from tests.tiny_models import Case, dit
 
 NUM_STEPS = 6
+REUSE = Reuse()
 #: Six steps of float32 in two orders of summation.
 CLOSE = {"rtol": 1e-3, "atol": 1e-9}
 
@@ -70,12 +71,12 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def reuse_plan(choices: Choices, num_steps: int = NUM_STEPS) -> CachePlan:
-    """The plan that reuses wherever there is a choice."""
+def reuse_plan(choices: Choices, num_steps: int = NUM_STEPS, action: Reuse | Skip = REUSE) -> CachePlan:
+    """The plan that reuses (or takes another action) wherever there is a choice."""
     rows = {(step, name): Compute() for step in range(num_steps) for name in sites()}
     return CachePlan(
         num_steps=num_steps,
-        actions=rows | {(step, name): Reuse() for step, chosen in choices.items() for name in chosen},
+        actions=rows | {(step, name): action for step, chosen in choices.items() for name in chosen},
     )
 
 
@@ -169,16 +170,17 @@ class Calls:
 
 
 @pytest.mark.parametrize("choices", [choices_of_pairs(NUM_STEPS, sites()), {1: sites(), 2: sites()[1:], 3: sites()}])
-@pytest.mark.parametrize("cfg", [1.0, 1.5])
-def test_a_trajectory_at_weight_zero_is_a_cached_run(choices: Choices, cfg: float) -> None:
-    """Its errors are those of the sampler under the plan that reuses: real values, as stale as they get."""
-    objective = Objective(student(), Budget())
+@pytest.mark.parametrize(("cfg", "drop"), [(1.0, False), (1.5, False), (1.0, True)])
+def test_a_trajectory_at_weight_zero_is_a_cached_run(choices: Choices, cfg: float, drop: bool) -> None:
+    """Its errors are those of the sampler under the plan that reuses: real values, as stale as they get. Or drops."""
+    objective = Objective(student(), Budget(), drop=drop)
     recipe = Trajectories(objective, choices, NUM_STEPS, 10, 10, cfg)
     losses = recipe.accumulate(router(choices, 0.0), seeded())
     draw = seeded()
     count = 4 if cfg == 1 else 2
     noise, labels = torch.randn(count, 1, 8, 8, generator=draw), torch.randint(10, (count,), generator=draw)
-    calls = Calls(tcc.Reference(tiny().model, reuse_plan(choices), tiny().info))
+    plan = reuse_plan(choices, action=Skip() if drop else REUSE)
+    calls = Calls(tcc.Reference(tiny().model, plan, tiny().info))
     sample(calls, noise, labels, num_steps=NUM_STEPS, cfg_scale=cfg, null_class=10)
     assert [loss.step for loss in losses] == list(choices)
     for loss in losses:

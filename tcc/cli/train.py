@@ -174,6 +174,14 @@ def router(
     k1: K1 = 1,
     k2: K2 = 1,
     sites: SiteKind = "out",
+    drop: Annotated[
+        bool,
+        typer.Option(
+            "--drop",
+            help="Learn what to leave out instead of what to reuse (Learning-to-Drop, a control).",
+            rich_help_panel=_LEARN,
+        ),
+    ] = False,
     price: Price = None,
     target: TargetWeight = None,
     compare: Compared = "output",
@@ -199,8 +207,24 @@ def router(
       tcc train router --steps 20 --lambda 1e-5 --minutes 5 -o theta=0.5 --out plan20.safetensors
       torchrun --nproc-per-node 2 -m tcc train router --groups 2 --out plan50.safetensors
     """
-    run = Run(model, data, recipe, steps, (k1, k2), sites, price, target, compare, cfg, batch, groups, device, compile)
-    planned = Planned.of("l2c", "router", option or [])
+    run = Run(
+        model,
+        data,
+        recipe,
+        steps,
+        (k1, k2),
+        sites,
+        price,
+        target,
+        compare,
+        cfg,
+        batch,
+        groups,
+        device,
+        compile,
+        drop=drop,
+    )
+    planned = Planned.of("learning_to_drop" if drop else "l2c", "router", option or [])
     settings = settings_of(iterations, minutes, lr, groups, seed)
 
     def make(info: ModelInfo, names: tuple[str, ...], choices: Choices) -> Weights:

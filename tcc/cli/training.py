@@ -56,6 +56,7 @@ class Run:
     device: str
     fast: bool
     held: bool = False  # whether the weights keep to the target by themselves
+    drop: bool = False
 
     def __post_init__(self) -> None:
         if self.batch % self.groups:
@@ -165,7 +166,7 @@ def run_training(
         weights = make(info, names, choices)
         streams = [*(["out.stream"] if run.compare == "stream" else []), *([weights.reads] if weights.reads else [])]
         student = Student(info, names, streams=streams, fast=run.fast)
-        recipe = _recipe(run, dit, Objective(student, run.budget, run.compare), choices)
+        recipe = _recipe(run, dit, Objective(student, run.budget, run.compare, run.drop), choices)
         report = _follow(weights, recipe, settings, files.state, world, planned.theta)
         if world.speaks:
             _calibrate(weights, student, dit, run)

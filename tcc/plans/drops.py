@@ -51,7 +51,7 @@ def learning_to_drop(
     Args:
         info: the model.
         num_steps: denoising steps.
-        router: a router trained for dropping, or its file, as for `l2c`.
+        router: a router trained for dropping (`tcc train router --drop`), or its file, as for `l2c`.
         theta: the threshold, 0..1.
         shifted: as for `l2c`.
 

@@ -9,6 +9,7 @@ from typing import Literal
 from tcc.errors import PlanError
 from tcc.info import ModelInfo
 from tcc.plan import Action, CachePlan, Compute, Reuse
+from tcc.plans.branches import check_whole
 
 __all__ = ["even_steps", "forecast", "polynomial_weights"]
 
@@ -53,8 +54,8 @@ def forecast(
     TaylorSeer (Liu et al. 2025, arXiv 2503.06923) with three changes: the extrapolation is exact for polynomials (see
     `polynomial_weights`), the I-steps may stand anywhere (`tcc train steps` searches where), and by default the value
     that is forecast is the change of the whole stream, one slot and one history for all blocks together: a P-step then
-    costs what stands before and after the blocks. On the reference model this is the best plan per second that tcc has
-    (benchmarks/quality.py).
+    costs what stands before and after the blocks. Forecasting that change is close to what a multistep solver does with
+    the model's output.
 
     Args:
         info: the model.
@@ -67,11 +68,11 @@ def forecast(
     Raises:
         PlanError: an option is out of range.
     """
+    check_whole("num_steps", num_steps, 1)
     computed = even_steps(num_steps, i_steps) if isinstance(i_steps, int) else tuple(sorted(set(i_steps)))
     if not computed or computed[0] != 0 or computed[-1] >= num_steps:
         raise PlanError(f"i_steps={i_steps}: steps are 0..{num_steps - 1}, and the first computes everything")
-    if order < 0:
-        raise PlanError(f"forecast(order={order}): the order is at least 0, which reuses the last value")
+    check_whole("order", order, 0)
     names = _names(info, level)
     actions: dict[tuple[int, str], Action] = {}
     for step in range(num_steps):

@@ -11,6 +11,7 @@ import numpy as np
 from tcc.errors import PlanError
 from tcc.info import ModelInfo
 from tcc.plan import Action, CachePlan, Compute, Reuse
+from tcc.plans.branches import check_whole
 
 __all__ = ["forecast_weights", "taylorseer", "taylorseer_steps"]
 
@@ -71,11 +72,8 @@ def taylorseer(
     Raises:
         PlanError: an option is out of range.
     """
-    if interval < 1 or order < 0 or first_full < 1:
-        raise PlanError(
-            f"taylorseer(interval={interval}, order={order}, first_full={first_full}): the interval and first_full are "
-            "at least 1, the order at least 0"
-        )
+    for name, value, least in (("interval", interval, 1), ("order", order, 0), ("first_full", first_full, 1)):
+        check_whole(name, value, least)
     if sites not in ("out", "delta"):
         raise PlanError(f"taylorseer(sites={sites!r}): use 'out' or 'delta'")
     computed = taylorseer_steps(num_steps, interval, first_full)

@@ -66,11 +66,13 @@ class Objective:
         budget: the price of computing.
         target: `output` compares the whole output, variance channels too (Learning-to-Cache); `stream` the stream
             after the last block (TokenCache, L_mse).
+        drop: what is not computed is nothing, instead of the stored value (Learning-to-Drop: Ma et al. 2024, Table 7).
     """
 
     student: Student
     budget: Budget
     target: Target = "output"
+    drop: bool = False
 
     def __post_init__(self) -> None:
         if self.target == "stream" and "out.stream" not in self.student.streams:
@@ -98,6 +100,8 @@ class Objective:
         """
         teacher = self.student.compute(*inputs)
         given = weights(step, None if weights.reads is None else teacher.streams[weights.reads])
+        if self.drop:
+            stored = {site: torch.zeros_like(value) for site, value in stored.items()}
         mixed = self.student.mix(stored, given, *inputs)
         gap = self._compared(mixed) - self._compared(teacher)
         error = gap.to(torch.promote_types(gap.dtype, torch.float32)).square().mean()
@@ -114,6 +118,7 @@ class Objective:
             "sites": list(self.student.sites),
             "batch": self.student.info.batch,
             "target": self.target,
+            "drop": self.drop,
             "budget": [self.budget.price, self.budget.target, self.budget.strength],
         }
 
