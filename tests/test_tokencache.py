@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import resources
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import tcc
 from tcc import plans
 from tcc.errors import PlanError
-from tcc.learned import Importance
+from tcc.learned import Importance, Probes, load_learned
 from tcc.plan import CachePlan, Compute, Reuse, Update
 from tests.tiny_models import case
 from tests.token_plans import BLOCKS, P_STEPS, STEPS, TOKENS, by_block, deep, importance, plan
@@ -258,3 +259,24 @@ def test_i_steps_where_importance_is_dense() -> None:
     assert str(plan(schedule="percentile", i_steps=1).schedule) == "IPPPPP"
     assert str(plan(scores="random", importance=None, schedule="even", i_steps=3).schedule) == "IPIPPI"
     assert str(plan(i_steps=[0, 4]).schedule) == "IPPPIP"
+
+
+# --- shipped
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"), [("importance-ddim50", 50), ("importance-ddim20", 20), ("probes-ddim50", 50)]
+)
+def test_shipped_importances_fit_the_reference_model(name: str, steps: int) -> None:
+    """They name tokens of the garment before tokens of the black border, at the P-steps that they were learned at."""
+    with resources.as_file(resources.files("tcc.data") / f"{name}.safetensors") as path:
+        learned = load_learned(path)
+        assert path.stat().st_size < 200_000
+    assert isinstance(learned, Importance | Probes)
+    scores = learned.scores if isinstance(learned, Importance) else learned.mean
+    assert scores.shape == (steps, 12, 64)
+    assert bool(((scores >= 0) & (scores <= 1)).all())
+    grid = scores[1::2].mean((0, 1)).view(8, 8)
+    inner = grid[1:-1, 1:-1]
+    assert float(inner.mean()) > (float(grid.sum()) - float(inner.sum())) / 28 + 0.003
+    assert torch.equal(scores[0], torch.full((12, 64), scores[0, 0, 0].item()))

@@ -68,7 +68,7 @@ def test_nothing_kept_of_block_deltas_is_the_stream_plus_old_changes() -> None:
     ones[:, 0, 0] = 1.0  # one pair must be kept; dropping it makes the plan above
     for learned in (zero, Importance(ones)):
         made = plans.tokencache(
-            info, num_steps=2, importance=learned, level="block", attention="kept", select="global", keep=1 / 64
+            info, num_steps=2, importance=learned, level="block", attention="kept", share=False, keep=1 / 64
         )
         reused = {at: a for at, a in made.actions.items() if isinstance(a, Reuse)}
         assert set(reused) == {(1, f"blocks.{b}.delta") for b in (1, 2, 3)}

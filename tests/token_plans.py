@@ -31,8 +31,8 @@ def importance(seed: int = 0) -> Importance:
 
 
 def plan(**options: Any) -> CachePlan:
-    """A TokenCache plan of six steps, every second one an I-step."""
-    given = {"importance": importance(), "k1": 1, "k2": 1} | options
+    """A TokenCache plan of six steps, every second one an I-step, with tokens chosen cell by cell in each block."""
+    given = {"importance": importance(), "k1": 1, "k2": 1, "select": "grid", "share": False} | options
     return plans.tokencache(deep().info, num_steps=STEPS, **given)
 
 

@@ -60,11 +60,11 @@ def tokencache(
     pruned: int | None = None,
     blocks: Sequence[int] | None = None,
     last_full: int = 0,
-    select: Literal["grid", "global"] = "grid",
+    select: Literal["grid", "global"] = "global",
     cell: int = 2,
     adapt: Literal["run", "step"] = "run",
     sets: Literal["step", "cycle"] = "step",
-    share: bool = False,
+    share: bool = True,
     refresh: bool = True,
     rotate: float = 0.0,
     budget: float | None = None,
@@ -98,13 +98,13 @@ def tokencache(
         pruned: how many blocks are pruned, those of least mean importance (adaptive block selection). By default all.
         blocks: the indices of the blocks that may be pruned. By default all whose tokens can be.
         last_full: so many of the last blocks are never pruned (the revision).
-        select: `grid`, the same number in each cell of the grid; `global`, the highest of all pairs of block and token,
-            which makes the fixed count of each block, then the highest of each block (the revision).
+        select: `grid`, the same number in each cell of the grid; `global`, the highest of all pairs of block and token
+            make the fixed count of each block (the revision). tcc/data/README.md has numbers for the defaults.
         cell: the side of a cell.
         adapt: whether blocks and counts are chosen once for the `run` or at every `step`.
         sets: whether every P-step has its own tokens, or the P-steps of a cycle share them.
-        share: whether all pruned blocks keep the same tokens, those of highest mean importance. Neighbouring blocks are
-            then merged: one gather, one scatter, one slot.
+        share: whether all pruned blocks keep the same tokens, those of highest mean importance, and as many of them.
+            With attention `kept`, neighbouring blocks are then merged: one gather, one scatter, one slot.
         refresh: whether recomputed tokens replace what is stored.
         rotate: what a token's rank loses each time it is kept; 1 or more lets all tokens take turns. With ranks from
             the graph: what it gains at each step that it waits after an I-step.
