@@ -185,6 +185,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "last_full": ({"last_full": 4}, "last_full=4: of 4 blocks, 0..3 can be left in full"),
     "no block left": ({"last_full": 1, "blocks": [3]}, "no block can be pruned: `blocks` and `last_full` leave none"),
+    "no cell": ({"cell": 0}, "cell=0: expected a whole number, 1 or more"),
+    "a count of I-steps": ({"i_steps": 3}, "i_steps=3: schedule 'tprr' counts its I-steps by k1, k2 and boundary"),
     "rotate": ({"rotate": float("inf")}, "rotate=inf: a rank loses 0 or more"),
     "i_steps": ({"i_steps": [1, 2]}, "i_steps=[1, 2]: steps are 0..5, and the first computes everything"),
     "even i_steps": ({"i_steps": 7, "schedule": "even"}, "i_steps=7: a run of 6 steps has 1..6 I-steps"),

@@ -15,6 +15,7 @@ from tcc.info import ModelInfo
 from tcc.learned import Importance, Probes, load_learned
 from tcc.passes.sites import Site
 from tcc.plan import Action, CachePlan, Compute, Reuse, Update
+from tcc.plans.branches import check_whole
 from tcc.plans.forecast import even_steps
 from tcc.plans.placement import Cycle, percentile_steps, tprr_steps
 from tcc.plans.ranking import (
@@ -161,6 +162,12 @@ class _Options:
                 raise PlanError(f"{name}={getattr(self, name)!r}: use one of {', '.join(values)}")
         if not 0 <= self.rotate < float("inf"):
             raise PlanError(f"rotate={self.rotate}: a rank loses 0 or more each time the token is kept")
+        check_whole("cell", self.cell, 1)
+        if isinstance(self.i_steps, int) and self.schedule == "tprr":
+            raise PlanError(
+                f"i_steps={self.i_steps}: schedule 'tprr' counts its I-steps by k1, k2 and boundary; use "
+                "schedule='even' or 'percentile', or name the steps"
+            )
 
 
 class _Draft:
