@@ -293,9 +293,9 @@ def ablation(steps: int) -> list[Row]:
         "schedule: even": {"schedule": "even"},
         "refresh: no": {"refresh": False},
         "rotate: 1": {"rotate": 1.0},
-        "select: global": {"select": "global"},
+        "select: grid": {"select": "grid"},
         "adapt: step": {"adapt": "step"},
-        "one set for all blocks": {"share": True},
+        "own set for every block": {"share": False},
         "last 2 blocks in full": {"last_full": 2},
         "8 blocks pruned": {"pruned": 8},
     }

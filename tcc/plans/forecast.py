@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from tcc.errors import PlanError
@@ -11,7 +11,7 @@ from tcc.info import ModelInfo
 from tcc.plan import Action, CachePlan, Compute, Reuse
 from tcc.plans.branches import check_whole
 
-__all__ = ["even_steps", "forecast", "polynomial_weights"]
+__all__ = ["even_steps", "forecast", "forecast_actions", "polynomial_weights"]
 
 
 def even_steps(num_steps: int, count: int) -> tuple[int, ...]:
@@ -73,18 +73,35 @@ def forecast(
     if not computed or computed[0] != 0 or computed[-1] >= num_steps:
         raise PlanError(f"i_steps={i_steps}: steps are 0..{num_steps - 1}, and the first computes everything")
     check_whole("order", order, 0)
-    names = _names(info, level)
-    actions: dict[tuple[int, str], Action] = {}
-    for step in range(num_steps):
-        action: Action = Compute() if step in computed else _action([s for s in computed if s < step], step, order)
-        actions |= {(step, name): action for name in names}
+    actions = forecast_actions(
+        _names(info, level), num_steps, computed, lambda past, step: polynomial_weights(past, step, order)
+    )
     policy = {"name": "forecast", "i_steps": list(computed), "order": order, "level": level}
     return info.count(CachePlan(num_steps=num_steps, actions=actions, policy=policy))
 
 
-def _action(computed: Sequence[int], step: int, order: int) -> Reuse:
-    weights = polynomial_weights(computed, step, order)
-    return Reuse(len(weights) - 1, weights) if len(weights) > 1 else Reuse()
+def forecast_actions(
+    names: Sequence[str],
+    num_steps: int,
+    computed: Sequence[int],
+    weigh: Callable[[Sequence[int], int], Sequence[float]],
+) -> dict[tuple[int, str], Action]:
+    """The table of a plan that forecasts the sites `names` at every step that is not computed.
+
+    Args:
+        names: the sites.
+        num_steps: denoising steps.
+        computed: the steps that compute, ascending.
+        weigh: the weights of the last computed values, newest first, given the steps computed so far and the step.
+    """
+    actions: dict[tuple[int, str], Action] = {}
+    for step in range(num_steps):
+        action: Action = Compute()
+        if step not in computed:
+            weights = tuple(weigh([s for s in computed if s < step], step))
+            action = Reuse(len(weights) - 1, weights) if len(weights) > 1 else Reuse()
+        actions |= {(step, name): action for name in names}
+    return actions
 
 
 def _names(info: ModelInfo, level: str) -> list[str]:

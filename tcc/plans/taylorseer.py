@@ -10,8 +10,9 @@ import numpy as np
 
 from tcc.errors import PlanError
 from tcc.info import ModelInfo
-from tcc.plan import Action, CachePlan, Compute, Reuse
+from tcc.plan import CachePlan
 from tcc.plans.branches import check_whole
+from tcc.plans.forecast import forecast_actions
 
 __all__ = ["forecast_weights", "taylorseer", "taylorseer_steps"]
 
@@ -78,14 +79,6 @@ def taylorseer(
         raise PlanError(f"taylorseer(sites={sites!r}): use 'out' or 'delta'")
     computed = taylorseer_steps(num_steps, interval, first_full)
     names = [name for name, site in info.sites.items() if site.kind == sites]
-    actions: dict[tuple[int, str], Action] = {}
-    for step in range(num_steps):
-        action: Action = Compute() if step in computed else _forecast([s for s in computed if s < step], step, order)
-        actions |= {(step, name): action for name in names}
+    actions = forecast_actions(names, num_steps, computed, lambda past, step: forecast_weights(past, step, order))
     policy = {"name": "taylorseer", "interval": interval, "order": order, "first_full": first_full, "sites": sites}
     return info.count(CachePlan(num_steps=num_steps, actions=actions, policy=policy))
-
-
-def _forecast(computed: Sequence[int], step: int, order: int) -> Reuse:
-    weights = forecast_weights(computed, step, order)
-    return Reuse(len(weights) - 1, weights) if len(weights) > 1 else Reuse()
