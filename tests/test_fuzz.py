@@ -112,8 +112,8 @@ def test_the_command_shows_a_plan_that_fails(
     text = capsys.readouterr().err
     assert "mismatch with --seed 5" in text
     found = re.search(r"model separate, \d steps(.*?)Failing test case", text, re.DOTALL)
-    assert found is not None  # how far shrinking gets depends on what else is loaded: Hypothesis draws constants from it
-    assert "| hold" in found[1]
+    assert found is not None
+    assert "| hold" in found[1]  # how far shrinking gets differs: Hypothesis draws constants from loaded modules
 
 
 def test_the_command_counts_what_agreed(capsys: pytest.CaptureFixture[str]) -> None:
