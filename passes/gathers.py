@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -49,11 +51,10 @@ def gather(graph: fx.Graph, x: fx.Node, kept: fx.Node, axis: Axis, batch: Axis |
     """`gather_tokens` of `x` along `axis`, with views around it where axes share a dimension."""
     axes = _axes(kept, axis, batch)
     sizes, dims = apart(shape(x), *axes)
-    count, tokens = shape(kept)[-1], sizes[dims[0]]
-    rows = emit(graph, gather_tokens, (_view(graph, x, sizes, like), kept, *dims), like=like)
-    after = list(shape(x))
-    after[axis.dim] = after[axis.dim] // tokens * count
-    return _view(graph, rows, after, like)
+    args = (_view(graph, x, sizes, like), kept, *_where(dims, axis))
+    fewer = list(shape(x))
+    fewer[axis.dim] = axis.size(shape(kept)[-1])
+    return _view(graph, emit(graph, gather_tokens, args, like=like), fewer, like)
 
 
 def scatter(
@@ -79,9 +80,14 @@ def scatter(
     kept, place = tokens
     sizes, dims = apart(shape(base), *_axes(kept, axis, batch))
     few = list(sizes)
-    few[dims[0]] = shape(kept)[-1]
-    args = (_view(graph, base, sizes, like), _view(graph, rows, few, like), kept, place, *dims)
+    few[dims[0]] = axis.before + shape(kept)[-1] + axis.after
+    args = (_view(graph, base, sizes, like), _view(graph, rows, few, like), kept, place, *_where(dims, axis))
     return _view(graph, emit(graph, scatter_tokens, args, like=like), list(shape(base)), like)
+
+
+def _where(dims: list[int], axis: Axis) -> tuple[Any, ...]:
+    """The arguments that say where the tokens lie: their dimension, the samples', and the others joined to them."""
+    return (dims[0], dims[1] if len(dims) > 1 else None, axis.others) if axis.others else tuple(dims)
 
 
 def _axes(kept: fx.Node, axis: Axis, batch: Axis | None) -> tuple[Axis, ...]:

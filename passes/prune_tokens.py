@@ -45,10 +45,10 @@ class PruneTokens(Pass):
         for node in list(gm.graph.nodes):
             if node.target is not gather_tokens:
                 continue
-            source, kept, dim, *batch = node.args
+            source, kept = node.args[:2]
             whole.add(kept)
             narrower = runs.setdefault(kept, _Narrower(gm.graph, kept, whole))
-            place = Place(Axis(dim), Axis(*batch) if batch else None)
+            place = _place(*node.args[2:])
             new = narrower.narrow(source, place)
             if new is not node and not _gathers(new, source, node):
                 node.replace_all_uses_with(new)
@@ -84,6 +84,12 @@ class Way:
     operands: dict[Path, Place]
     shared: dict[Path, tuple[int, ...]]
     literals: dict[Path, Any]
+
+
+def _place(dim: Any, batch: Any = None, others: Any = ()) -> Place:
+    """The place that the arguments of a token operator name."""
+    before, after = others or (0, 0)
+    return Place(Axis(dim, before=before, after=after), None if batch is None else Axis(batch))
 
 
 class Whole:
@@ -125,7 +131,7 @@ class _Narrower:
         return self.done[key]
 
     def _narrow(self, node: fx.Node, place: Place) -> fx.Node:
-        if node.target is scatter_tokens and node.args[2] is self.kept and Axis(node.args[4]) == place.tokens:  # type: ignore[arg-type]
+        if node.target is scatter_tokens and node.args[2] is self.kept and _place(*node.args[4:]) == place:
             return node.args[1]  # type: ignore[return-value]
         found = self._way_up(node, place)
         if found is None:
@@ -215,7 +221,7 @@ def _way(node: fx.Node, place: Place, count: int) -> Way:
         elif path in found.operands:
             shared[path], added = _for_each_sample(node, operand, place.batch)
             axis = found.operands[path]
-            ways[path] = Place(Axis(axis.dim + added, axis.outer, axis.inner), place.batch)
+            ways[path] = Place(axis.at(axis.dim + added), place.batch)
     return Way(ways, shared, found.literals)
 
 

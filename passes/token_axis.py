@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from tcc.passes.graph import shape, value
+from tcc.passes.graph import shape
 from tcc.passes.tokens import Axis
 
 __all__ = ["Narrowing", "NotTokenLocal", "Path", "narrowing", "operands", "rule"]
@@ -114,7 +114,7 @@ def _refuse_own(node: fx.Node, axis: Axis, dims: set[int], verb: str) -> None:
 
 def _resized(sizes: tuple[int, ...], axis: Axis, size: int) -> list[int]:
     new = list(sizes)
-    new[axis.dim] = axis.outer * size * axis.inner
+    new[axis.dim] = axis.size(size)
     return new
 
 
@@ -126,7 +126,7 @@ def _pointwise(node: fx.Node, axis: Axis, size: int) -> Narrowing:
         sizes = shape(operand)
         dim = axis.dim - (rank - len(sizes))
         if dim >= 0 and sizes[dim] != 1:
-            found[path] = Axis(dim, axis.outer, axis.inner)
+            found[path] = axis.at(dim)
     return Narrowing(found)
 
 
@@ -145,7 +145,7 @@ def _matmul(node: fx.Node, axis: Axis, size: int) -> Narrowing:
         sizes = shape(node.args[path[0]])  # type: ignore[arg-type]
         dim = axis.dim - (rank - len(sizes))
         if axis.dim != side and dim >= 0 and sizes[dim] != 1:
-            found[path] = Axis(dim, axis.outer, axis.inner)
+            found[path] = axis.at(dim)
     if first:
         bias = _pointwise(node, axis, size).operands.get((0,))
         found |= {(0,): bias} if bias else {}
@@ -181,7 +181,7 @@ def _reduce(node: fx.Node, axis: Axis, size: int) -> Narrowing:
         _refuse_own(node, axis, gone, "reduces over")
         return Narrowing({(0,): axis})
     kept = [d for d in range(rank) if d not in gone]
-    return Narrowing({(0,): Axis(kept[axis.dim], axis.outer, axis.inner)})
+    return Narrowing({(0,): axis.at(kept[axis.dim])})
 
 
 @rule(aten.transpose.int, aten.permute.default, aten.t.default)
@@ -193,7 +193,7 @@ def _permute(node: fx.Node, axis: Axis, size: int) -> Narrowing:
     else:
         a, b = (0, 1) if node.target == aten.t.default else (_dim(node.args[1], rank), _dim(node.args[2], rank))  # type: ignore[arg-type]
         order[a], order[b] = order[b], order[a]
-    return Narrowing({(0,): Axis(order[axis.dim], axis.outer, axis.inner)})
+    return Narrowing({(0,): axis.at(order[axis.dim])})
 
 
 @rule(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.select.int, aten.unbind.int)
@@ -209,7 +209,7 @@ def _add_or_drop_dims(node: fx.Node, axis: Axis, size: int) -> Narrowing:
         if node.target in (aten.squeeze.dim, aten.squeeze.dims):
             dims = {d for d in dims if shape(node.args[0])[d] == 1}  # type: ignore[arg-type]
         dim = [d for d in range(rank) if d not in dims][axis.dim]
-    return Narrowing({(0,): Axis(dim, axis.outer, axis.inner)})
+    return Narrowing({(0,): axis.at(dim)})
 
 
 @rule(aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default,
@@ -223,21 +223,75 @@ def _cut(node: fx.Node, axis: Axis, size: int) -> Narrowing:
     else:
         at = 1 if node.target in (aten.slice.Tensor, aten.index_select.default) else 2
         cut = {_dim(_arg(node, at, "dim", 0), rank)}
+    if axis.dim in cut and axis.plain and node.target == aten.slice.Tensor and _arg(node, 4, "step", 1) == 1:
+        return _cut_off(node, axis, size)
+    if axis.dim in cut and axis.plain and node.target == aten.split_with_sizes.default:
+        return _split_off(node, axis, size)
     _refuse_own(node, axis, cut, "cuts")
     return Narrowing({(0,): axis})
 
 
+def _cut_off(node: fx.Node, axis: Axis, size: int) -> Narrowing:
+    """A slice that leaves all tokens, and drops others that are joined to them."""
+    total = shape(node.args[0])[axis.dim]  # type: ignore[arg-type]
+    rows = shape(node)[axis.dim]
+    start = slice(_arg(node, 2, "start"), None).indices(total)[0]
+    source = replace(axis, before=axis.before + start, after=axis.after + total - start - rows)
+    literals: dict[Path, Any] = {(2,): start, (3,): start + axis.size(size)}
+    return Narrowing({(0,): source}, {path: v for path, v in literals.items() if len(node.args) > path[0]})
+
+
+def _split_off(node: fx.Node, axis: Axis, size: int) -> Narrowing:
+    """A split, one of whose parts holds all tokens; `axis` says where they lie in the whole (see `_getitem`)."""
+    sizes: list[int] = list(node.args[1])  # type: ignore[arg-type]
+    part = _part_of(sizes, axis, axis.count(shape(node.args[0])))  # type: ignore[arg-type]
+    sizes[part] += axis.size(size) - sum(sizes)
+    return Narrowing({(0,): axis}, {(1,): sizes})
+
+
+def _part_of(sizes: Sequence[int], axis: Axis, count: int) -> int:
+    """Which of consecutive parts of the token dimension holds all `count` tokens.
+
+    Raises:
+        NotTokenLocal: none does.
+    """
+    start = 0
+    for part, size in enumerate(sizes):
+        if start <= axis.before and axis.before + count <= start + size:
+            return part
+        start += size
+    raise NotTokenLocal(f"parts of {list(sizes)} divide the tokens among them")
+
+
 @rule(operator.getitem)
 def _getitem(node: fx.Node, axis: Axis, size: int) -> Narrowing:
+    """A part of a split; where that cuts the token dimension, the other parts are joined to the tokens."""
+    split, part = node.args
+    if isinstance(split, fx.Node) and split.target == aten.split_with_sizes.default and isinstance(part, int):
+        sizes: list[int] = list(split.args[1])  # type: ignore[arg-type]
+        if axis.plain and axis.dim == _dim(_arg(split, 2, "dim", 0), len(shape(node))):
+            before, after = sum(sizes[:part]), sum(sizes[part + 1 :])
+            axis = replace(axis, before=axis.before + before, after=axis.after + after)
     return Narrowing({(0,): axis})
 
 
 @rule(aten.cat.default, aten.stack.default)
 def _join(node: fx.Node, axis: Axis, size: int) -> Narrowing:
     new = _dim(_arg(node, 1, "dim", 0), len(shape(node)))
+    if axis.dim == new and axis.plain and axis.others and node.target == aten.cat.default:
+        return _joined(node, axis)
     _refuse_own(node, axis, {new}, "joins along")
     dim = axis.dim - (axis.dim > new if node.target == aten.stack.default else 0)
-    return Narrowing({path: Axis(dim, axis.outer, axis.inner) for path, _ in operands(node)})
+    return Narrowing({path: axis.at(dim) for path, _ in operands(node)})
+
+
+def _joined(node: fx.Node, axis: Axis) -> Narrowing:
+    """One operand of a concatenation holds all tokens, and perhaps others; the rest are others."""
+    parts = list(operands(node))
+    sizes = [shape(part)[axis.dim] for _, part in parts]
+    found = _part_of(sizes, axis, axis.count(shape(node)))
+    before, after = axis.before - sum(sizes[:found]), axis.after - sum(sizes[found + 1 :])
+    return Narrowing({parts[found][0]: replace(axis, before=before, after=after)})
 
 
 @rule(aten.expand.default)
@@ -255,7 +309,7 @@ def _view(node: fx.Node, axis: Axis, size: int) -> Narrowing:
         prefix = math.prod(source[:dim])
         outer = before // prefix if prefix else 0
         if outer and before % prefix == 0 and extent % (outer * tokens) == 0 and extent >= tokens > 1:
-            found = Axis(dim, outer, extent // (outer * tokens))
+            found = axis.at(dim, outer, extent // (outer * tokens))
             return Narrowing({(0,): found}, {(1,): _resized(sizes, axis, size)})
     raise NotTokenLocal(f"{node.target} {list(source)} -> {list(sizes)} merges or splits the token axis")
 
@@ -266,7 +320,7 @@ def _repeat(node: fx.Node, axis: Axis, size: int) -> Narrowing:
     if times[axis.dim] != 1:
         raise NotTokenLocal(f"{node.target} repeats the token axis")
     dim = axis.dim - (len(times) - len(shape(node.args[0])))  # type: ignore[arg-type]
-    return Narrowing({(0,): Axis(dim, axis.outer, axis.inner)})
+    return Narrowing({(0,): axis.at(dim)})
 
 
 @rule(aten.repeat_interleave.self_int)
@@ -300,10 +354,5 @@ def _attention(node: fx.Node, axis: Axis, size: int) -> Narrowing:
     if isinstance(mask, fx.Node):
         dim = axis.dim - (rank - len(shape(mask)))
         if dim >= 0 and shape(mask)[dim] != 1:
-            found[mask_path] = Axis(dim, axis.outer, axis.inner)
+            found[mask_path] = axis.at(dim)
     return Narrowing(found)
-
-
-def token_count(node: fx.Node, axis: Axis) -> int:
-    """How many tokens the value of `node` holds along `axis`."""
-    return int(value(node).shape[axis.dim]) // (axis.outer * axis.inner)

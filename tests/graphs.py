@@ -112,6 +112,8 @@ def place_of(kept: Sequence[int], total: int) -> Tensor:
 
 
 def take(x: Tensor, axis: Axis, kept: Sequence[int]) -> Tensor:
-    """The kept tokens of `x` along `axis`, by the definition of an axis: a dimension of size outer * n * inner."""
+    """The kept tokens of `x` along `axis`, by the definition of an axis, with all others that are joined to them."""
     apart = x.unflatten(axis.dim, (axis.outer, -1, axis.inner))
-    return apart.index_select(axis.dim + 1, torch.tensor(kept)).flatten(axis.dim, axis.dim + 2)
+    rows = range(apart.shape[axis.dim + 1])
+    places = [*rows[: axis.before], *(axis.before + place for place in kept), *rows[len(rows) - axis.after :]]
+    return apart.index_select(axis.dim + 1, torch.tensor(places)).flatten(axis.dim, axis.dim + 2)

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from tcc.passes.token_axis import NotTokenLocal, narrowing, operands, rule
+from tcc.passes.token_axis import Narrowing, NotTokenLocal, narrowing, operands, rule
 from tcc.passes.tokens import Axis
 from tests.graphs import Sketch, take
 
@@ -39,7 +39,7 @@ class In:
 
 
 X, Y, Z, M = In(0), In(1), In(2), In(3)
-T1, T2, T0 = Axis(1), Axis(2), Axis(0)
+T1, T2, T0, JOINED = Axis(1), Axis(2), Axis(0), Axis(1, before=1, after=2)
 
 #: name: (call, input shapes, token axis of the output)
 LOCAL: dict[str, tuple[Any, list[tuple[int, ...]], Axis]] = {
@@ -102,6 +102,14 @@ LOCAL: dict[str, tuple[Any, list[tuple[int, ...]], Axis]] = {
     "pad channels": (call(aten.constant_pad_nd.default, X, [1, 2]), [(2, S, 4)], T1),
     "cat channels": (call(aten.cat.default, [X, Y], -1), [(2, S, 4), (2, S, 3)], T1),
     "cat channels of heads": (call(aten.cat.default, [X, Y], 3), [(2, 4, S, 1), (2, 4, S, 2)], T2),
+    "slice off others before": (call(aten.slice.Tensor, X, 1, 3), [(2, 3 + S, 3)], T1),
+    "slice off others after": (call(aten.slice.Tensor, X, 1, 0, S), [(2, S + 4, 3)], T1),
+    "slice off from the end": (call(aten.slice.Tensor, X, -2, -S - 2, -2), [(2, 5 + S, 3)], T1),
+    "slice off some of the others": (call(aten.slice.Tensor, X, 1, 2, 2**63 - 1), [(2, S + 7, 3)], Axis(1, 1, 1, 1, 4)),
+    "others with the tokens": (call(aten.linear.default, X, Y), [(2 * (S + 3), 3), (4, 3)], Axis(0, 2, 1, 1, 2)),
+    "a view of others with the tokens": (call(aten.view.default, X, [2, S + 3, 3, 4]), [(2, S + 3, 12)], JOINED),
+    "join others": (call(aten.cat.default, [X, Y, Z], 1), [(2, 1, 3), (2, S, 3), (2, 2, 3)], JOINED),
+    "join more others": (call(aten.cat.default, [X, Y], -2), [(2, S + 1, 3), (2, 2, 3)], JOINED),
     "stack before": (call(aten.stack.default, [X, Y], 0), [(2, S, 3), (2, S, 3)], T2),
     "stack behind": (call(aten.stack.default, [X, Y], -1), [(2, S, 3), (2, S, 3)], T1),
     "expand heads": (call(aten.expand.default, X, [2, 4, S, 3]), [(2, 1, S, 3)], T2),
@@ -192,6 +200,20 @@ def test_a_part_of_a_split_is_narrowed_with_it() -> None:
     assert found.operands == {(0,): T1}
 
 
+def test_one_part_of_a_split_may_hold_all_tokens() -> None:
+    """A split between the tokens and others, for the kept tokens: the others keep their size."""
+    sketch = Sketch()
+    x = sketch.input("x", 2, 3 + S, 4)
+    parts = sketch.call(aten.split_with_sizes.default, x, [3, S], 1)
+    axis = narrowing(sketch.call(operator.getitem, parts, 1), T1, 2).operands[(0,)]
+    found = narrowing(parts, axis, 2)
+    assert found == Narrowing({(0,): Axis(1, before=3)}, {(1,): [3, 2]})
+    data = real(x, 1)
+    text, kept = take(data, Axis(1, before=3), KEPT[:2]).split([3, 2], 1)
+    assert torch.equal(kept, take(data[:, 3:], T1, KEPT[:2]))
+    assert torch.equal(text, data[:, :3])
+
+
 #: name: (call, input shapes, token axis, what the reason says)
 MIXING: dict[str, tuple[Any, list[tuple[int, ...]], Axis, str]] = {
     "unknown operator": (
@@ -208,9 +230,15 @@ MIXING: dict[str, tuple[Any, list[tuple[int, ...]], Axis, str]] = {
     "roll everything": (call(aten.roll.default, X, [1]), [(2, S, 3)], T1, "mixes the token axis"),
     "mean over tokens": (call(aten.mean.dim, X, [1], True), [(2, S, 3)], T1, "reduces over the token axis"),
     "new dimension": (call(aten.unsqueeze.default, X, 1), [(2, 3)], T1, "makes the token axis"),
-    "slice tokens": (call(aten.slice.Tensor, X, 1, 0, S), [(2, S + 1, 3)], T1, "cuts the token axis"),
+    "slice with a step": (call(aten.slice.Tensor, X, 1, 0, 2 * S, 2), [(2, 2 * S, 3)], T1, "cuts the token axis"),
     "split tokens": (call(aten.split.Tensor, X, S, 1), [(2, 2 * S, 3)], T1, "cuts the token axis"),
     "pad tokens": (call(aten.constant_pad_nd.default, X, [0, 0, 1, 0]), [(2, S - 1, 3)], T1, "cuts the token axis"),
+    "divide the tokens": (
+        call(aten.cat.default, [X, Y], 1),
+        [(2, 2, 3), (2, 3, 3)],
+        Axis(1, before=1),
+        r"parts of \[2, 3\] divide the tokens among them",
+    ),
     "join tokens": (call(aten.cat.default, [X, Y], 1), [(2, 2, 3), (2, 3, 3)], T1, "joins along the token axis"),
     "repeat tokens": (call(aten.repeat.default, X, [1, 5, 1]), [(2, 1, 3)], T1, "repeats the token axis"),
     "repeat each token": (
@@ -259,7 +287,6 @@ def test_a_rule_can_be_registered_for_a_custom_operator() -> None:
     node = sketch.call(torch.ops.tcc_tests.halve.default, sketch.input("x", 2, S, 3))
     with pytest.raises(NotTokenLocal, match=r"no token rule for tcc_tests.halve.default"):
         narrowing(node, T1, 3)
-    from tcc.passes.token_axis import Narrowing
 
     rule(torch.ops.tcc_tests.halve.default)(lambda node, axis, size: Narrowing({(0,): axis}))
     assert narrowing(node, T1, 3).operands == {(0,): T1}
