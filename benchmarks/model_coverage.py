@@ -1,0 +1,354 @@
+"""Every transformer class of diffusers, from capture to a plan that runs: what works, and why not where it does not.
+
+    python benchmarks/model_coverage.py --results benchmarks/results      all classes: coverage.md and coverage.json
+    python benchmarks/model_coverage.py --only WanTransformer3DModel FluxTransformer2DModel
+
+Each class is built small, with random weights (`coverage_models*.py`), and goes through four columns:
+
+- captured: one graph by `torch.export`, and the uncached plan gives the very bits of the model;
+- sites: blocks found in the graph / blocks that the model ran (modules of its lists with at least two layers);
+- plan: `coverage_plan.py` mixes reuse, hold and pruned tokens; compiled; in brackets the MACs of the step that prunes
+  all that can be pruned and computes the rest, over those of the full step;
+- matches: every output of every step against the reference interpreter, relative to its largest magnitude, at most
+  1e-4, and further away than that from the uncached model, so that the comparison means something.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import coverage_models
+import coverage_models_image  # noqa: F401 - registers its entries, as do those below
+import coverage_models_joint  # noqa: F401
+import coverage_models_sequence  # noqa: F401
+import coverage_models_video  # noqa: F401
+import torch
+from coverage_models import ENTRIES, Built, build
+from coverage_plan import STEPS, actions_of, mixed_plan
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import tcc
+from tcc.program import build_program
+from tcc.runtime import Session, lower
+
+TOLERANCE = 1e-4
+TIMEOUT = 600.0
+COLUMNS = ("captured", "sites", "plan", "matches")
+
+
+@dataclass
+class Row:
+    """What became of one class.
+
+    Attributes:
+        name: the class.
+        captured, sites, plan, matches: whether the column holds.
+        why: the first reason why not, in one line; empty where all four hold.
+        note: what the entry leaves out.
+        seconds: how long it took.
+        stage: the part of the work that it got to.
+        details: the numbers behind the columns.
+    """
+
+    name: str
+    captured: bool = False
+    sites: bool = False
+    plan: bool = False
+    matches: bool = False
+    why: str = ""
+    note: str = ""
+    seconds: float = 0.0
+    stage: str = "built"
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all four columns hold."""
+        return self.captured and self.sites and self.plan and self.matches
+
+    def cells(self) -> list[str]:
+        """The row as text."""
+        d = self.details
+        sites = f"{d['found']}/{d['blocks']}" if "found" in d else ""
+        prunable = f"{d['prunable']}/{d['branches']}" if "prunable" in d else ""
+        plan = ", ".join(d.get("actions", ())) + (f" ({d['pruned_macs']:.2f})" if "pruned_macs" in d else "")
+        error = f"{d['error']:.0e}" if "error" in d else ""
+        marks = [_mark(self.captured), f"{_mark(self.sites)} {sites}", prunable, f"{_mark(self.plan)} {plan}"]
+        return [self.name, *marks, f"{_mark(self.matches)} {error}", "; ".join(filter(None, (self.why, self.note)))]
+
+
+HEADS = ("class", "captured", "blocks", "prunable", "plan (MACs)", "matches", "why not; what is left out")
+
+
+def _mark(good: bool) -> str:
+    return "yes" if good else "no"
+
+
+def examine(name: str, backend: str) -> Row:
+    """Take one class through the columns, up to the first that fails."""
+    row = Row(name, note=ENTRIES[name].note)
+    started = time.perf_counter()
+    try:
+        _examine(row, backend)
+    except Exception as error:
+        row.why = f"{row.stage}: {type(error).__name__}: {_one_line(error)}"
+        row.details["traceback"] = traceback.format_exc()
+    row.seconds = round(time.perf_counter() - started, 1)
+    return row
+
+
+def _examine(row: Row, backend: str) -> None:
+    """The work, with the name of each part before it."""
+    built = build(row.name)
+    row.stage = "called"
+    paths = ran(built)
+    row.stage = "captured"
+    info = tcc.inspect(built.model, **built.call(0))
+    row.details |= {"hash": info.captured.hash, "nodes": len(info.captured.gm.graph.nodes)}
+    row.captured = exact(built, info, backend)
+    row.why = "" if row.captured else "captured: the uncached plan changes bits"
+    row.stage = "sites"
+    _count_sites(row, info, paths)
+    row.stage = "plan"
+    plan = mixed_plan(info)
+    program = build_program(info.captured, info.analysis, plan)
+    session = Session(lower(program, backend))
+    ratio = program.variants[program.bindings[1].variant].macs / info.analysis.macs
+    row.details |= {"actions": actions_of(plan), "pruned_macs": ratio, "variants": len(program.variants)}
+    row.plan = len(row.details["actions"]) == 3 and ratio < 1
+    if not row.plan:
+        row.why = row.why or f"plan: nothing could be pruned: {_reason(info)}"
+    row.stage = "matches"
+    errors, effect = compare(built, session, tcc.Reference(built.model, plan, info))
+    row.details |= {"error": max(errors), "errors": errors, "effect": effect}
+    row.matches = max(errors) <= TOLERANCE < effect
+    if not row.matches:
+        row.why = row.why or f"matches: error {max(errors):.1e}, effect of the plan {effect:.1e}"
+
+
+def _count_sites(row: Row, info: tcc.ModelInfo, paths: Sequence[str]) -> None:
+    missing = [path for path in paths if not any(_same(path, block) for block in info.blocks)]
+    branches = [s for s in info.sites.values() if s.kind == "delta"]
+    row.details |= {"blocks": len(paths), "found": len(paths) - len(missing), "missing": missing}
+    row.details |= {"branches": len(branches), "prunable": sum(s.prunable for s in branches)}
+    row.details["reasons"] = sorted({s.reason for s in branches if s.reason})
+    row.sites = len(missing) * 2 <= len(paths)
+    if not row.sites:
+        row.why = row.why or f"sites: not found: {', '.join(missing)}"
+
+
+def _same(path: str, block: str) -> bool:
+    return block == path or block.startswith(f"{path}.") or path.startswith(f"{block}.")
+
+
+def _reason(info: tcc.ModelInfo) -> str:
+    reasons = [s.reason for s in info.sites.values() if s.kind in ("delta", "block") and s.reason]
+    return max(reasons, key=reasons.count, default="no MACs are saved").splitlines()[0]
+
+
+def ran(built: Built) -> list[str]:
+    """The blocks that a call runs: modules in lists, with at least two layers, not inside another one."""
+    found: list[str] = []
+    hooks = []
+    for path, module in built.model.named_modules():
+        if isinstance(module, nn.ModuleList):
+            for number, child in enumerate(module):
+                here = f"{path}.{number}"
+                if sum(isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) for m in child.modules()) > 1:
+                    hooks.append(child.register_forward_hook(lambda *_, here=here: found.append(here)))
+    try:
+        outputs(built.model, built, 0)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    unique = list(dict.fromkeys(found))
+    return [path for path in unique if not any(path.startswith(f"{other}.") for other in unique)]
+
+
+def outputs(model: Any, built: Built, step: int) -> list[Tensor]:
+    """The tensors that a call returns."""
+    with torch.no_grad():
+        return [leaf for leaf in pytree.tree_leaves(model(**built.call(step))) if isinstance(leaf, Tensor)]
+
+
+def exact(built: Built, info: tcc.ModelInfo, backend: str) -> bool:
+    """Whether the uncached plan gives the bits of the model, both under one backend."""
+    original: Any = built.model if backend == "eager" else torch.compile(built.model, backend=backend)
+    plan = tcc.plans.full(info, num_steps=1)
+    session = Session(lower(build_program(info.captured, info.analysis, plan), backend))
+    pairs = zip(outputs(session, built, 1), outputs(original, built, 1), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def compare(built: Built, session: Session, reference: tcc.Reference) -> tuple[list[float], float]:
+    """The error of every step, and how far the plan's outputs are from the uncached model's at most."""
+    errors, effect = [], 0.0
+    for step in range(STEPS):
+        expected = outputs(reference, built, step)
+        errors.append(_distance(outputs(session, built, step), expected))
+        effect = max(effect, _distance(outputs(built.model, built, step), expected))
+    return errors, effect
+
+
+def _distance(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    found = [
+        float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in zip(results, expected, strict=True)
+    ]
+    return max((e if e == e else float("inf")) for e in found)  # not a number is no match
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else ""
+
+
+def _worker(connection: Connection, backend: str, threads: int) -> None:
+    """Examine the classes that come in, one after the other, in a process of its own."""
+    torch.set_num_threads(threads)
+    warnings.simplefilter("ignore")  # deprecations inside diffusers
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    while name := connection.recv():
+        connection.send(examine(name, backend))
+
+
+class Examiner:
+    """A worker process that is replaced when it dies or takes too long."""
+
+    def __init__(self, backend: str, threads: int) -> None:
+        self.options = (backend, threads)
+        self.start()
+
+    def start(self) -> None:
+        """Start the worker."""
+        self.connection, theirs = multiprocessing.Pipe()
+        context = multiprocessing.get_context("spawn")
+        self.process = context.Process(target=_worker, args=(theirs, *self.options), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def row(self, name: str) -> Row:
+        """The row of one class, whatever it does to the process."""
+        self.connection.send(name)
+        try:
+            if self.connection.poll(TIMEOUT):
+                found: Row = self.connection.recv()
+                return found
+            why = f"took longer than {TIMEOUT:.0f} s"
+        except EOFError:
+            why = f"the process died (exit code {self.process.exitcode})"
+        self.stop()
+        self.start()
+        return Row(name, why=why, note=ENTRIES[name].note)
+
+    def stop(self) -> None:
+        """End the worker."""
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+def examine_all(names: Sequence[str], backend: str, threads: int) -> list[Row]:
+    """A row for every class, with a progress bar."""
+    columns = (TextColumn("{task.description:36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    rows = []
+    examiner = Examiner(backend, threads)
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=len(names))
+        for name in names:
+            progress.update(task, description=name)
+            known = name in ENTRIES
+            rows.append(examiner.row(name) if known else Row(name, why="no entry in coverage_models*.py"))
+            progress.advance(task)
+    examiner.stop()
+    return rows
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """How many classes hold in each column."""
+    counts = ", ".join(f"{column} {sum(getattr(row, column) for row in rows)}" for column in COLUMNS)
+    return f"{sum(row.whole for row in rows)} of {len(rows)} classes through all four columns ({counts})"
+
+
+def markdown(rows: Sequence[Row], backend: str) -> str:
+    """The table as a file."""
+    import diffusers
+
+    about = (
+        f"`python benchmarks/model_coverage.py`, diffusers {diffusers.__version__}, torch {torch.__version__}, backend "
+        f"`{backend}`, float32: {summary(rows)}. Small random models; the columns are explained in the script."
+    )
+    lines = [
+        "# Which transformer classes of diffusers run with a plan",
+        "",
+        about,
+        "",
+        "| " + " | ".join(HEADS) + " |",
+        "|" + "---|" * len(HEADS),
+    ]
+    return "\n".join([*lines, *("| " + " | ".join(row.cells()) + " |" for row in rows), ""])
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """The table for a terminal."""
+    found = Table(*HEADS, "s", title=summary(rows))
+    for row in rows:
+        found.add_row(*row.cells(), f"{row.seconds:.1f}")
+    return found
+
+
+def as_json(rows: Sequence[Row], backend: str) -> str:
+    """The rows with all details, for programs."""
+    import diffusers
+
+    versions = {"diffusers": diffusers.__version__, "torch": torch.__version__, "backend": backend}
+    return json.dumps({**versions, "summary": summary(rows), "rows": [asdict(row) for row in rows]}, indent=1)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--only", nargs="+", metavar="NAME", help="these classes alone")
+    found.add_argument("--backend", default="eager", help="see tcc.compile (default: eager; inductor takes an hour)")
+    found.add_argument("--threads", type=int, default=1)
+    found.add_argument("--json", metavar="FILE", help="write the rows with all details")
+    found.add_argument("--results", metavar="FOLDER", help="write coverage.md and coverage.json")
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script."""
+    options = parser().parse_args(argv)
+    known = coverage_models.classes()
+    unknown = sorted(set(options.only or ()) - set(known))
+    if unknown:
+        sys.exit(f"diffusers has no transformer class {', '.join(unknown)}")
+    rows = examine_all(options.only or list(known), options.backend, options.threads)
+    Console(width=None if sys.stdout.isatty() else 240).print(table(rows))
+    if options.json:
+        Path(options.json).write_text(as_json(rows, options.backend))
+    if options.results:
+        folder = Path(options.results)
+        (folder / "coverage.md").write_text(markdown(rows, options.backend))
+        (folder / "coverage.json").write_text(as_json(rows, options.backend) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
