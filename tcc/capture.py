@@ -5,6 +5,7 @@ The only module that touches the exported program's inner form.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import warnings
@@ -18,9 +19,10 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree  # no public pytree module in torch 2.11-2.13
 
-from tcc.errors import CallError, CaptureError
+from tcc.errors import CallError, CaptureError, ShapeError
 from tcc.passes.base import run_passes
 from tcc.passes.graph import graph_hash, shape, value
+from tcc.passes.noise_level import noise_level
 from tcc.passes.normalize import Normalize
 
 __all__ = ["Captured", "InputSpec", "capture"]
@@ -44,17 +46,32 @@ class InputSpec:
     dtype: torch.dtype
     device: torch.device
 
-    def differs(self, tensor: Any) -> str | None:
-        """What is wrong with `tensor` for this input, or None."""
+    def check(self, tensor: Any) -> None:
+        """Check what a call gives for this input.
+
+        Raises:
+            ShapeError, CallError: it is not what was captured.
+        """
         if not isinstance(tensor, torch.Tensor):
-            return f"is {tensor!r}, expected a tensor"
-        if tuple(tensor.shape) != self.shape:
-            return f"has shape {list(tensor.shape)}, expected {list(self.shape)}"
+            raise CallError(
+                f"input '{self.name}' is {tensor!r}, expected a tensor: what was a tensor at capture stays one"
+            )
         if tensor.dtype != self.dtype:
-            return f"has dtype {tensor.dtype}, expected {self.dtype}"
+            raise CallError(
+                f"input '{self.name}' has dtype {tensor.dtype}, expected {self.dtype}: a compiled model runs the "
+                "dtypes it was captured with"
+            )
         if tensor.device != self.device:
-            return f"is on {tensor.device}, expected {self.device}"
-        return None
+            raise CallError(
+                f"input '{self.name}' is on {tensor.device}, expected {self.device}: a compiled model runs on the "
+                "device it was captured on"
+            )
+        if tuple(tensor.shape) != self.shape:
+            raise ShapeError(
+                f"input '{self.name}' has shape {list(tensor.shape)}, expected {list(self.shape)}: a compiled model "
+                "runs the shapes (resolution, prompt length, batch) it was captured with. "
+                "tcc.compile(..., on_shape_change='recapture') captures and compiles again for each new one"
+            )
 
 
 @dataclass(frozen=True)
@@ -80,13 +97,20 @@ class Captured:
     signature: inspect.Signature | None
     hash: str
 
+    @functools.cached_property
+    def noise_level(self) -> int | None:
+        """The position of the noise level among the inputs; None where none was found."""
+        return noise_level(self.gm.graph)
+
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
         """The tensor inputs of a call, in the graph's order.
 
         Raises:
-            CallError: the call's structure, a constant, a shape, a dtype or a device differs from the capture.
+            CallError: the call's structure, a constant, a shape (ShapeError), a dtype or a device differs from the
+                capture.
         """
-        leaves, spec = pytree.tree_flatten(_bind(self.signature, args, kwargs))
+        bound = _bind(self.signature, args, kwargs)
+        leaves, spec = pytree.tree_flatten(bound)
         if spec != self.in_spec:
             raise CallError(
                 "the call's arguments are structured differently from the capture "
@@ -98,16 +122,33 @@ class Captured:
                 tensors.append(leaf)
             elif not _same_constant(leaf, self.constants[position]):
                 raise CallError(
-                    f"argument leaf {position} is {leaf!r} but was {self.constants[position]!r} at capture: values "
-                    "that are not tensors are compiled in; pass a tensor if it changes from call to call"
+                    f"argument {self._leaf_name(bound, position)} is {_shown(leaf)} but was "
+                    f"{self.constants[position]!r} at capture: values that are not tensors are compiled in; pass a "
+                    "tensor if it changes from call to call, and the same arguments at every call"
                 )
         for spec_, tensor in zip(self.inputs, tensors, strict=True):
-            problem = spec_.differs(tensor)
-            if problem:
-                raise CallError(
-                    f"input '{spec_.name}' {problem}: a compiled model runs the shapes it was captured with"
-                )
+            spec_.check(tensor)
         return [tensor.contiguous() for tensor in tensors]  # itself, unless it is a slice, a transpose or the like
+
+    def fits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call has the captured shapes; `flatten` says what else may be wrong with it."""
+        try:
+            self.flatten(args, kwargs)
+        except ShapeError:
+            return False
+        except CallError:
+            return True
+        return True
+
+    def _leaf_name(self, bound: tuple[tuple[Any, ...], dict[str, Any]], position: int) -> str:
+        """What the call's argument, or the part of one, is called that is flattened to `position`."""
+        names = [] if self.signature is None else list(self.signature.parameters)
+        _, argument, *path = pytree.tree_flatten_with_path(bound)[0][position][0]
+        if isinstance(argument, pytree.SequenceKey):
+            name = names[argument.idx] if argument.idx < len(names) else str(argument.idx)
+        else:
+            name = argument.key if isinstance(argument, pytree.MappingKey) else str(argument)
+        return f"'{name}{pytree.keystr(tuple(path))}'"
 
     def unflatten(self, outputs: list[Any]) -> Any:
         """The model's own output structure from the graph's flat outputs."""
@@ -272,3 +313,7 @@ def _weight(root: nn.Module, graph: fx.Graph, node: fx.Node, tensor: torch.Tenso
 
 def _same_constant(now: Any, then: Any) -> bool:
     return bool(type(now) is type(then) and now == then)
+
+
+def _shown(leaf: Any) -> str:
+    return f"a tensor {list(leaf.shape)}" if isinstance(leaf, torch.Tensor) else repr(leaf)

@@ -3,115 +3,254 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, get_args
 
 from torch import nn
 from torch.export import ExportedProgram
 
 from tcc.checks import check_model
-from tcc.errors import CallError, PlanError
+from tcc.errors import CallError, PlanError, ShapeError
 from tcc.info import ModelInfo, inspect
 from tcc.passes.pipeline import StepKind
 from tcc.plan import CachePlan
+from tcc.plan_start import start_at
 from tcc.program import Program, Variant, build_program
 from tcc.runtime import Backend, Compiled, Executable, Session, lower
+from tcc.stand_in import StandIn
 
 __all__ = ["CompiledModel", "compile"]
 
 Policy = Callable[[ModelInfo], CachePlan]
+OnShapeChange = Literal["error", "recapture"]
 
 
-class CompiledModel(nn.Module):
+class _Options(NamedTuple):
+    """How to compile, and what to do with calls of other shapes."""
+
+    backend: str | Backend
+    options: dict[str, Any] | None
+    progress: Callable[[str], None] | None
+    mode: str
+    on_shape_change: OnShapeChange
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """The model at one set of input shapes, with what was made of it; the plans of a model share it."""
+
+    info: ModelInfo
+    variants: dict[StepKind, Variant] = field(default_factory=dict)
+    runners: dict[StepKind, Compiled] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """One plan at one set of input shapes; the programs of its runs, by the step that they start at."""
+
+    shape: _Shape
+    plan: CachePlan
+    executables: dict[int, Executable] = field(default_factory=dict)
+
+
+class _Place(NamedTuple):
+    """Where a caller says that it is: the context's name, the step, and the number of steps."""
+
+    context: str = ""
+    step: int | None = None
+    num_steps: int | None = None
+
+
+class CompiledModel(StandIn):
     """A model that runs a plan; called like the model it was made from, once per denoising step.
 
-    Attributes that it does not have itself (`config`, `dtype`, ...) are the original model's. The weights stay the
-    original model's alone: move or cast that one first; `to()`, `parameters()` and `state_dict()` find none here.
+    It has the attributes of the original model, and keeps it: see `tcc.stand_in.StandIn`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module | ExportedProgram,
-        plan: CachePlan | Policy,
-        *,
-        backend: str | Backend,
-        options: dict[str, Any] | None,
-        progress: Callable[[str], None] | None,
-        mode: str,
-    ) -> None:
-        super().__init__()
-        self._model = [model]  # in a list: the weights are not registered, saved or moved a second time
+    def __init__(self, model: nn.Module | ExportedProgram, plan: CachePlan | Policy, options: _Options) -> None:
+        super().__init__(model)
         self._request = plan
-        self._lowering = (backend, options, progress, mode)
-        self._executable: Executable | None = None
+        self._options = options
+        self._shapes: list[_Shape] = []
+        self._readies: list[_Ready] = []
+        self._ready: _Ready | None = None  # what ran last
         self._sessions: dict[str, Session] = {}
-        self._context = ""
-        self._info: ModelInfo | None = None
-        self._plan: CachePlan | None = plan if isinstance(plan, CachePlan) else None
-        self._variants: dict[StepKind, Variant] = {}
-        self._runners: dict[StepKind, Compiled] = {}
+        self._place = _Place()
+        self._start = 0
 
     def with_plan(self, plan: CachePlan | Policy) -> CompiledModel:
         """The same model under another plan: capture, analysis and the variants that both plans have are shared.
 
         Sessions are not shared. After the first call of this model or `prepare`, nothing is captured again.
         """
-        backend, options, progress, mode = self._lowering
-        other = CompiledModel(self._model[0], plan, backend=backend, options=options, progress=progress, mode=mode)
-        other._info, other._variants, other._runners = self._info, self._variants, self._runners
+        other = CompiledModel(self._model[0], plan, self._options)
+        other._shapes = self._shapes
         return other
 
     def prepare(self, *args: Any, **kwargs: Any) -> CompiledModel:
         """Capture, rewrite and compile now, for calls like this one."""
-        if self._executable is None:
-            backend, options, progress, mode = self._lowering
-            info = self._info = self._info or inspect(self._model[0], *args, **kwargs)
-            plan = self._request if isinstance(self._request, CachePlan) else self._request(info)
-            check_model(plan, info.key)
-            program = build_program(info.captured, info.analysis, plan, progress=progress, known=self._variants)
-            self._executable = lower(program, backend, options, progress, mode=mode, known=self._runners)
-            self._plan = plan
+        self._executable(self._get_ready(args, kwargs), self._start)
         return self
+
+    def _get_ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Ready:
+        """The plan for calls like this one. Where other shapes are errors there is one, and the call will say so."""
+        fixed = self._options.on_shape_change == "error"
+        found = [r for r in self._readies if fixed or r.shape.info.captured.fits(args, kwargs)]
+        if not found:
+            shape = self._get_shape(args, kwargs, fixed)
+            plan = self._request if isinstance(self._request, CachePlan) else self._request(shape.info)
+            self._check_model(plan, shape)
+            found = [_Ready(shape, plan)]
+            self._readies += found
+        self._ready = found[0]
+        return found[0]
+
+    def _get_shape(self, args: tuple[Any, ...], kwargs: dict[str, Any], fixed: bool) -> _Shape:
+        found = [s for s in self._shapes if fixed or s.info.captured.fits(args, kwargs)]
+        if not found:
+            found = [_Shape(inspect(self._model[0], *args, **kwargs))]
+            self._shapes += found
+        return found[0]
+
+    def _check_model(self, plan: CachePlan, shape: _Shape) -> None:
+        try:
+            check_model(plan, shape.info.key)
+        except PlanError as error:
+            if not self._readies:
+                raise
+            raise PlanError(f"{error}; or give tcc.compile a policy, which makes a plan for each shape") from error
+
+    def _executable(self, ready: _Ready, start: int) -> Executable:
+        """The program of the runs that start at `start`, compiled."""
+        if start not in ready.executables:
+            plan, shape, options = start_at(ready.plan, start), ready.shape, self._options
+            captured, analysis, progress = shape.info.captured, shape.info.analysis, options.progress
+            program = build_program(captured, analysis, plan, progress=progress, known=shape.variants)
+            ready.executables[start] = lower(
+                program, options.backend, options.options, progress, mode=options.mode, known=shape.runners
+            )
+        return ready.executables[start]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the next step of the current session.
 
         Raises:
             CaptureError, AnalysisError, PlanError: on the first call, which captures and compiles.
-            CallError: the call differs from the captured one.
+            CallError: the call differs from the captured one, or the caller is at another step than the session.
         """
-        return self.prepare(*args, **kwargs).session(*args, **kwargs)
+        session = self._session_for(args, kwargs)
+        try:
+            return session(*args, **kwargs)
+        except ShapeError as error:
+            if self._options.on_shape_change == "error":
+                raise
+            raise ShapeError(
+                f"step {session.step} of {session.num_steps}: {str(error).partition(': ')[0]}: shapes may change when "
+                "an image begins. Call reset() after an interrupted one, and use one cache_context per guidance branch"
+            ) from error
+
+    def _session_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Session:
+        """The session that a call goes to, at the step that the caller says it is at, if it says so."""
+        place, session = self._place, self._sessions.get(self._place.context)
+        told = None if place.step is None else self._start + place.step
+        if session is not None and told in (self._start, session.start):
+            session.reset()
+        start = self._start if told is None else told
+        if session is None or (session.step == session.start and not self._serves(session, start, args, kwargs)):
+            executable = self._executable(self._get_ready(args, kwargs), start)
+            session = self._sessions[place.context] = Session(executable, start=start, watched=told is None)
+        count = session.num_steps - self._start
+        if place.num_steps not in (None, count):
+            raise CallError(
+                f"the pipeline runs {place.num_steps} steps, but the model's plan has {count}: call it with "
+                f"num_inference_steps={count}, or make the plan with num_steps={place.num_steps}"
+            )
+        if told not in (None, session.step):
+            raise CallError(
+                f"the pipeline is at step {told}, but the model's next step is {session.step} of {session.num_steps}: "
+                "call the model once per step and context, in order, and reset() before a new image"
+            )
+        return session
+
+    def _serves(self, session: Session, start: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a session at the beginning of a run can run this call."""
+        fixed = self._options.on_shape_change == "error"
+        return session.start == start and (fixed or session.fits(args, kwargs))
 
     @property
     def session(self) -> Session:
         """The session that calls go to: one per `cache_context`."""
-        if self._context not in self._sessions:
-            self._sessions[self._context] = self.new_session()
-        return self._sessions[self._context]
+        if self._place.context not in self._sessions:
+            self._sessions[self._place.context] = self.new_session(start_step=self._start)
+        return self._sessions[self._place.context]
 
-    def new_session(self) -> Session:
+    def new_session(self, *, start_step: int = 0) -> Session:
         """Own slots and own step counter, for another image or thread at the same time; the code is shared.
 
-        Raises:
-            PlanError: nothing is compiled yet.
-        """
-        if self._executable is None:
-            raise PlanError("nothing is compiled yet: call the model once, or pass example_inputs to tcc.compile")
-        return Session(self._executable)
+        Args:
+            start_step: the step that its runs begin at, see `reset`.
 
-    def reset(self) -> None:
-        """Start a new image: the next call is step 0, in every session of this model."""
+        Raises:
+            PlanError: nothing is compiled yet, or the plan has no such step.
+        """
+        if self._ready is None:
+            raise PlanError("nothing is compiled yet: call the model once, or pass example_inputs to tcc.compile")
+        return Session(self._executable(self._ready, start_step), start=start_step, watched=True)
+
+    def reset(self, *, start_step: int = 0) -> None:
+        """Start a new image in every session of this model.
+
+        Args:
+            start_step: the step of the plan that this image, and all after it until the next `reset`, begin at: for
+                image-to-image, which leaves out the first steps of the schedule. What later steps read is computed
+                at the first one: see `tcc.plan_start.start_at`.
+
+        Raises:
+            PlanError: the plan has no such step.
+        """
+        if self._ready is not None:
+            start_at(self._ready.plan, start_step)
+        if start_step != self._start:
+            self._start = start_step
+            self._sessions.clear()
         for session in self._sessions.values():
             session.reset()
 
+    def _reset_stateful_cache(self, recurse: bool = True) -> None:
+        """What diffusers' pipelines call when an image is done: the next one starts anew, finished or not."""
+        for session in self._sessions.values():
+            if session.watched and session.step != session.start:
+                warnings.warn(
+                    f"the run ended after step {session.step - 1}, but the model's plan has {session.num_steps} steps: "
+                    "unless it was interrupted, make the plan with as many steps as the pipeline runs",
+                    stacklevel=3,
+                )
+            session.reset()
+
     @contextlib.contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
-        """Calls inside go to the session `name`: pipelines that call once per guidance branch use one each."""
-        before, self._context = self._context, name
+    def cache_context(
+        self, name: str, *, step_index: int | None = None, num_inference_steps: int | None = None, **where: Any
+    ) -> Iterator[None]:
+        """Calls inside go to the session `name`: pipelines that call once per guidance branch use one each.
+
+        Args:
+            name: the name of the session.
+            step_index: the step that the pipeline is at, if it says so; 0 starts a new image, and a run that begins at
+                another step begins in the middle of the plan.
+            num_inference_steps: how many steps the pipeline runs; must be those of the plan.
+            where: other things that pipelines say, and that no plan depends on (`sigma`, `timestep`).
+        """
+        before, self._place = self._place, _Place(name, step_index, num_inference_steps)
         try:
             yield
         finally:
-            self._context = before
+            self._place = before
+
+    @property
+    def _is_fixed(self) -> bool:
+        return super()._is_fixed or bool(self._shapes)
 
     @property
     def plan(self) -> CachePlan:
@@ -120,35 +259,38 @@ class CompiledModel(nn.Module):
         Raises:
             PlanError: a policy was given and the model has not been called yet.
         """
-        if self._plan is None:
-            raise PlanError("the policy makes its plan at the first call: call the model once, or pass example_inputs")
-        return self._plan
+        if self._ready is not None:
+            return self._ready.plan
+        if isinstance(self._request, CachePlan):
+            return self._request
+        raise PlanError("the policy makes its plan at the first call: call the model once, or pass example_inputs")
 
     @property
     def num_steps(self) -> int | None:
         """The steps of the plan; None where a policy will make it at the first call."""
-        return None if self._plan is None else self._plan.num_steps
+        if self._ready is None and not isinstance(self._request, CachePlan):
+            return None
+        return self.plan.num_steps
 
     @property
     def info(self) -> ModelInfo | None:
         """What tcc sees in the model; None before the first call."""
-        return self._info
+        shape = self._ready.shape if self._ready else next(iter(self._shapes), None)
+        return shape.info if shape else None
 
     @property
     def program(self) -> Program | None:
         """The variants and the step table; None before the first call."""
-        return None if self._executable is None else self._executable.program
+        return self._compiled.program if self._compiled else None
 
     @property
     def compile_seconds(self) -> tuple[float, ...]:
         """Seconds spent compiling each variant; () before the first call."""
-        return () if self._executable is None else self._executable.compile_seconds
+        return self._compiled.compile_seconds if self._compiled else ()
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_model"][0], name)
+    @property
+    def _compiled(self) -> Executable | None:
+        return self._ready.executables.get(self._start) if self._ready else None
 
 
 def compile(
@@ -160,6 +302,7 @@ def compile(
     mode: str = "default",
     options: dict[str, Any] | None = None,
     progress: Callable[[str], None] | None = None,
+    on_shape_change: OnShapeChange = "error",
 ) -> CompiledModel:
     """Compile `model` to run `plan`.
 
@@ -173,6 +316,9 @@ def compile(
         options: Inductor options, such as `{"freezing": True}`: on CPUs, pack the weights of matrix products (a copy
             per variant; later changes of the model's weights are not seen).
         progress: called with a line of text as the work goes on.
+        on_shape_change: what a call with another resolution, prompt length or batch does when a new image begins:
+            `error`, or `recapture`: the model is captured, the policy asked and the result compiled again, once for
+            each set of shapes. Within an image, it is an error.
 
     Returns:
         A model with the same forward signature.
@@ -184,7 +330,9 @@ def compile(
         raise PlanError(f"plan={plan!r} is neither a plan nor a policy: read a file with tcc.CachePlan.load(path)")
     if example_inputs is not None and [type(part) for part in example_inputs] != [tuple, dict]:
         raise CallError("example_inputs is a pair (args, kwargs), a tuple and a dict: write ((x, t, y), {})")
-    compiled = CompiledModel(model, plan, backend=backend, options=options, progress=progress, mode=mode)
+    if on_shape_change not in get_args(OnShapeChange):
+        raise CallError(f"on_shape_change={on_shape_change!r}: use 'error' or 'recapture'")
+    compiled = CompiledModel(model, plan, _Options(backend, options, progress, mode, on_shape_change))
     if example_inputs is not None:
         args, kwargs = example_inputs
         compiled.prepare(*args, **kwargs)

@@ -9,6 +9,7 @@ __all__ = [
     "ModelError",
     "PassError",
     "PlanError",
+    "ShapeError",
     "TccError",
     "TrainError",
     "VerificationError",
@@ -37,6 +38,10 @@ class PlanError(TccError, ValueError):
 
 class CallError(TccError, RuntimeError):
     """A compiled model was called out of step order, or with another shape, dtype or device."""
+
+
+class ShapeError(CallError):
+    """A compiled model was called with other shapes than it was captured with: resolution, prompt length or batch."""
 
 
 class PassError(TccError, RuntimeError):

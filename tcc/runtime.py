@@ -18,6 +18,7 @@ from tcc.passes.graph import value
 from tcc.passes.pipeline import StepKind
 from tcc.passes.write_slots import WriteSlots
 from tcc.program import Program, Variant
+from tcc.watch import Watch
 
 __all__ = ["Backend", "Executable", "Session", "lower"]
 
@@ -140,9 +141,13 @@ class Session:
     """One run at a time through a program: its own slots and its own step counter.
 
     Call it like the model, once per step. After the last step it starts again by itself.
+
+    Attributes:
+        start: the step that runs begin at: the program is that of `start_at(plan, start)`.
+        step: the step that the next call runs.
     """
 
-    def __init__(self, executable: Executable) -> None:
+    def __init__(self, executable: Executable, *, start: int = 0, watched: bool = False) -> None:
         self._executable = executable
         self._captured = executable.program.captured
         self._slots = {
@@ -151,7 +156,9 @@ class Session:
         }
         self._replays: dict[int, Replay] = {}
         self._steps = [self._bind(step) for step in range(len(executable.program.bindings))]
-        self.step = 0
+        self.start = self.step = start
+        alike = len(executable.program.variants) == 1 and not self._slots  # then a step like another cannot be wrong
+        self._watch = Watch(self._captured.noise_level, start, self.num_steps) if watched and not alike else None
 
     def _bind(self, step: int) -> tuple[Runner, list[torch.Tensor]]:
         """The function and the extra inputs of `step`, looked up once so that a step only calls."""
@@ -175,8 +182,8 @@ class Session:
 
     @property
     def num_steps(self) -> int:
-        """The steps of one run."""
-        return len(self._steps)
+        """The steps of the plan; those before `start` are not run."""
+        return self.start + len(self._steps)
 
     @property
     def slot_bytes(self) -> int:
@@ -184,19 +191,34 @@ class Session:
         return sum(t.numel() * t.element_size() for t in self._slots.values())
 
     def reset(self) -> None:
-        """Start a new run: the next call is step 0."""
-        self.step = 0
+        """Start a new run: the next call is its first step."""
+        self.step = self.start
+        if self._watch is not None:
+            self._watch.forget()
+
+    @property
+    def watched(self) -> bool:
+        """Whether calls are compared, to notice a caller that is at another step."""
+        return self._watch is not None
+
+    def fits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call has the captured shapes."""
+        return self._captured.fits(args, kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the next step.
 
         Raises:
-            CallError: the call differs from the captured one in structure, shape, dtype or device.
+            CallError: the call differs from the captured one in structure, shape (ShapeError), dtype or device; or the
+                caller is at another step, where sessions are watched (see `tcc.watch`).
         """
-        return self._run(self._captured.flatten(args, kwargs))
+        tensors = self._captured.flatten(args, kwargs)
+        if self._watch is not None:
+            self._watch.check(tensors, self.step)
+        return self._run(tensors)
 
     def run_step(self, step: int, *args: Any, **kwargs: Any) -> Any:
-        """Run step `step`, which must be the next one (or 0, which starts a new run).
+        """Run step `step`, which must be the next one (or `start`, which starts a new run).
 
         Raises:
             CallError: `step` is not the next step, the plan has no such step, or the call differs from the captured
@@ -207,7 +229,7 @@ class Session:
                 f"step {step} was called but the plan has {self.num_steps} steps, 0..{self.num_steps - 1}: make the "
                 "plan with the number of steps you run"
             )
-        if step not in (0, self.step):
+        if step not in (self.start, self.step):
             raise CallError(
                 f"step {step} was called but the next step is {self.step} of {self.num_steps}: a plan's steps run in "
                 "order. Call reset() to start a new run, and new_session() for a second run at the same time"
@@ -217,8 +239,8 @@ class Session:
         return self._run(tensors)
 
     def _run(self, tensors: list[torch.Tensor]) -> Any:
-        runner, extras = self._steps[self.step]
+        runner, extras = self._steps[self.step - self.start]
         with torch.no_grad():
             outputs = runner(*tensors, *extras)
-        self.step = (self.step + 1) % len(self._steps)
+        self.step = self.step + 1 if self.step + 1 < self.num_steps else self.start
         return self._captured.unflatten(list(outputs))

@@ -1,0 +1,111 @@
+"""What tells a session that its caller is not at the step that it is at.
+
+A session counts calls. A caller that makes more or fewer calls than the plan has steps would silently get the actions
+of other steps. The inputs give it away: the noise level goes one way within an image and back at the next one, and two
+calls on one sample at one noise level are two guidance branches.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from tcc.errors import CallError
+
+__all__ = ["Watch"]
+
+_SHARED = (
+    "step {step} of {count}: this call has the sample and the noise level of the call before it, and other conditions. "
+    "Two guidance branches share one session, so that one would reuse what the other stored, and each call would count "
+    "as a step: call each branch in a context of its own, `with model.cache_context('cond'):` and "
+    "`with model.cache_context('uncond'):`, or both in one call as a doubled batch"
+)
+_BACK = (
+    "step {step} of {count}: the noise level went back, from {before:g} to {now:g}: a new image began before the "
+    "plan's last step. After an interrupted run call reset(); a scheduler with fewer steps needs a plan with as many; "
+    "where steps are repeated on purpose, say which one runs: model.session.run_step(step, ...)"
+)
+_MORE = (
+    "the plan's {count} steps are over, and the noise level goes on from {before:g} to {now:g}: the scheduler has more "
+    "steps than the plan. Make the plan with as many steps as the scheduler, or reset() to start a new image"
+)
+
+
+class Watch:
+    """Compares every call of a run with the one before it.
+
+    On a CPU each call is checked. On other devices reading a value would wait for the device. There noise levels are
+    read at the first and the last step of a run, and a sample is the same if it is the same tensor, not written since.
+
+    Args:
+        level: the position of the noise level among the inputs, or None.
+        first: the number of a run's first step.
+        count: the number of the plan's steps.
+    """
+
+    def __init__(self, level: int | None, first: int, count: int) -> None:
+        self._level, self._first, self._count = level, first, count
+        self._sample = 1 if level == 0 else 0  # diffusion models take the sample first, but for the level
+        self.forget()
+
+    def forget(self) -> None:
+        """Nothing is known about earlier calls."""
+        self._last: list[torch.Tensor] = []
+        self._versions: list[int | None] = []
+        self._levels: list[torch.Tensor] = []
+        self._way = 0.0
+
+    def check(self, tensors: list[torch.Tensor], step: int) -> None:
+        """Compare the inputs of the call that is to run `step` with those of the calls before.
+
+        Raises:
+            CallError: the caller is at another step; nothing is noted down.
+        """
+        if step > self._first and self._is_other_branch(tensors):
+            raise CallError(_SHARED.format(step=step, count=self._count))
+        if self._level is not None and tensors[self._level].numel():
+            self._check_level(tensors[self._level], step)
+        self._last, self._versions = tensors, [_version(t) for t in tensors]
+
+    def _is_other_branch(self, tensors: list[torch.Tensor]) -> bool:
+        """Whether sample and noise level are the last call's, and something else is not."""
+        if len(self._last) != len(tensors) or self._sample >= len(tensors) or not self._same_sample(tensors):
+            return False
+        same = [torch.equal(old, new) for old, new in zip(self._last, tensors, strict=True)]
+        return not all(same) and (self._level is None or same[self._level])
+
+    def _same_sample(self, tensors: list[torch.Tensor]) -> bool:
+        old, new = self._last[self._sample], tensors[self._sample]
+        if old is new:
+            return self._versions[self._sample] == _version(new)
+        return new.device.type == "cpu" and torch.equal(old, new)
+
+    def _check_level(self, given: torch.Tensor, step: int) -> None:
+        """The noise level goes one way from step to step, and back at a run's first step."""
+        level = given.detach().max()  # of the samples, or of the tokens where some are given without noise
+        if step == self._first:
+            if self._levels and self._way:
+                before, now = float(self._levels[-1]), float(level)
+                if (now - before) * self._way > 0:
+                    raise CallError(_MORE.format(count=self._count, before=before, now=now))
+            self._levels, self._way = [level], 0.0
+            return
+        self._levels = self._follow([*self._levels, level], step)
+
+    def _follow(self, levels: list[torch.Tensor], step: int) -> list[torch.Tensor]:
+        """Read the levels, where that costs nothing or the run ends; what the next step is compared with."""
+        if levels[-1].device.type != "cpu" and step < self._count - 1:
+            return levels
+        way = self._way
+        for before, now in itertools.pairwise(float(level) for level in levels):
+            way = way or now - before
+            if (now - before) * way < 0:
+                raise CallError(_BACK.format(step=step, count=self._count, before=before, now=now))
+        self._way = way
+        return levels[-1:]
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """How often the tensor was written to; None where nobody counts."""
+    return None if tensor.is_inference() else tensor._version
