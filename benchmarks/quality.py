@@ -4,10 +4,11 @@
     python benchmarks/quality.py time --out RUN                      measure seconds; on a quiet machine
     python benchmarks/quality.py report --out RUN --results benchmarks/results
 
-DDIM with guidance 1.5 as a doubled batch, pixels clipped, float32. Every row sees the same noise and the same labels
-(balanced classes). PSNR is counted from the uncached images in the same noise: dB of every image, mean over images.
-The Frechet distance is FD (Fashion-MNIST CNN), from the 10,000 test images; see `tcc.metrics`. Seconds are those of a
-row beside the compiled uncached model, their steps interleaved in one process; medians per kind of step.
+DDIM, or the solver that the row names, with guidance 1.5 as a doubled batch, pixels clipped, float32. Every row sees
+the same noise and the same labels (balanced classes). PSNR is counted from the uncached DDIM images in the same noise:
+dB of every image, mean over images. The Frechet distance is FD (Fashion-MNIST CNN), from the 10,000 test images; see
+`tcc.metrics`. Seconds are those of a row beside the compiled uncached model, their steps interleaved in one process;
+medians per kind of step.
 
 `run` goes breadth first: all rows at few samples before any row at many. What is measured is kept in RUN, chunk by
 chunk, and never measured again. Several processes may share RUN if each has its own `--seeds`.
@@ -21,13 +22,13 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import quality_report
 import torch
-from quality_rows import CORE, UNCACHED, Missing, Row, Visits, ablation, comparison
+from quality_rows import CORE, UNCACHED, Missing, Row, ablation, comparison
 from quality_store import Store, digest
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -36,14 +37,14 @@ from torch import Tensor
 import tcc
 from tcc import plans, timing
 from tcc.cli.compare import Method, Task, compare, of_executable, warm_up
-from tcc.errors import PlanError
+from tcc.errors import CallError, PlanError
 from tcc.metrics import feature_network, psnr
 from tcc.models import DiT, load_dit, reference_model
 from tcc.passes.pipeline import StepKind
 from tcc.plan import CachePlan
 from tcc.program import Variant, build_program
 from tcc.runtime import Compiled, Executable, Session, lower
-from tcc.samplers import sample
+from tcc.samplers import Sampler, sample
 
 CHUNK, CFG = 250, 1.5
 LEVELS = (250, 500, 1000, 2000, 5000)  # samples of all rows before any row has more
@@ -51,13 +52,13 @@ LEVELS = (250, 500, 1000, 2000, 5000)  # samples of all rows before any row has 
 
 @dataclass(frozen=True)
 class Entry:
-    """A row that can be run: its plan, and where its numbers are kept."""
+    """A row that can be run: its plan, what draws with it, and where its numbers are kept."""
 
     row: Row
     steps: int
     plan: CachePlan
     folder: Path
-    visits: Visits | None = None
+    sampler: Sampler
 
     @property
     def work(self) -> float:
@@ -106,7 +107,7 @@ class Bench:
     def images(self, entry: Entry, seed: int, chunk: int, size: int) -> Tensor:
         """The images `[size, C, H, W]` of one chunk."""
         started, labels = noise(self.model, seed, chunk, size)
-        options: dict[str, Any] = {"num_steps": entry.plan.num_steps, "diffusion": entry.visits, "cfg_scale": CFG}
+        options: dict[str, Any] = {"num_steps": entry.plan.num_steps, "sampler": entry.sampler, "cfg_scale": CFG}
         model, null = self.open(entry), self.model.config.null_class
         batches = zip(started.split(self.batch), labels.split(self.batch), strict=True)
         return torch.cat([sample(model, x, y, null_class=null, **options) for x, y in batches])
@@ -130,12 +131,12 @@ def entries(
     found: dict[Path, Entry] = {}
     for row in rows:
         try:
-            plan, visits = row.plan(bench.info, steps, learned), row.diffusion(steps, learned)
-        except (Missing, PlanError) as error:
+            plan, (sampler, drawn) = row.plan(bench.info, steps, learned), row.drawn_by(steps, learned)
+        except (Missing, PlanError, CallError) as error:
             console.print(f"[dim]left out at {steps} steps: {row.name}: {error}[/]")
             continue
-        folder = store.row(steps, row.name, plan, visits.visited if visits else ())
-        found[folder] = Entry(row, steps, plan, folder, visits)
+        folder = store.row(steps, row.name, plan, drawn)
+        found[folder] = Entry(row, steps, plan, folder, sampler)
     return list(found.values())
 
 
@@ -243,8 +244,10 @@ def time_rows(bench: Bench, todays: Sequence[Entry], rounds: int, at_most: float
 def _method(bench: Bench, entry: Entry, full: Executable) -> Method:
     bound = entry.steps / entry.work
     if entry.row.policy == UNCACHED.policy:
-        return of_executable("row", full, bound, entry.plan.num_steps)
-    return of_executable("row", bench.executable(entry.plan), bound)
+        method = of_executable("row", full, bound, entry.plan.num_steps)
+    else:
+        method = of_executable("row", bench.executable(entry.plan), bound)
+    return replace(method, sampler=entry.sampler)
 
 
 def settings(args: argparse.Namespace, model: DiT) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
-from quality_rows import FEWER, UNCACHED, Row
+from quality_rows import FEWER, MULTISTEP, UNCACHED, Row
 from quality_store import Store
 from rich.console import Console
 from rich.table import Table
@@ -83,8 +83,9 @@ class Measured:
         """For the JSON file."""
         return {
             "row": self.row.name, "family": self.row.family, "steps": self.steps, "run_steps": self.plan.num_steps,
-            "control_of": self.row.control or None, "policy": dict(self.plan.policy), "macs": self.plan.macs,
-            "bound": self.bound, "samples": self.samples, "seconds_per_image": self.seconds, "speedup": self.speedup,
+            "control_of": self.row.control or None, "policy": dict(self.plan.policy), "sampler": self.row.sampler,
+            "macs": self.plan.macs, "bound": self.bound, "samples": self.samples,
+            "seconds_per_image": self.seconds, "speedup": self.speedup,
             "psnr": {s: v if math.isfinite(v) else None for s, v in self.psnr.items()}, "fd": self.fd,
             "timing": self.timing,
         }  # fmt: skip
@@ -182,7 +183,8 @@ def notes(rows: Sequence[Measured]) -> str:
         "GMAC per image, both guidance branches. PSNR from the uncached images in the same noise: mean over images. FD "
         "(Fashion-MNIST CNN) from the 10,000 test images: mean over the seeds. PSNR and FD, fewer steps: what plain "
         f"DDIM reaches {'in the row’s measured time' if timed else 'with the row’s MACs'}, between the two nearest "
-        "counts. Front: no cheaper row is as good. "
+        "counts. Front: no cheaper row is as good. DPM-Solver++ converges to other images than DDIM's, so FD tells how "
+        "good it is. "
         f"float32, {where['processor']}, {where['threads']} thread(s), torch {where['torch']}."
     )
 
@@ -209,8 +211,8 @@ def _panel(axes: Axes, rows: Sequence[Measured], field: str) -> None:
         members = sorted((m for m in rows if m.row.family == family), key=lambda m: m.cost)
         shown = [m for m in members if math.isfinite(getattr(m, field))]
         x, y = [m.cost for m in shown], [getattr(m, field) for m in shown]
-        if family == FEWER:
-            axes.plot(x, y, "k.-", lw=1, ms=4, label=family)
+        if family == FEWER or family.startswith(MULTISTEP):
+            axes.plot(x, y, "k.-" if family == FEWER else f"C{number % 10}.--", lw=1, ms=4, label=family)
             for m, *at in zip(shown, x, y, strict=True):
                 axes.annotate(str(m.plan.num_steps), at, (0, -9), textcoords="offset points", fontsize=6.5, ha="center")
         else:

@@ -16,11 +16,12 @@ from typing import Any
 from tcc import data, plans
 from tcc.info import ModelInfo
 from tcc.plan import Action, CachePlan, Compute
-from tcc.samplers import Diffusion
+from tcc.samplers import DDIM, Diffusion, Sampler, named
 
-FEWER = "fewer steps"
-#: The counts of the fewer-steps curve, for a run of so many steps.
+FEWER, MULTISTEP = "fewer steps", "DPM-Solver++ 2M"
+#: The counts of the fewer-steps curve, for a run of so many steps; and those of a multistep solver.
 FEWER_STEPS = {50: (40, 30, 25, 20, 17, 14, 12, 10, 8, 6), 20: (17, 15, 13, 11, 10, 9, 8, 7, 6, 5, 4)}
+FEWER_MULTISTEP = {50: (25, 20, 17, 14, 12, 10, 8), 20: (10, 8, 7, 6, 5)}
 ROUTER, DROPPER = "router-ddim{steps}.safetensors", "drop-router-ddim{steps}.safetensors"
 PAIRS_ROUTER = "pairs-router-ddim{steps}.safetensors"
 IMPORTANCE, NETWORK = "importance-ddim{steps}.safetensors", "network-importance-ddim{steps}.safetensors"
@@ -105,6 +106,8 @@ class Row:
         control: the name of the row that it is the control of: as many tokens or branches, chosen at random.
         shuffled: whether the plan's actions are dealt out anew, see `shuffle`.
         visits: a list of the steps that it visits, where those are not spread evenly.
+        sampler: the name of its sampler.
+        sampler_options: the sampler's options.
     """
 
     name: str
@@ -115,6 +118,8 @@ class Row:
     control: str = ""
     shuffled: bool = False
     visits: Learned | None = None
+    sampler: str = "ddim"
+    sampler_options: Mapping[str, Any] = field(default_factory=dict)
 
     def plan(self, info: ModelInfo, steps: int, learned: Path) -> CachePlan:
         """Its plan for runs of `steps` steps.
@@ -124,23 +129,32 @@ class Row:
             PlanError: the policy refuses the options.
         """
         options = dict(self.options)
-        visits = self.diffusion(steps, learned)
+        visited = self._visited(steps, learned)
         for name, value in self.options.items():
             if isinstance(value, Learned):
                 options[name] = value.resolved(steps, learned)
             elif isinstance(value, Share):
                 options[name] = max(2, round(value.share * steps))
-        count = len(visits.visited) if visits else self.run_steps or steps
+        count = len(visited) or self.run_steps or steps
         plan: CachePlan = plans.POLICIES[self.policy](info, num_steps=count, **options)
         return shuffle(info, plan) if self.shuffled else plan
 
-    def diffusion(self, steps: int, learned: Path) -> Visits | None:
-        """What the sampler visits, where it is not the default.
+    def drawn_by(self, steps: int, learned: Path) -> tuple[Sampler, str]:
+        """Its sampler, and what tells its images from those of plain DDIM with as many steps: nothing, if empty.
 
         Raises:
             Missing: there is no such file in the folder `learned`.
+            CallError: the sampler needs diffusers.
         """
-        return None if self.visits is None else Visits(of=steps, visited=tuple(self.visits.resolved(steps, learned)))
+        if visited := self._visited(steps, learned):
+            return DDIM(diffusion=Visits(of=steps, visited=visited)), str(list(visited))
+        default = self.sampler == "ddim" and not self.sampler_options
+        key = "" if default else f"{self.sampler} {sorted(self.sampler_options.items())}"
+        return named(self.sampler, **self.sampler_options), key
+
+    def _visited(self, steps: int, learned: Path) -> tuple[int, ...]:
+        """The steps of the longer run that it visits, where it says so; else none."""
+        return () if self.visits is None else tuple(self.visits.resolved(steps, learned))
 
 
 def shuffle(info: ModelInfo, plan: CachePlan, seed: int = 0) -> CachePlan:
@@ -175,7 +189,7 @@ UNCACHED = Row("uncached", FEWER, "full")
 CORE = (
     *(f"{count} steps" for count in (30, 25, 20, 17, 14, 12, 11, 10, 8, 7, 6, 5, 4)),
     *("FORA N=2", "FORA N=3", "TaylorSeer N=3 O=2", "TaylorSeer N=6 O=2", "SmoothCache alpha=0.18"),
-    *("forecast", "DDIM", "TokenCache 1.5x", "uniform tokens 1.5x", "L2C theta=0.1", "ToCa N=3", "DuCa N=3"),
+    *("forecast", "DDIM", MULTISTEP, "TokenCache 1.5x", "uniform tokens 1.5x", "L2C theta=0.1", "ToCa N=3", "DuCa N=3"),
 )
 
 
@@ -185,10 +199,24 @@ def fewer_steps(steps: int) -> list[Row]:
     return [Row(f"{count} steps", FEWER, "full", run_steps=count) for count in counts]
 
 
+def multistep(steps: int) -> list[Row]:
+    """The same of a solver that remembers, as forecasts do: clamped as DDIM is, steps even in time or in log-SNR.
+
+    It converges to the solution of the ODE, and not to the images of DDIM that PSNR is counted from: look at FD.
+    """
+    counts = FEWER_MULTISTEP.get(steps) or tuple(range(steps // 2, 0, -1))
+    spacings: dict[str, dict[str, Any]] = {MULTISTEP: {}, f"{MULTISTEP} log-SNR": {"spacing": "log-snr"}}
+    return [
+        Row(f"{name}, {count} steps", name, "full", run_steps=count, sampler="dpm-solver++2m", sampler_options=options)
+        for name, options in spacings.items()
+        for count in counts
+    ]
+
+
 def comparison(steps: int) -> list[Row]:
     """Every method at several budgets, and its controls."""
     parts = (branch_rows, token_rows, learned_branch_rows, toca_rows, hold_rows, rule_rows)
-    return [UNCACHED, *fewer_steps(steps), *(row for part in parts for row in part())]
+    return [UNCACHED, *fewer_steps(steps), *multistep(steps), *(row for part in parts for row in part())]
 
 
 def branch_rows() -> list[Row]:

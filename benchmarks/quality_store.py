@@ -5,7 +5,8 @@
     <steps>/<row>-<digest>/seconds.json    its time, beside that of the uncached run
     <steps>/uncached-<digest>/...          also has `images` `[N, 1, 32, 32]` float32: what PSNR is counted from
 
-The digest is that of the plan's table: a policy that plans otherwise than it did begins a new row.
+The digest is that of the plan's table: a policy that plans otherwise than it did begins a new row. Where a row is not
+drawn by plain DDIM, a second digest tells its sampler and the steps that this visits.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -77,10 +78,10 @@ class Store:
         if changed:
             raise ValueError(f"{root} is of other settings ({', '.join(changed)}): choose another --out")
 
-    def row(self, steps: int, name: str, plan: CachePlan, visited: Sequence[int] = ()) -> Path:
-        """The folder of a row; `visited` are the steps that the sampler visits, where they are not the default."""
+    def row(self, steps: int, name: str, plan: CachePlan, drawn: str = "") -> Path:
+        """The folder of a row; `drawn` tells its sampling from the default, where it is another."""
         slug = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
-        place = f"-{hashlib.sha256(str(list(visited)).encode()).hexdigest()[:10]}" if visited else ""
+        place = f"-{hashlib.sha256(drawn.encode()).hexdigest()[:10]}" if drawn else ""
         return self.root / str(steps) / f"{slug}-{digest(plan)}{place}"
 
     @staticmethod

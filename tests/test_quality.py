@@ -80,7 +80,10 @@ def test_a_run_is_reported(scripts: dict[str, ModuleType], weights: str, tmp_pat
     assert run(scripts, weights, out, *options, "--rounds", "1", what="time") == 0
 
     found = rows(results)
-    assert found.keys() == {"uncached", "3 steps", "2 steps", "1 steps", "FORA N=2", "FORA N=3", "FORA N=4"}
+    multistep = {f"DPM-Solver++ 2M{kind}, {count} steps" for kind in ("", " log-SNR") for count in (2, 1)}
+    fewer = {"uncached", "3 steps", "2 steps", "1 steps"}
+    assert found.keys() == {*fewer, *multistep, "FORA N=2", "FORA N=3", "FORA N=4"}
+    assert found["DPM-Solver++ 2M, 2 steps"]["bound"] == 2.0
     assert found["2 steps"]["bound"] == 2.0
     assert found["2 steps"]["run_steps"] == 2
     assert found["uncached"]["psnr"] == {"0": None, "1": None}
@@ -312,6 +315,18 @@ def test_rows_with_other_steps_to_visit_are_kept_apart(
     )  # type: ignore[index]
     assert placed[0] == pytest.approx(next(even), rel=1e-6)  # two steps spread evenly are the first and the last
     assert placed[1] != pytest.approx(placed[0], rel=1e-3)
+
+
+def test_the_sampler_tells_rows_apart(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
+    """Plain DDIM has no key of its own, so that what was measured stays; every other sampler and option has one."""
+    quality_rows, store = scripts["quality_rows"], scripts["quality_store"].Store(tmp_path, {})
+    plan = CachePlan(num_steps=2, actions={})
+    options = ({}, {"sampler": "dpm-solver++2m"}, {"sampler": "ddim", "sampler_options": {"eta": 0.5}})
+    options += ({"sampler": "dpm-solver++2m", "sampler_options": {"spacing": "log-snr"}},)
+    keys = [quality_rows.Row("row", "row", "full", **given).drawn_by(4, tmp_path)[1] for given in options]
+
+    assert keys[0] == ""
+    assert len({store.row(4, "row", plan, key) for key in keys}) == 4
 
 
 def test_what_the_rows_need_is_made(scripts: dict[str, ModuleType], tmp_path: Path) -> None:

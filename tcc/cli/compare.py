@@ -12,18 +12,19 @@ from torch import Tensor
 
 from tcc.metrics import psnr
 from tcc.runtime import Executable, Session
-from tcc.samplers import Diffusion, ddim_step, guide
+from tcc.samplers import DDIM, Evaluation, Sampler, denoise, guide
 from tcc.timing import Run, RunTiming, time_runs
 
 __all__ = ["Method", "Row", "Task", "compare", "of_executable", "warm_up"]
 
 Progress = Callable[[int, int], None]
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
+PLAIN = DDIM()
 
 
 @dataclass(frozen=True)
 class Task:
-    """What every method has to do: turn this noise into images of these classes by DDIM.
+    """What every method has to do: turn this noise into images of these classes.
 
     Attributes:
         noise: `[B, C, H, W]`.
@@ -37,19 +38,20 @@ class Task:
     null_class: int
     cfg: float
 
-    def inputs(self, x: Tensor, timestep: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The model's inputs for a step: the batch doubled, conditional half first."""
+    def inputs(self, x: Tensor, timestep: float) -> tuple[Tensor, Tensor, Tensor]:
+        """The model's inputs for a step: the batch doubled, conditional half first; float32 times if not whole."""
         y = torch.cat([self.labels, torch.full_like(self.labels, self.null_class)])
-        return torch.cat([x, x]), torch.full((len(y),), timestep, dtype=torch.int64), y
+        dtype = torch.int64 if isinstance(timestep, int) else torch.float32
+        return torch.cat([x, x]), torch.full((len(y),), timestep, dtype=dtype), y
 
-    def denoise(self, model: Model, num_steps: int) -> Iterator[Tensor]:
-        """One DDIM step per value; the last value is the images. The same as `tcc.samplers.sample`, in steps."""
-        x = self.noise
-        for step in Diffusion().steps(num_steps):
+    def denoise(self, model: Model, num_steps: int, sampler: Sampler = PLAIN) -> Iterator[Tensor]:
+        """One step per value; the last value is the images. The same as `tcc.samplers.sample`, in steps."""
+
+        def evaluate(x: Tensor, evaluation: Evaluation) -> Tensor:
             with torch.no_grad():
-                eps = guide(model(*self.inputs(x, step.timestep)), self.cfg, x.shape[1])[:, : x.shape[1]]
-                x = ddim_step(x, eps, step, noise=None, eta=0.0, clip=True)
-            yield x
+                return guide(model(*self.inputs(x, evaluation.timestep)), self.cfg, x.shape[1])
+
+        return denoise(sampler, evaluate, self.noise, num_steps)
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Method:
         bound: the speedup that its MACs allow against the uncached run.
         slot_bytes: the bytes of its slots.
         compile_seconds: what compiling took; 0 where nothing was compiled for it.
+        sampler: what it draws with.
     """
 
     name: str
@@ -71,6 +74,7 @@ class Method:
     bound: float = 1.0
     slot_bytes: int = 0
     compile_seconds: float = 0.0
+    sampler: Sampler = PLAIN
 
     @property
     def num_steps(self) -> int:
@@ -170,7 +174,10 @@ def compare(
         at_most: seconds after which no further round begins.
         progress: called as `progress(steps_done, all_steps)`.
     """
-    runs = {m.name: Run(m.kinds, lambda m=m: task.denoise(m.open(), m.num_steps)) for m in methods}  # type: ignore[misc]
+    runs = {
+        m.name: Run(m.kinds, lambda m=m: task.denoise(m.open(), m.num_steps, m.sampler))  # type: ignore[misc]
+        for m in methods
+    }
     timings = time_runs(runs, rounds=rounds, at_most=at_most, progress=progress)
     images = timings[methods[0].name].result if reference is None else reference
     return [

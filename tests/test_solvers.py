@@ -1,0 +1,139 @@
+"""Solvers of higher order, against an ODE whose solution is known, and against diffusers."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tcc.errors import CallError
+from tcc.samplers import (
+    DDIM,
+    Diffusion,
+    Evaluation,
+    Sampler,
+    Scheduled,
+    ddim_step,
+    denoise,
+    dpm_solver_2m,
+    dpm_solver_2s,
+    named,
+    sample,
+    timestep_dtype,
+)
+
+SPREAD = 0.5  # standard deviation of the data: Gaussian, so that the ODE can be solved by hand
+
+
+def noise(count: int = 3) -> Tensor:
+    """Seeded noise [B, 2, 4, 4]; float64, so that the solver's error is what is seen."""
+    return torch.randn(count, 2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def width(evaluation: Evaluation) -> float:
+    """The standard deviation of noised data; every x of one trajectory is this times the same number."""
+    bar = Diffusion().alpha_bar[int(evaluation.timestep)]
+    return float(bar * SPREAD**2 + 1 - bar) ** 0.5
+
+
+def exact_noise(x: Tensor, evaluation: Evaluation) -> Tensor:
+    """The best guess of the noise in x, `[B, C, H, W]`."""
+    bar = Diffusion().alpha_bar[int(evaluation.timestep)]
+    return x * (1 - bar) ** 0.5 / width(evaluation) ** 2
+
+
+def error(sampler: Sampler, num_steps: int) -> float:
+    """How far x is from the exact trajectory halfway down, relative to it."""
+    middle = num_steps // 2
+    evaluations = sampler.evaluations(num_steps)
+    arrived = next(itertools.islice(denoise(sampler, exact_noise, noise(), num_steps), middle - 1, None))
+    expected = noise() * width(evaluations[middle]) / width(evaluations[0])
+    return float((arrived - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("make", "order"), [(lambda: DDIM(clip=False), 1), (lambda: dpm_solver_2m(clip=False), 2),
+                        (lambda: dpm_solver_2s(clip=False), 2)],
+)  # fmt: skip
+def test_the_error_falls_with_the_order(make: Callable[[], Sampler], order: int) -> None:
+    """Of Gaussian data: with twice as many evaluations, half the error for DDIM, and a quarter for DPM-Solver++."""
+    if order > 1:
+        pytest.importorskip("diffusers")
+    few, more = error(make(), 40), error(make(), 80)
+
+    assert 0.75 * 2**order < few / more < 1.4 * 2**order
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_the_first_step_of_dpm_solver_is_ddims(clip: bool) -> None:
+    """Of first order it is DDIM, clamped alike (Lu et al. 2022b, section 4)."""
+    pytest.importorskip("diffusers")
+    x = 2 * noise()
+    sampler, process = dpm_solver_2m(clip=clip), Diffusion()
+    first, second = (int(e.timestep) for e in sampler.evaluations(10)[:2])
+    run = sampler.run(x, 10)
+    next(run)
+    moved = run.send(torch.tanh(x))
+
+    bars = {"alpha_bar": float(process.alpha_bar[first]), "alpha_bar_next": float(process.alpha_bar[second])}
+    step = type(process.steps(2)[0])(timestep=first, **bars)
+    expected = ddim_step(x, torch.tanh(x), step, noise=None, eta=0.0, clip=clip)
+    torch.testing.assert_close(moved, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # numpy's, of diffusers
+@pytest.mark.parametrize("name", ["dpm-solver++2m", "dpm-solver++2s"])
+def test_a_scheduler_samples_as_in_a_pipeline(name: str) -> None:
+    """The loop of a pipeline, written out, gives the same images; the model is called once per evaluation."""
+    pytest.importorskip("diffusers")
+    labels, calls = torch.arange(3), []
+
+    def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        calls.append(int(t[0]))
+        return torch.tanh(x + t.view(-1, 1, 1, 1) / 1000)
+
+    images = sample(model, noise().float(), labels, num_steps=6, sampler=name)
+    scheduler = named(name).scheduler  # type: ignore[attr-defined]
+    scheduler.set_timesteps(timesteps=calls.copy())
+    x = noise().float()
+    for t in scheduler.timesteps:
+        x = scheduler.step(model(x, t.expand(3), labels), t, x).prev_sample
+
+    assert len(calls) == 12
+    torch.testing.assert_close(images, x, rtol=1e-5, atol=1e-6)
+    assert images.abs().max() <= 1
+
+
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # numpy's, of diffusers
+def test_evaluations_know_their_place_in_a_solver_step() -> None:
+    """Multistep solvers take one evaluation per step; singlestep ones take two, but for the last two steps."""
+    diffusers = pytest.importorskip("diffusers")
+
+    assert [e.stage for e in dpm_solver_2m().evaluations(5)] == [0] * 5
+    assert [e.stage for e in dpm_solver_2s().evaluations(8)] == [0, 1, 0, 1, 0, 1, 0, 0]
+    assert [e.stage for e in Scheduled(scheduler=diffusers.HeunDiscreteScheduler()).evaluations(5)] == [0, 1, 0, 1, 0]
+    assert timestep_dtype(dpm_solver_2m().evaluations(5)) == torch.int64
+    with pytest.raises(ValueError, match="HeunDiscreteScheduler has no run of 4 evaluations"):
+        Scheduled(scheduler=diffusers.HeunDiscreteScheduler()).evaluations(4)
+
+
+def test_a_missing_diffusers_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message says what to install."""
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+
+    with pytest.raises(CallError, match=r"pip install 'tcc\[diffusers\]'"):
+        named("dpm-solver++2m")
+
+
+def test_options_belong_to_samplers() -> None:
+    """A name takes the options of its sampler; a sampler has its own."""
+    with pytest.raises(ValueError, match="sampler 'ddpm' has no option eta; it has clip, diffusion"):
+        named("ddpm", eta=0.5)
+    with pytest.raises(ValueError, match="clip: options of a sampler that is given by its name"):
+        sample(lambda x, t, y: x, noise(), torch.arange(3), sampler=DDIM(), clip=False)
+    with pytest.raises(ValueError, match="unknown spacing 'cosine': choose time or log-snr"):
+        named("dpm-solver++2m", spacing="cosine")
