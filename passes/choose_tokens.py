@@ -91,10 +91,12 @@ class _Build:
     def per_token(self, x: fx.Node, axis: Axis, batch: Axis | None) -> fx.Node:
         """`x` as `[B, S, everything else]` in float32."""
         if batch is None:
-            x, axis, batch = self(aten.unsqueeze.default, x, 0), Axis(axis.dim + 1, axis.outer, axis.inner), Axis(0)
+            x, axis, batch = self(aten.unsqueeze.default, x, 0), axis.at(axis.dim + 1), Axis(0)
         sizes, (tokens, samples) = apart(shape(x), axis, batch)
         order = [samples, tokens, *(d for d in range(len(sizes)) if d not in (samples, tokens))]
         x = self(aten.permute.default, self(aten.reshape.default, x, sizes), order)
+        if axis.others:
+            x = self(aten.slice.Tensor, x, 1, axis.before, shape(x)[1] - axis.after)
         x = self(aten.reshape.default, x, [*shape(x)[:2], -1])
         return x if value(x).dtype == torch.float32 else self(aten._to_copy.default, x, dtype=torch.float32)
 
@@ -230,10 +232,16 @@ def _highest(build: _Build, scores: fx.Node, choice: Choice) -> tuple[fx.Node, f
     return tuple(build(aten.squeeze.dim, node, 0) for node in (kept, place))  # type: ignore[return-value]
 
 
-def sum_maps(graph: fx.Graph, attention: fx.Node, batch: Axis | None) -> fx.Node:
+def sum_maps(graph: fx.Graph, attention: fx.Node, batch: Axis | None, keys: Axis) -> fx.Node:
     """How much each token is attended to: column sums of the softmax map, averaged over the heads, `[B, S]`.
 
     Written out beside the fused attention, whose map cannot be had.
+
+    Args:
+        graph: the graph, with its insertion point set.
+        attention: the attention.
+        batch: where the samples lie in its keys.
+        keys: where the tokens lie in its keys; there may be keys of others too, whose columns are left out.
     """
     build = _Build(graph, attention)
     query, key = attention.args[0], attention.args[1]
@@ -248,7 +256,7 @@ def sum_maps(graph: fx.Graph, attention: fx.Node, batch: Axis | None) -> fx.Node
     if isinstance(mask, fx.Node):
         logits = _masked(build, logits, mask)
     sums = build(aten.sum.dim_IntList, build(aten.softmax.int, logits, -1), [-2], True)
-    tokens = Axis(len(shape(sums)) - 1)
+    tokens = keys.at(len(shape(sums)) - 1)
     return build(aten.mean.dim, build.per_token(sums, tokens, batch), [2])
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import fx
 
 from tcc.passes.graph import shape
-from tcc.passes.streams import Stream
 from tcc.passes.token_axis import NotTokenLocal, narrowing, operands
 from tcc.passes.tokens import Axis
 
@@ -22,13 +21,19 @@ Grid = tuple[tuple[int, ...], int]
 _NONE: Grid = ((), 0)
 
 
-def find_grid(stream: Stream, axis: Axis) -> Grid:
+def find_grid(first: fx.Node, first_axis: Axis | None, last: fx.Node, last_axis: Axis) -> Grid:
     """The dimensions that a view merges into the token axis above the blocks, or splits from it below them.
 
     Other tokens may be joined to the image's before the blocks and cut off after them.
+
+    Args:
+        first: the stream entering the first block.
+        first_axis: where its tokens lie in it, if that is known.
+        last: the stream leaving the last block.
+        last_axis: where its tokens lie in it.
     """
-    above = _above(stream.blocks[0].stream_in, axis)
-    return above if above[0] else _below(stream.blocks[-1].stream_out, axis)
+    above = _above(first, first_axis) if first_axis else _NONE
+    return above if above[0] else _below(last, last_axis)
 
 
 def _above(node: fx.Node, axis: Axis) -> Grid:
@@ -44,7 +49,7 @@ def _above(node: fx.Node, axis: Axis) -> Grid:
         except NotTokenLocal:
             if here.target is aten.cat.default and at.plain:
                 return _above_joined(here, at)
-            if here.target in _VIEWS and at.plain:
+            if here.target in _VIEWS and at.plain and not at.others:
                 source = here.args[0]
                 assert isinstance(source, fx.Node)
                 return _split(shape(source), math.prod(shape(here)[: at.dim]), shape(here)[at.dim]), 0
@@ -80,8 +85,8 @@ def _below(node: fx.Node, axis: Axis) -> Grid:
                 todo.append((user, start + _slice_start(user, tokens)))
             elif user.target in _VIEWS:
                 grid = _split(sizes, math.prod(shape(here)[: axis.dim]), tokens)
-                if grid:
-                    return grid, start
+                if grid and start >= axis.before:
+                    return grid, start - axis.before
     return _NONE
 
 

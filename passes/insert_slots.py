@@ -6,6 +6,7 @@ this one move the gathers to where they save work.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -233,8 +234,7 @@ class _Edit:
     def _restrict_keys(self, entry: Entry, tokens: str) -> None:
         """Attention `kept`: the keys, the values and the mask's columns of the kept tokens alone."""
         kept, _ = self._tokens(tokens)
-        pairs = (pair for site in entry.sites for pair in zip(site.attention, _key_batches(site), strict=True))
-        for name, batch in pairs:
+        for name, batch, axis in (found for site in entry.sites for found in _keys(site)):
             node = self.nodes[name]
             if (node, tokens) in self.restricted:
                 continue
@@ -244,13 +244,16 @@ class _Edit:
             for position, dim in ((1, -2), (2, -2), (3, -1)):
                 operand = node.args[position] if len(node.args) > position else None
                 if isinstance(operand, fx.Node) and shape(operand)[dim] == total:
-                    node.update_arg(position, self._visible(node, operand, dim, kept, batch))
+                    node.update_arg(position, self._visible(node, operand, axis.at(dim), kept, batch))
             mask = node.kwargs.get("attn_mask")
             if isinstance(mask, fx.Node) and shape(mask)[-1] == total:
-                node.update_kwarg("attn_mask", self._visible(node, mask, -1, kept, batch))
+                node.update_kwarg("attn_mask", self._visible(node, mask, axis.at(-1), kept, batch))
 
-    def _visible(self, node: fx.Node, operand: fx.Node, dim: int, kept: fx.Node, batch: Axis | None) -> fx.Node:
-        """The kept tokens of an operand of attention `node`; a mask that all samples share is expanded if need be."""
+    def _visible(self, node: fx.Node, operand: fx.Node, axis: Axis, kept: fx.Node, batch: Axis | None) -> fx.Node:
+        """The kept tokens of an operand of attention `node`; a mask that all samples share is expanded if need be.
+
+        `axis` counts its dimension from the last.
+        """
         with self.graph.inserting_before(node):
             if own_sets(kept) and batch is not None:
                 key = shape(node.args[1])  # type: ignore[arg-type]
@@ -259,7 +262,7 @@ class _Edit:
                 if sizes[batch.dim] != key[batch.dim]:
                     sizes[batch.dim] = key[batch.dim]
                     operand = self._call(aten.expand.default, operand, sizes, like=node)
-            return gather(self.graph, operand, kept, Axis(len(shape(operand)) + dim), batch, node)
+            return gather(self.graph, operand, kept, axis.at(len(shape(operand)) + axis.dim), batch, node)
 
     def _gather(self, x: fx.Node, tokens: tuple[fx.Node, fx.Node], site: Site, like: fx.Node) -> fx.Node:
         return gather(self.graph, x, tokens[0], site.axis, site.batch, like)
@@ -324,7 +327,7 @@ class _Edit:
         for branch, site in records.maps:
             attention = self.nodes[site.attention[0]]
             with self.graph.inserting_before(attention.next):
-                self.stores[map_slot(branch)] = sum_maps(self.graph, attention, site.batch)
+                self.stores[map_slot(branch)] = sum_maps(self.graph, attention, site.batch, site.axis)
             self.count += 1
         for name, tokens in records.ages:
             slot, device = age_slot(name), self._device
@@ -387,8 +390,11 @@ class _Edit:
         return emit(self.graph, target, args, kwargs, like=like)
 
 
-def _key_batches(site: Site) -> tuple[Axis | None, ...]:
-    return site.key_batch or (None,) * len(site.attention)
+def _keys(site: Site) -> Iterator[tuple[str, Axis | None, Axis]]:
+    """Every attention of a site, and where samples and tokens lie in its keys."""
+    count = len(site.attention)
+    batches, axes = site.key_batch or (None,) * count, site.key_axes or (Axis(-2),) * count
+    return zip(site.attention, batches, axes, strict=True)
 
 
 def _identifier(name: str) -> str:

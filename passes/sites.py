@@ -6,18 +6,21 @@ Sites refer to graph nodes by name, and copies of a graph keep the names, so one
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
 
+from tcc.passes.chains import cat_dim, guess_axis
+from tcc.passes.dataflow import Dataflow
 from tcc.passes.graph import shape, source_line, value
 from tcc.passes.grid import find_grid
 from tcc.passes.macs import count
-from tcc.passes.streams import Block, Branch, Dataflow, Skip, Stream, find_stream
+from tcc.passes.streams import Block, Branch, Skip, Stream, find_streams
 from tcc.passes.token_axis import NotTokenLocal, narrowing, operands
 from tcc.passes.tokens import Axis
+from tcc.site_name import SiteName
 
 __all__ = ["Analysis", "Site", "analyse", "follow"]
 
@@ -31,22 +34,27 @@ class Site:
     """A value that can be kept from step to step.
 
     Attributes:
-        name: `<block>.<branch>.out`, `.delta`, `.kv`, `<block>.delta`, `<block>.stream` or `<block>.skip`.
+        name: `<block>.<branch>.out`, `.delta`, `.kv`, `<block>.delta`, `<block>.stream` or `<block>.skip`, with the
+            stream where it is not the main one: `<block>.delta@text`.
         kind: `out`, `delta`, `block`, `stream`, `skip` or `kv`.
-        block: the index of its block; one past the last for `out.stream`.
+        block: the index of its block; one past the last for `out.stream`, and more for blocks that only other streams
+            than the main one pass through.
         values: names of the graph values it consists of: one; K and V for `kv`; the summands for `block`.
         stream_in: name of the stream value that a `delta` or `block` is added to, else "".
         stream_out: name of the stream value after that addition, else "".
         attention: names of the self-attention nodes that compute it.
         shape: the shape of each kept tensor.
         dtype: their dtype.
-        axis: where the tokens lie in them.
+        axis: where the tokens of its stream lie in them; rows of others may be joined to them.
         macs: multiply-accumulates of computing it from the stream, for the captured batch.
         reason: why its tokens cannot be pruned, "" where they can.
-        sole_reader: whether nothing but this site reads the stream value that it is added to.
+        sole_reader: whether nothing but this site and branches `beside` it reads the stream value that it is added to.
+        beside: branches on other streams that read that value too.
+        guarded: whether they read it through the attention of this site alone.
         readers: names of the nodes for which alone the site stands in for its value (a long skip); () means all.
         batch: where the samples lie in them, None where there is one sample or they cannot be followed.
         key_batch: for every attention, where the samples lie in its keys and values, likewise.
+        key_axes: for every attention, where the stream's tokens lie in its keys and values.
     """
 
     name: str
@@ -65,6 +73,14 @@ class Site:
     readers: tuple[str, ...] = ()
     batch: Axis | None = None
     key_batch: tuple[Axis | None, ...] = ()
+    key_axes: tuple[Axis, ...] = ()
+    beside: tuple[str, ...] = ()
+    guarded: bool = True
+
+    @property
+    def stream(self) -> str:
+        """The name of its stream, "" for the main one."""
+        return SiteName.parse(self.name).stream
 
     @property
     def prunable(self) -> bool:
@@ -83,11 +99,12 @@ class Site:
 
     def overlaps(self, other: Site) -> bool:
         """Whether both sites keep parts of the same branch, so that a plan can act on only one of them."""
-        if self.block != other.block or {self.kind, other.kind} & {"kv", "stream", "skip"}:
+        mine, theirs = SiteName.parse(self.name), SiteName.parse(other.name)
+        if {self.kind, other.kind} & {"kv", "stream", "skip"} or mine.stream != theirs.stream:
             return False
         if "block" in (self.kind, other.kind):
-            return True
-        return self.name.rsplit(".", 1)[0] == other.name.rsplit(".", 1)[0]
+            return self.block == other.block
+        return mine.owner == theirs.owner
 
 
 @dataclass(frozen=True)
@@ -95,16 +112,19 @@ class Analysis:
     """What the analyses found out about a captured graph.
 
     Attributes:
-        blocks: block names, in order.
+        blocks: the names of the blocks that the main stream passes through, in order.
         sites: every site by name, in graph order.
-        token_axis: the token axis of the stream.
-        num_tokens: the tokens of the stream, S.
-        stream_shape: the shape of the stream, `[B, S, D]`.
+        token_axis: the token axis of the main stream, where it holds its own tokens alone.
+        num_tokens: the tokens of the main stream, S. Where tokens of other streams are joined to it, they are not
+            counted.
+        stream_shape: the shape of the main stream, likewise, `[B, S, D]`.
         grid: the grid of the image tokens, (h, w) or (t, h, w); () where none was found.
-        image_tokens: the positions of the image tokens in the stream, from and up to but not including; all tokens
-            where no grid was found.
+        image_tokens: the positions of the image tokens among the S, from and up to but not including: those on the
+            grid, or those that the output is made of where no grid was found.
         macs: the graph's MACs, for the captured batch.
         positions: where every graph value stands in the order of computation, by name.
+        streams: the names of the streams; the first is the main one, "".
+        side_blocks: the names of the blocks that only other streams pass through.
     """
 
     blocks: tuple[str, ...]
@@ -116,6 +136,8 @@ class Analysis:
     image_tokens: tuple[int, int]
     macs: int
     positions: Mapping[str, int] = field(default_factory=dict, compare=False)
+    streams: tuple[str, ...] = ("",)
+    side_blocks: tuple[str, ...] = ()
 
     @property
     def batch(self) -> int:
@@ -126,32 +148,51 @@ class Analysis:
 
 
 def analyse(graph: fx.Graph) -> Analysis:
-    """Stream, blocks, sites, token axis and grid of `graph`.
+    """Streams, blocks, sites, token axis and grid of `graph`.
 
     Raises:
         AnalysisError: the graph has no recognisable residual stream.
     """
-    stream, flow = find_stream(graph), Dataflow(graph)
-    axis = _token_axis(stream, flow)
-    sites: dict[str, Site] = {}
-    for index, block in enumerate(stream.blocks):
-        for site in _block_sites(block, index, axis, flow):
-            sites[site.name] = site
-    grid, start = find_grid(stream, axis)
-    last = stream.blocks[-1].stream_out
-    end = _stream_site("out", len(stream.blocks), last, axis)
-    sites[end.name] = end
+    flow = Dataflow(graph)
+    streams = find_streams(graph, flow)
+    main, order = streams[0], _in_order(streams)
+    blocks = tuple(block.name for block in main.blocks)
+    side = tuple(dict.fromkeys(block.name for _, block in order if block.name not in blocks))
+    index = {name: i + (name in side) for i, name in enumerate((*blocks, *side))}
+    view = _View(flow, {stream.name: _token_axis(stream, flow) for stream in streams}, streams)
+    found = {(stream.name, block.name): view.sites(stream.name, index[block.name], block) for stream, block in order}
+    sites = {site.name: site for stream, block in order for site in found[stream.name, block.name]}
+    last = main.branches[-1]
+    end = _stream_site("out.stream", len(blocks), last.add, view.axis("", last) or guess_axis(last.add))
+    axis = view.axes[""]
+    grid, start = find_grid(main.branches[0].stream_in, view.axis("", main.branches[0]), last.add, end.axis)
+    tokens = axis.count(main.shape)
+    image = (start, start + math.prod(grid)) if grid else (0, tokens)
+    if main.rows_out and not grid:
+        first_row, last_row = (min(tokens, max(0, row - end.axis.before)) for row in main.rows_out)
+        image = (first_row, last_row)
     return Analysis(
-        blocks=tuple(block.name for block in stream.blocks),
-        sites=sites,
+        blocks=blocks,
+        sites={**sites, end.name: end},
         token_axis=axis,
-        num_tokens=stream.shape[axis.dim],
-        stream_shape=stream.shape,
+        num_tokens=tokens,
+        stream_shape=main.shape,
         grid=grid,
-        image_tokens=(start, start + math.prod(grid)) if grid else (0, stream.shape[axis.dim]),
+        image_tokens=image,
         macs=count(graph.nodes),
         positions={node.name: i for i, node in enumerate(graph.nodes)},
+        streams=tuple(stream.name for stream in streams),
+        side_blocks=side,
     )
+
+
+def _in_order(streams: Sequence[Stream]) -> list[tuple[Stream, Block]]:
+    """The blocks of all streams as they are computed; of one block, the main stream first."""
+    first: dict[str, fx.Node] = {}
+    parts = [(stream, block) for stream in streams for block in stream.blocks]
+    for _, block in parts:
+        first[block.name] = min(first.get(block.name, block.stream_out), block.stream_out)
+    return sorted(parts, key=lambda part: first[part[1].name])
 
 
 def follow(target: fx.Node, axis: Axis, origin: fx.Node, flow: Dataflow) -> tuple[set[Axis], str]:
@@ -192,33 +233,22 @@ def _token_axis(stream: Stream, flow: Dataflow) -> Axis:
                 query = node.args[0]
                 assert isinstance(query, fx.Node)
                 axes, reason = follow(query, Axis(len(shape(query)) - 2), branch.origin, flow)
-                if not reason and len(axes) == 1:
+                if not reason and len(axes) == 1 and not next(iter(axes)).others:
                     return axes.pop()
     return Axis(max(0, len(stream.shape) - 2))
 
 
-def _block_sites(block: Block, index: int, axis: Axis, flow: Dataflow) -> list[Site]:
-    sites = [_stream_site(block.name, index, block.entry, axis)]
-    sites += [_skip_site(block.name, index, number, skip, axis) for number, skip in enumerate(block.skips)]
-    for name, branch in block.branches:
-        sites += _branch_sites(f"{block.name}.{name}", index, branch, axis, flow)
-    if block.continuous:
-        sites.append(_block_delta(block, index, axis, flow))
-    return sites
-
-
-def _stream_site(block: str, index: int, node: fx.Node, axis: Axis) -> Site:
+def _stream_site(name: str, index: int, node: fx.Node, axis: Axis) -> Site:
     val = value(node)
     reason = "a stream is held as a whole: prune the sites that are added to it"
     return Site(
-        f"{block}.stream", "stream", index, (node.name,), "", "", (), tuple(val.shape), val.dtype, axis, 0, reason,
+        name, "stream", index, (node.name,), "", "", (), tuple(val.shape), val.dtype, axis, 0, reason,
         batch=_batch(node, axis),
     )  # fmt: skip
 
 
-def _skip_site(block: str, index: int, number: int, skip: Skip, axis: Axis) -> Site:
+def _skip_site(name: str, index: int, skip: Skip, axis: Axis) -> Site:
     val = value(skip.value)
-    name = f"{block}.skip{number + 1}.skip" if number else f"{block}.skip"
     reason = "a long skip is held as a whole: prune the sites that are added to the stream"
     return Site(
         name, "skip", index, (skip.value.name,), "", "", (), tuple(val.shape), val.dtype, axis, 0, reason,
@@ -226,56 +256,189 @@ def _skip_site(block: str, index: int, number: int, skip: Skip, axis: Axis) -> S
     )  # fmt: skip
 
 
-def _branch_sites(prefix: str, index: int, branch: Branch, axis: Axis, flow: Dataflow) -> list[Site]:
-    own = _self_attention(branch, flow)
-    names = tuple(node.name for node in own)
-    batch = _batch(branch.origin, axis)
-    keys = tuple(_key_batch(node, branch.origin, batch, flow) for node in own)
-    reason = _why_not(branch.delta, axis, [(branch, branch.origin)], flow)
-    macs = count(branch.nodes)
-    delta = value(branch.delta)
-    sites = [
-        Site(
-            f"{prefix}.out", "out", index, (branch.out.name,), "", "", names,
-            shape(branch.out), value(branch.out).dtype, axis, macs, reason, batch=batch, key_batch=keys,
-        ),
-        Site(
-            f"{prefix}.delta", "delta", index, (branch.delta.name,), branch.stream_in.name, branch.add.name, names,
-            tuple(delta.shape), delta.dtype, axis, macs, reason, _sole_reader(branch.stream_in, branch.add, flow),
-            batch=batch, key_batch=keys,
-        ),
-    ]  # fmt: skip
-    if len(own) == 1:
-        sites.insert(0, _kv_site(prefix, index, own[0], branch, axis, flow))
-    return sites
+@dataclass
+class _View:
+    """What making a site needs to know of the graph.
+
+    Attributes:
+        flow: who depends on whom.
+        axes: the token axis of every stream, where it holds its own tokens alone.
+        streams: the streams.
+    """
+
+    flow: Dataflow
+    axes: dict[str, Axis]
+    streams: Sequence[Stream]
+
+    def __post_init__(self) -> None:
+        self._adds: dict[fx.Node, str] = {}
+        for stream in self.streams:
+            for block in stream.blocks:
+                names = (str(SiteName(f"{block.name}.{name}", "delta", stream.name)) for name, _ in block.branches)
+                self._adds |= {branch.add: name for name, (_, branch) in zip(names, block.branches, strict=True)}
+        self._keys: set[fx.Node] = set()
+
+    def axis(self, stream: str, branch: Branch) -> Axis | None:
+        """Where the stream's tokens lie as `branch` is added; None where they cannot be told from others."""
+        axis = self.axes[stream]
+        if branch.others == (0, 0) or shape(branch.add) == self._shape(stream):
+            return axis
+        if branch.others is None or axis != guess_axis(branch.add):
+            return None
+        return replace(axis, before=branch.others[0], after=branch.others[1])
+
+    def _shape(self, stream: str) -> tuple[int, ...]:
+        return next(s.shape for s in self.streams if s.name == stream)
+
+    def sites(self, stream: str, index: int, block: Block) -> list[Site]:
+        """The sites of what `block` does to a stream."""
+        first = block.branches[0][1]
+        axis = self.axis(stream, first) or guess_axis(first.add)
+        found = [_stream_site(str(SiteName(block.name, "stream", stream)), index, block.entry, axis)]
+        for number, skip in enumerate(block.skips):
+            owner = f"{block.name}.skip{number + 1}" if number else block.name
+            found.append(_skip_site(str(SiteName(owner, "skip", stream)), index, skip, axis))
+        for name, branch in block.branches:
+            found += self._branch_sites(SiteName(f"{block.name}.{name}", "", stream), index, branch)
+        if block.continuous:
+            found.append(self._block_delta(SiteName(block.name, "delta", stream), index, block))
+        return found
+
+    def _branch_sites(self, name: SiteName, index: int, branch: Branch) -> list[Site]:
+        flow = self.flow
+        own = _self_attention(branch, flow)
+        axis = self.axis(name.stream, branch) or guess_axis(branch.add)
+        batch = _batch(branch.origin, axis)
+        keys = [_Keys.of(node, branch.origin, axis, batch, flow) for node in own]
+        reason = self._why_not(name.stream, branch, axis, branch.origin, keys)
+        macs = count(branch.nodes)
+        beside = self._readers(branch.stream_in, branch.add, name.stream)
+        guarded = self._readers(branch.stream_in, branch.add, name.stream, own) == ()
+        out, change = value(branch.out), value(branch.delta)
+        delta = Site(
+            name.but("delta"), "delta", index, (branch.delta.name,), branch.stream_in.name, branch.add.name,
+            tuple(node.name for node in own), tuple(change.shape), change.dtype, axis, macs, reason,
+            beside is not None, batch=batch, key_batch=tuple(k.batch for k in keys),
+            key_axes=tuple(k.axis for k in keys), beside=beside or (), guarded=guarded,
+        )  # fmt: skip
+        before_gate = replace(
+            delta, name=name.but("out"), kind="out", values=(branch.out.name,), stream_in="", stream_out="",
+            shape=tuple(out.shape), dtype=out.dtype, sole_reader=False, beside=(), guarded=True,
+        )  # fmt: skip
+        sites = [before_gate, delta]
+        if len(own) == 1 and own[0] not in self._keys:  # keys that two streams share are the first one's
+            self._keys.add(own[0])
+            sites.insert(0, self._kv_site(name, index, own[0], branch, keys[0]))
+        return sites
+
+    def _kv_site(self, name: SiteName, index: int, node: fx.Node, branch: Branch, keys: _Keys) -> Site:
+        key, val = node.args[1], node.args[2]
+        assert isinstance(key, fx.Node)
+        assert isinstance(val, fx.Node)
+        macs = count(self.flow.between(branch.origin, [key, val]))
+        reason = _not_the_main(name.stream) or keys.reason
+        return Site(
+            name.but("kv"), "kv", index, (key.name, val.name), "", "", (node.name,), shape(key), value(key).dtype,
+            keys.axis, macs, reason, batch=keys.batch, key_batch=(keys.batch,), key_axes=(keys.axis,),
+        )  # fmt: skip
+
+    def _block_delta(self, name: SiteName, index: int, block: Block) -> Site:
+        parts, flow = [branch for _, branch in block.branches], self.flow
+        axis = self.axis(name.stream, parts[0]) or guess_axis(parts[0].add)
+        batch = _batch(block.stream_in, axis)
+        own = [_self_attention(b, flow) for b in parts]
+        keys = [[_Keys.of(node, block.stream_in, axis, batch, flow) for node in nodes] for nodes in own]
+        reasons = [self._why_not(name.stream, b, axis, block.stream_in, k) for b, k in zip(parts, keys, strict=True)]
+        beside = self._readers(block.stream_in, block.stream_out, name.stream)
+        guards = [node for nodes in own for node in nodes]
+        guarded = self._readers(block.stream_in, block.stream_out, name.stream, guards) == ()
+        val = value(parts[-1].delta)
+        return Site(
+            str(name), "block", index, tuple(b.delta.name for b in parts), block.stream_in.name,
+            block.stream_out.name, tuple(node.name for node in guards), tuple(val.shape), val.dtype,
+            axis, count({n for b in parts for n in b.nodes}), next(filter(None, reasons), ""), beside is not None,
+            batch=batch, key_batch=tuple(k.batch for ks in keys for k in ks),
+            key_axes=tuple(k.axis for ks in keys for k in ks), beside=beside or (), guarded=guarded,
+        )  # fmt: skip
+
+    def _why_not(self, stream: str, branch: Branch, axis: Axis, origin: fx.Node, keys: Sequence[_Keys]) -> str:
+        """Why the tokens of a branch cannot be computed alone, from `origin`; "" if they can."""
+        if stream or self.axis(stream, branch) is None:
+            return _not_the_main(stream) or "its tokens are not in the order that they have in other blocks"
+        axes, reason = follow(branch.delta, axis, origin, self.flow)
+        reason = reason or next((k.reason for k in keys if k.reason), "")
+        if reason or axes - {axis}:
+            return reason or "the tokens change their order on the way from the stream"
+        return "" if axis.plain else "the stream's tokens share their dimension with something else"
+
+    def _readers(
+        self, stream_in: fx.Node, stream_out: fx.Node, stream: str, behind: Sequence[fx.Node] = ()
+    ) -> tuple[str, ...] | None:
+        """The branches on other streams that read `stream_in`; None if something reads it that is no branch.
+
+        What is read through the nodes `behind` is left out.
+        """
+        todo, seen, found = list(stream_in.users), {stream_out, *behind}, []
+        while todo:
+            node = todo.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            name = self._adds.get(node)
+            if name is not None and SiteName.parse(name).stream != stream:
+                found.append(SiteName.parse(name).branch)
+                continue
+            if node.op == "output" or (name is not None and not self.flow.depends(stream_out, node)):
+                return None
+            todo += node.users
+        return tuple(dict.fromkeys(found))
 
 
-def _kv_site(prefix: str, index: int, node: fx.Node, branch: Branch, axis: Axis, flow: Dataflow) -> Site:
-    key, val = node.args[1], node.args[2]
+def _not_the_main(stream: str) -> str:
+    return stream and f"token sets are of the main stream, not of '{stream}': compute or reuse it as a whole"
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """Where the tokens and the samples of a stream lie in the keys and values of an attention, or why not."""
+
+    axis: Axis
+    batch: Axis | None
+    reason: str
+
+    @staticmethod
+    def of(node: fx.Node, origin: fx.Node, axis: Axis, batch: Axis | None, flow: Dataflow) -> _Keys:
+        """Follow the keys and values of `node` up to the stream value `origin`, whose tokens lie along `axis`."""
+        first = ""
+        for here in _key_axes(node, axis, origin, flow):
+            reasons = [_reason(operand, here, axis, origin, flow) for operand in node.args[1:3]]  # type: ignore[arg-type]
+            reason = next(filter(None, reasons), "")
+            if not reason:
+                return _Keys(here, _key_batch(node, origin, batch, flow), "")
+            first = first or reason
+        axes = _key_axes(node, axis, origin, flow)
+        return _Keys(axes[0], _key_batch(node, origin, batch, flow), first)
+
+
+def _reason(operand: fx.Node, here: Axis, axis: Axis, origin: fx.Node, flow: Dataflow) -> str:
+    axes, reason = follow(operand, here, origin, flow)
+    if reason or axes == {axis}:
+        return reason
+    return "keys of its attention do not follow the stream's tokens"
+
+
+def _key_axes(node: fx.Node, axis: Axis, origin: fx.Node, flow: Dataflow) -> list[Axis]:
+    """Where the tokens may lie in the keys of `node`: as in the stream, or among others that are joined to them."""
+    key = node.args[1]
     assert isinstance(key, fx.Node)
-    assert isinstance(val, fx.Node)
-    where = Axis(len(shape(key)) - 2)
-    reason = _keys_reason(branch, axis, branch.origin, flow)
-    macs = count(n for n in flow.between(branch.origin, [key, val]))
-    batch = _key_batch(node, branch.origin, _batch(branch.origin, axis), flow)
-    return Site(
-        f"{prefix}.kv", "kv", index, (key.name, val.name), "", "", (node.name,),
-        shape(key), value(key).dtype, where, macs, reason, batch=batch, key_batch=(batch,),
-    )  # fmt: skip
-
-
-def _block_delta(block: Block, index: int, axis: Axis, flow: Dataflow) -> Site:
-    parts = [branch for _, branch in block.branches]
-    reason = next((r for b in parts if (r := _why_not(b.delta, axis, [(p, block.stream_in) for p in parts], flow))), "")
-    val = value(parts[-1].delta)
-    batch = _batch(block.stream_in, axis)
-    attention = [(node, _key_batch(node, b.origin, batch, flow)) for b in parts for node in _self_attention(b, flow)]
-    return Site(
-        f"{block.name}.delta", "block", index, tuple(b.delta.name for b in parts), block.stream_in.name,
-        block.stream_out.name, tuple(node.name for node, _ in attention), tuple(val.shape), val.dtype, axis,
-        count({n for b in parts for n in b.nodes}), reason, _sole_reader(block.stream_in, block.stream_out, flow),
-        batch=batch, key_batch=tuple(keys for _, keys in attention),
-    )  # fmt: skip
+    dim, rows, tokens = len(shape(key)) - 2, shape(key)[-2], axis.count(shape(origin))
+    starts = [axis.before]
+    for join in flow.between(origin, [key]):
+        if join.target is aten.cat.default:
+            sizes = [shape(part)[cat_dim(join)] for _, part in operands(join)]
+            starts += [sum(sizes[:i]) + axis.before for i in range(len(sizes))]
+    fitting = dict.fromkeys(start for start in starts if start + tokens <= rows)
+    return [Axis(dim, before=start, after=rows - start - tokens) for start in fitting] or [Axis(dim)]
 
 
 def _batch(stream: fx.Node, axis: Axis) -> Axis | None:
@@ -300,40 +463,5 @@ def _key_batch(node: fx.Node, origin: fx.Node, batch: Axis | None, flow: Dataflo
     return None
 
 
-def _sole_reader(stream_in: fx.Node, stream_out: fx.Node, flow: Dataflow) -> bool:
-    """Whether everything computed from `stream_in` reaches the rest of the graph through `stream_out` alone."""
-    todo, seen = list(stream_in.users), {stream_out}
-    while todo:
-        node = todo.pop()
-        if node in seen:
-            continue
-        if not flow.depends(stream_out, node):
-            return False
-        seen.add(node)
-        todo += node.users
-    return True
-
-
 def _self_attention(branch: Branch, flow: Dataflow) -> list[fx.Node]:
     return [n for n in branch.attention if isinstance(n.args[1], fx.Node) and flow.depends(n.args[1], branch.origin)]
-
-
-def _why_not(target: fx.Node, axis: Axis, parts: Iterable[tuple[Branch, fx.Node]], flow: Dataflow) -> str:
-    """Why the tokens of `target` cannot be computed alone, "" if they can."""
-    for branch, origin in parts:
-        if target is branch.delta:
-            axes, reason = follow(target, axis, origin, flow)
-            reason = reason or _keys_reason(branch, axis, origin, flow)
-            if reason or axes - {axis}:
-                return reason or "the tokens change their order on the way from the stream"
-    return "" if axis.plain else "the stream's tokens share their dimension with something else"
-
-
-def _keys_reason(branch: Branch, axis: Axis, origin: fx.Node, flow: Dataflow) -> str:
-    for node in _self_attention(branch, flow):
-        for operand in node.args[1:3]:
-            assert isinstance(operand, fx.Node)
-            axes, reason = follow(operand, Axis(len(shape(operand)) - 2), origin, flow)
-            if reason or axes != {axis}:
-                return reason or f"keys of attention '{node.name}' do not follow the stream's tokens"
-    return ""

@@ -1,52 +1,29 @@
-"""Find the residual stream of a captured graph, its blocks and its branches, from dataflow alone.
+"""Find the residual streams of a captured graph, their blocks and their branches, from dataflow alone.
 
-A *residual add* is an add whose one operand, the stream, is an ancestor of the other, the branch. The stream is the
-longest run of residual adds of one shape in which each add depends on the one before it. Adds made by the same block
-(the module path up to its last number) form a block. Between two blocks something else may make the stream anew, such
-as a linear map of the stream and of an earlier one: the latter is a long skip. No class is known by name.
+A stream is a chain of residual adds (`chains`). The main one is the stream that the output is computed from; another is
+named after the model input that it begins with. Adds made by the same block (the module path up to its last number)
+form a block, on whatever stream they are. Between two blocks something else may make a stream anew, such as a linear
+map of the stream and of an earlier one: the latter is a long skip. No class is known by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 
-import networkx as nx
 import torch
 from torch import fx
 
 from tcc.errors import AnalysisError
-from tcc.passes.graph import module_path, shape, value
-from tcc.passes.macs import node_macs
+from tcc.passes.chains import Add, Chain, base_of, cat_dim, find_chains, guess_axis
+from tcc.passes.dataflow import Dataflow
+from tcc.passes.graph import module_path, shape
 
-__all__ = ["Block", "Branch", "Dataflow", "Skip", "Stream", "find_stream"]
+__all__ = ["Block", "Branch", "Skip", "Stream", "find_streams"]
 
 aten = torch.ops.aten
-
-
-class Dataflow:
-    """Who depends on whom in a graph, as bit sets over the graph's order."""
-
-    def __init__(self, graph: fx.Graph) -> None:
-        self.nodes = list(graph.nodes)
-        self.index = {node: i for i, node in enumerate(self.nodes)}
-        self._above = [0] * len(self.nodes)
-        for i, node in enumerate(self.nodes):
-            for source in node.all_input_nodes:
-                j = self.index[source]
-                self._above[i] |= self._above[j] | (1 << j)
-
-    def depends(self, node: fx.Node, on: fx.Node) -> bool:
-        """Whether `node` is computed from `on` (a node does not depend on itself)."""
-        return bool(self._above[self.index[node]] >> self.index[on] & 1)
-
-    def between(self, source: fx.Node, targets: Iterable[fx.Node]) -> list[fx.Node]:
-        """The nodes computed from `source` that `targets` are computed from, `targets` included, in order."""
-        above = 0
-        for target in targets:
-            above |= self._above[self.index[target]] | (1 << self.index[target])
-        return [n for i, n in enumerate(self.nodes) if above >> i & 1 and self.depends(n, source)]
 
 
 @dataclass(frozen=True)
@@ -62,6 +39,7 @@ class Branch:
         out: the branch's output before its gate; `delta` where there is none.
         nodes: the nodes that are computed for this branch alone.
         attention: its attention nodes.
+        others: how many rows before and after the stream's tokens belong to others; None where that is not known.
     """
 
     kind: str
@@ -72,6 +50,7 @@ class Branch:
     out: fx.Node
     nodes: tuple[fx.Node, ...]
     attention: tuple[fx.Node, ...]
+    others: tuple[int, int] | None = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -91,7 +70,13 @@ class Skip:
 
 @dataclass(frozen=True)
 class Block:
-    """A transformer block: consecutive branches on the stream, under one name, and the long skips that enter it."""
+    """What a transformer block does to one stream: consecutive branches, and the long skips that enter before them.
+
+    Attributes:
+        name: the block's name; blocks of several streams that are one module have one name.
+        branches: the branches by name.
+        skips: the long skips.
+    """
 
     name: str
     branches: tuple[tuple[str, Branch], ...]
@@ -122,98 +107,66 @@ class Block:
 
 @dataclass(frozen=True)
 class Stream:
-    """The residual stream and its blocks, in order."""
+    """A residual stream.
 
-    shape: tuple[int, ...]
+    Attributes:
+        name: "" for the main stream.
+        blocks: its blocks, in order.
+        rows_out: the rows of its last value that the output is made of, from and up to but not including; all if None.
+    """
+
+    name: str
     blocks: tuple[Block, ...]
+    rows_out: tuple[int, int] | None = None
+
+    @property
+    def branches(self) -> list[Branch]:
+        """All branches, in order."""
+        return [branch for block in self.blocks for _, branch in block.branches]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape where it holds its own tokens alone, or where it holds the fewest others, `[B, S, D]`."""
+        return shape(min((branch.add for branch in self.branches), key=lambda add: shape(add)[guess_axis(add).dim]))
 
 
-def find_stream(graph: fx.Graph) -> Stream:
-    """The residual stream of `graph`.
+def find_streams(graph: fx.Graph, flow: Dataflow) -> tuple[Stream, ...]:
+    """The residual streams of `graph`, the main one first.
 
     Raises:
         AnalysisError: no chain of at least two residual adds around matrix products exists.
     """
-    flow = Dataflow(graph)
-    adds = [found for node in graph.nodes if (found := _residual_add(node, flow)) is not None]
-    chain = _longest_chain(adds, flow)
-    if len(chain) < 2:
+    chains, total = find_chains(graph, flow)
+    if not chains:
         raise AnalysisError(
             "no residual stream found: tcc looks for a chain of `x = x + f(x)` with matrix products in f and one "
-            f"shape throughout, and found {len(chain)} such add(s) in {len(flow.nodes)} graph nodes. "
+            f"width throughout, and found {total} such add(s) in {len(flow.nodes)} graph nodes. "
             "Check that the whole model was captured and that its blocks add to their input"
         )
-    branches = _branches(chain, flow)
-    return Stream(shape(chain[0].add), _with_skips(_blocks(branches), flow))
+    parts = _attending([_branches(chain, flow) for chain in chains])
+    rows = chains[0].rows_out if parts[0][-1].add is chains[0].adds[-1].add else None
+    names = _stream_names([branches[0].stream_in for branches in parts], flow)
+    order = sorted((branch.add, number) for number, branches in enumerate(parts) for branch in branches)
+    blocks = _block_names(order, {branch.add: branch for branches in parts for branch in branches})
+    return tuple(
+        Stream(name, _with_skips(_blocks(branches, blocks), flow), None if name else rows)
+        for name, branches in zip(names, parts, strict=True)
+    )
 
 
-@dataclass(frozen=True)
-class _Add:
-    add: fx.Node
-    stream_in: fx.Node
-    delta: fx.Node
-
-
-def _residual_add(node: fx.Node, flow: Dataflow) -> _Add | None:
-    if node.target is not aten.add.Tensor or node.kwargs.get("alpha", 1) != 1:
-        return None
-    a, b = node.args[0], node.args[1]
-    if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)) or not shape(node) == shape(a) == shape(b):
-        return None
-    if len(shape(node)) < 2 or not value(node).dtype.is_floating_point:
-        return None
-    for stream_in, delta in ((a, b), (b, a)):
-        if flow.depends(delta, stream_in) and _has_product(flow.between(stream_in, [delta])):
-            return _Add(node, stream_in, delta)
-    return _parallel_add(node, a, b, flow)
-
-
-def _parallel_add(node: fx.Node, a: fx.Node, b: fx.Node, flow: Dataflow) -> _Add | None:
-    """`(x + f(x)) + g(x)`: the second branch reads the stream before the first add."""
-    for stream_in, delta in ((a, b), (b, a)):
-        if stream_in.target is aten.add.Tensor:
-            for earlier in stream_in.all_input_nodes:
-                if (
-                    shape(earlier) == shape(node)
-                    and all(flow.depends(other, earlier) for other in (delta, stream_in))
-                    and any(flow.depends(o, earlier) for o in stream_in.all_input_nodes if o is not earlier)
-                    and _has_product(flow.between(earlier, [delta]))
-                ):
-                    return _Add(node, stream_in, delta)
-    return None
-
-
-def _has_product(nodes: Iterable[fx.Node]) -> bool:
-    return any(node_macs(node) for node in nodes)
-
-
-def _longest_chain(adds: Sequence[_Add], flow: Dataflow) -> list[_Add]:
-    """The longest sequence of adds of one shape in which each one's stream comes from the add before."""
-    order = nx.DiGraph()
-    order.add_nodes_from(range(len(adds)))
-    for j, later in enumerate(adds):
-        for i, earlier in enumerate(adds[:j]):
-            if shape(earlier.add) != shape(later.add):
-                continue
-            if later.stream_in is earlier.add or flow.depends(later.stream_in, earlier.add):
-                order.add_edge(i, j)
-    return [adds[i] for i in nx.dag_longest_path(order)]
-
-
-def _branches(chain: Sequence[_Add], flow: Dataflow) -> list[Branch]:
-    streams = [chain[0].stream_in]
+def _branches(chain: Chain, flow: Dataflow) -> list[Branch]:
+    streams = [base_of(chain.adds[0].stream_in)]
     found = []
-    for item in chain:
-        if item.stream_in is not streams[-1]:
-            streams.append(item.stream_in)
+    for item, others in zip(chain.adds, chain.others, strict=True):
+        streams += [node for node in (base_of(item.stream_in), item.stream_in) if node is not streams[-1]]
         origin = next(s for s in reversed(streams) if flow.depends(item.delta, s))
         nodes = tuple(flow.between(origin, [item.delta]))
-        found.append(_branch(item, origin, nodes, flow))
+        found.append(replace(_branch(item, origin, nodes, flow), others=others))
         streams.append(item.add)
     return found
 
 
-def _branch(item: _Add, origin: fx.Node, nodes: tuple[fx.Node, ...], flow: Dataflow) -> Branch:
+def _branch(item: Add, origin: fx.Node, nodes: tuple[fx.Node, ...], flow: Dataflow) -> Branch:
     attention = tuple(n for n in nodes if n.target is aten.scaled_dot_product_attention.default)
     own = [n for n in attention if flow.depends(_operand(n, 1), origin)]
     kind = "attn" if own else ("cross" if attention else "mlp")
@@ -239,18 +192,39 @@ def _before_gate(delta: fx.Node, origin: fx.Node, flow: Dataflow) -> fx.Node:
     return delta
 
 
-def _blocks(branches: Sequence[Branch]) -> tuple[Block, ...]:
-    """Group branches by module path; where one module holds all of them, a block starts at each attention."""
-    groups: list[tuple[str, list[Branch]]] = []
-    for branch in branches:
-        path = _block_path(module_path(branch.add))
+def _attending(parts: Sequence[list[Branch]]) -> list[list[Branch]]:
+    """The streams with attention, and of each the stretches of one shape with attention; where there is any at all."""
+    found = []
+    for branches in parts:
+        stretches = [list(stretch) for _, stretch in groupby(branches, key=lambda branch: shape(branch.add))]
+        kept = [branch for stretch in stretches if any(b.attention for b in stretch) for branch in stretch]
+        if kept:
+            found.append(kept)
+    return found or [list(parts[0])]
+
+
+def _block_names(order: Sequence[tuple[fx.Node, int]], branches: dict[fx.Node, Branch]) -> dict[fx.Node, str]:
+    """The block of every add: adds of one module are a block, on whatever stream they are.
+
+    Where one module holds all adds of a model, a block starts at each attention.
+    """
+    groups: list[tuple[str, list[tuple[fx.Node, int]]]] = []
+    for add, stream in order:
+        path = _block_path(module_path(add))
         same = bool(groups) and groups[-1][0] == path
-        if same and (_numbered(path) or branch.kind != "attn"):
-            groups[-1][1].append(branch)
+        begun = same and any(number == stream for _, number in groups[-1][1])
+        if same and (_numbered(path) or not begun or branches[add].kind != "attn"):
+            groups[-1][1].append((add, stream))
         else:
-            groups.append((path, [branch]))
+            groups.append((path, [(add, stream)]))
     names = _unique([path for path, _ in groups])
-    return tuple(Block(name, _named(parts)) for name, (_, parts) in zip(names, groups, strict=True))
+    return {add: name for name, (_, adds) in zip(names, groups, strict=True) for add, _ in adds}
+
+
+def _blocks(branches: Sequence[Branch], names: dict[fx.Node, str]) -> tuple[Block, ...]:
+    return tuple(
+        Block(name, _named(list(parts))) for name, parts in groupby(branches, key=lambda branch: names[branch.add])
+    )
 
 
 def _with_skips(blocks: Sequence[Block], flow: Dataflow) -> tuple[Block, ...]:
@@ -261,11 +235,17 @@ def _with_skips(blocks: Sequence[Block], flow: Dataflow) -> tuple[Block, ...]:
         skips = [
             Skip(entering, reader, next((n for n in reader.all_input_nodes if n in way and _alike(n, first)), None))
             for reader in way[1:]
+            if not _joins_rows(reader)
             for entering in reader.all_input_nodes
             if entering not in way and _alike(entering, first) and (entering is first or flow.depends(entering, first))
         ]
         found.append(replace(block, skips=tuple(skips)))
     return tuple(found)
+
+
+def _joins_rows(node: fx.Node) -> bool:
+    """Whether `node` joins rows of several streams, and not channels of one."""
+    return node.target is aten.cat.default and cat_dim(node) != len(shape(node)) - 1
 
 
 def _alike(a: fx.Node, b: fx.Node) -> bool:
@@ -284,9 +264,9 @@ def _numbered(path: str) -> bool:
 
 
 def _unique(paths: Sequence[str]) -> list[str]:
-    if len(set(paths)) == len(paths) and all(paths):
-        return list(paths)
-    return [f"{path}.block{i}" if path else f"block{i}" for i, path in enumerate(paths)]
+    """`paths`, with a number where one is empty or not the only one."""
+    alone = {path for path, count in Counter(paths).items() if path and count == 1}
+    return [path if path in alone else f"{path}.block{i}".lstrip(".") for i, path in enumerate(paths)]
 
 
 def _named(parts: Sequence[Branch]) -> tuple[tuple[str, Branch], ...]:
@@ -297,3 +277,36 @@ def _named(parts: Sequence[Branch]) -> tuple[tuple[str, Branch], ...]:
         number = seen[branch.kind]
         named.append((branch.kind if number == 1 else f"{branch.kind}{number}", branch))
     return tuple(named)
+
+
+#: Words of a model input's name that do not tell one stream from another, and words for what they are.
+_WORDS = {"encoder": "text", "prompt": "text", "caption": "text", "txt": "text", "img": "image"}
+_FILLERS = {"hidden", "states", "state", "embeds", "embed", "embedding", "embeddings", "latents", "features", "input",
+            "tokens", "cond", "x"}  # fmt: skip
+
+
+def _stream_names(starts: Sequence[fx.Node], flow: Dataflow) -> list[str]:
+    """Empty for the main stream, then the names of the inputs that the others begin with."""
+    inputs = [node for node in flow.nodes if node.op == "placeholder"]
+    main = {node for node in inputs if node is starts[0] or flow.depends(starts[0], node)}
+    names = [""]
+    for start in starts[1:]:
+        own = [node for node in inputs if node is start or flow.depends(start, node)]
+        alone = [node for node in own if node not in main]
+        name = _short(max(alone, key=lambda node: len(shape(node))).name) if alone else ""
+        names.append(_free(name or "stream", names))
+    return names
+
+
+def _short(name: str) -> str:
+    """`encoder_hidden_states` -> `text`, `audio_hidden_states` -> `audio`; "" where nothing is left."""
+    words = [_WORDS.get(word, word) for word in name.strip("_").split("_") if word and word not in _FILLERS]
+    return "_".join(dict.fromkeys(words))
+
+
+def _free(name: str, taken: Sequence[str]) -> str:
+    number = 2
+    found = name if name != "stream" else "stream2"
+    while found in taken:
+        found, number = f"{name}{number + (name == 'stream')}", number + 1
+    return found

@@ -7,7 +7,8 @@ import math
 from tcc.errors import PlanError
 from tcc.passes.sites import Analysis, Site
 from tcc.plan import Action, CachePlan, Compute, Skip, TopK, Update
-from tcc.scores import Attended, Fixed, Norm, Probe, Score
+from tcc.scores import Attended, Fixed, Norm, Probe, Score, kv_of
+from tcc.site_name import SiteName
 
 __all__ = ["check_scores"]
 
@@ -41,9 +42,10 @@ def check_scores(plan: CachePlan, analysis: Analysis) -> None:
 
 
 def _check_branch(where: str, term: Attended, analysis: Analysis) -> None:
-    keys = analysis.sites.get(f"{term.branch}.kv")
+    keys = analysis.sites.get(kv_of(term.branch))
     if keys is None or keys.reason or (keys.batch is None and analysis.batch > 1):
-        known = ", ".join(s.name.removesuffix(".kv") for s in analysis.sites.values() if s.kind == "kv") or "none"
+        named = [SiteName.parse(s.name) for s in analysis.sites.values() if s.kind == "kv" and not s.stream]
+        known = ", ".join(name.branch for name in named) or "none"
         reason = keys and (keys.reason or "the samples cannot be followed into its keys")
         raise PlanError(
             f"{where}: {reason or 'no branch with one self-attention of that name'} (such branches are: {known})"
@@ -66,8 +68,10 @@ def _check_tables(where: str, term: Fixed | Probe, plan: CachePlan, analysis: An
 
 def _check_value(where: str, site: Site, plan: CachePlan, analysis: Analysis) -> None:
     """The value that a score reads is one of tokens and samples, and not a part of what another site keeps."""
-    if not site.axis.plain or (site.batch is None and analysis.batch > 1) or (site.kind == "kv" and site.reason):
-        reason = site.reason or "its samples cannot be followed"
+    known = site.axis.plain and site.axis.count(site.shape) == analysis.num_tokens and not site.stream
+    if not known or (site.batch is None and analysis.batch > 1) or (site.kind == "kv" and site.reason):
+        others = f"they are of the stream '{site.stream}'" if site.stream else ""
+        reason = others or site.reason or "its samples cannot be followed"
         raise PlanError(f"{where}: the tokens of '{site.name}' cannot be told apart: {reason}")
     for name in plan.sites:
         if name != site.name and analysis.sites[name].overlaps(site):

@@ -8,6 +8,7 @@ from tcc.check_scores import check_scores
 from tcc.errors import PlanError
 from tcc.passes.sites import Analysis, Site
 from tcc.plan import Action, CachePlan, Compute, ModelKey, Reuse, Update
+from tcc.site_name import SiteName
 
 __all__ = ["check_model", "check_sites"]
 
@@ -70,9 +71,13 @@ def check_sites(plan: CachePlan, analysis: Analysis) -> None:
 
 
 def _unknown(site: str, analysis: Analysis) -> str:
-    block = site.split("@")[0]
-    if not any(block.startswith(name + ".") for name in (*analysis.blocks, "out")):
-        near = difflib.get_close_matches(block.rsplit(".", 1)[0], analysis.blocks, n=1)
+    name = SiteName.parse(site)
+    if name.stream not in analysis.streams:
+        others = ", ".join(f"'{stream}'" for stream in analysis.streams if stream) or "no other streams"
+        return f"site '{site}': the model has no stream '{name.stream}'; beside the main one it has {others}"
+    blocks = (*analysis.blocks, *analysis.side_blocks)
+    if not any(f"{name.owner}.".startswith(f"{block}.") for block in (*blocks, "out")):
+        near = difflib.get_close_matches(name.owner, blocks, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"blocks are {analysis.blocks[0]} .. {analysis.blocks[-1]}"
         return f"site '{site}': the model has no such block; {hint}"
     near = difflib.get_close_matches(site, analysis.sites, n=3, cutoff=0.0)

@@ -9,8 +9,9 @@ import torch
 from tcc.checks import forecast_depth
 from tcc.passes.insert_slots import history
 from tcc.passes.sites import Analysis, Site
-from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, TopK, Update
+from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, Skip, TopK, Update
 from tcc.scores import Attended, Norm, Probe, Score, Stale, Term
+from tcc.site_name import SiteName
 
 __all__ = ["find_spans", "live_stores"]
 
@@ -23,13 +24,16 @@ def find_spans(plan: CachePlan, analysis: Analysis) -> list[Span]:
     The slot then keeps the sum of what they add to the stream (*merge runs*, *merge reused spans*). Two neighbours are
     merged where they have the same action at every step and nothing between them reads or replaces the stream of the
     dropped tokens: no attention `current`, no held stream, no key stored while the span is not computed, no long skip,
-    no value that a score reads.
+    no value that a score reads, no branch on another stream.
     """
     spans: list[Span] = []
+    latest: dict[str, int] = {}
     for site in (s for s in analysis.sites.values() if s.name in plan.sites):
-        if spans and _mergeable(plan, analysis, spans[-1], site):
-            spans[-1] = (*spans[-1], site)
+        before = latest.get(site.stream)
+        if before is not None and _mergeable(plan, analysis, spans[before], site):
+            spans[before] = (*spans[before], site)
         else:
+            latest[site.stream] = len(spans)
             spans.append((site,))
     return _kv_last(spans)
 
@@ -54,7 +58,26 @@ def _mergeable(plan: CachePlan, analysis: Analysis, span: Span, site: Site) -> b
     blocks = {last.block, site.block}
     if any(s.block in blocks for s in analysis.sites.values() if s.name in read and s.kind != "stream"):
         return False
+    if any(_seen_beside(plan, site, step, action) for step, action in enumerate(column)):
+        return False
     return not _stores_keys_inside(plan, analysis, (*span, site), column)
+
+
+def _seen_beside(plan: CachePlan, site: Site, step: int, action: Action) -> bool:
+    """Whether a branch on another stream reads the stream that `site` is added to, where a merged span has none.
+
+    An update has the kept tokens of it; those are all that others see through attention `kept`.
+    """
+    if isinstance(action, Compute) or (isinstance(action, Update) and site.guarded):
+        return False
+    return any(not _stands_in(plan, branch, step) for branch in site.beside)
+
+
+def _stands_in(plan: CachePlan, branch: str, step: int) -> bool:
+    """Whether nothing of `branch` is computed at `step`: a stored value, or zero, stands in for its output."""
+    names = [(site, SiteName.parse(site)) for site in plan.sites]
+    kept = [site for site, name in names if name.keeps_part_of(branch) and name.kind != "kv"]
+    return any(isinstance(plan.action(step, site), (Reuse, Skip)) for site in kept)
 
 
 def _stores_keys_inside(plan: CachePlan, analysis: Analysis, span: Span, column: Sequence[Action]) -> bool:

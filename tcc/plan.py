@@ -14,7 +14,8 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 
 from tcc.errors import PlanError
-from tcc.scores import Attended, Score, Stale, check_score, check_table, keeps_part_of
+from tcc.scores import Attended, Score, Stale, check_score, check_table
+from tcc.site_name import SITE_KINDS, SiteName
 
 __all__ = [
     "Action",
@@ -31,7 +32,6 @@ __all__ = [
 ]
 
 Attention = Literal["kept", "current", "cached"]
-_SITE_KINDS = ("out", "delta", "stream", "skip", "kv")
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ class CachePlan:
 
     def computes(self, step: int, branch: str) -> bool:
         """Whether `step` computes the whole of `branch`: no site that keeps a part of it has another action."""
-        sites = (site for site in self.sites if keeps_part_of(branch, site))
+        sites = (site for site in self.sites if SiteName.parse(site).keeps_part_of(branch))
         return all(isinstance(self.action(step, site), Compute) for site in sites)
 
     def score_of(self, tokens: TopK) -> Score:
@@ -314,9 +314,11 @@ class CachePlan:
             raise PlanError(f"{where}: {action!r} is not an action: write an instance, such as Reuse()")
         if not 0 <= step < self.num_steps:
             raise PlanError(f"{where}: the plan has steps 0..{self.num_steps - 1}")
-        kind = site.rsplit(".", 1)[-1].split("@")[0]
-        if kind not in _SITE_KINDS or "." not in site:
-            raise PlanError(f"{where}: not a site name; sites end in {', '.join('.' + k for k in _SITE_KINDS)}")
+        name = SiteName.parse(site)
+        kind = name.kind
+        if kind not in SITE_KINDS or not name.owner or str(name) != site:
+            kinds = ", ".join("." + k for k in SITE_KINDS)
+            raise PlanError(f"{where}: not a site name; sites end in {kinds}, or so and @stream")
         if isinstance(action, Hold) != (kind in ("stream", "skip")) and not isinstance(action, Compute):
             allowed = "compute or hold" if kind in ("stream", "skip") else "compute, update, reuse or skip"
             raise PlanError(f"{where}: {type(action).__name__.lower()} is not for this kind of site; use {allowed}")

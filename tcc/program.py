@@ -19,7 +19,7 @@ from tcc.passes.macs import count
 from tcc.passes.pipeline import StepKind, variant_passes
 from tcc.passes.sites import Analysis
 from tcc.plan import Action, CachePlan, Compute, Cost, Hold, Reuse, TopK, Update
-from tcc.scores import Attended, Fixed, Norm, Probe, Stale, Term
+from tcc.scores import Attended, Fixed, Norm, Probe, Stale, Term, kv_of
 
 __all__ = ["Binding", "Program", "SlotSpec", "Variant", "build_program"]
 
@@ -216,7 +216,7 @@ def _records(
         number = str(table.tokens.index(action.tokens)) if isinstance(action, Update) and action.store else ""
         aged.append((site, None if isinstance(action, Compute) else number))
     shape = (analysis.batch, analysis.num_tokens)
-    return Records(tuple((branch, analysis.sites[f"{branch}.kv"]) for branch in computed), tuple(aged), shape)
+    return Records(tuple((branch, analysis.sites[kv_of(branch)]) for branch in computed), tuple(aged), shape)
 
 
 def _share_stores(kinds: list[StepKind]) -> list[StepKind]:

@@ -17,7 +17,7 @@ from tcc.info import ModelInfo, inspect
 from tcc.passes.sites import Analysis, Site
 from tcc.passes.tokens import Axis
 from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, Skip, TopK, Update
-from tcc.scores import Attended, Fixed, Norm, Probe, Score, Stale, Term
+from tcc.scores import Attended, Fixed, Norm, Probe, Score, Stale, Term, kv_of
 
 __all__ = ["Reference"]
 
@@ -120,7 +120,7 @@ class Reference:
             stored.insert(0, computed.clone())
             return computed
         if isinstance(action, Update):
-            kept = _spread(self._kept(action, env), computed, site.axis.dim, site.batch)
+            kept = _spread(self._kept(action, env), computed, site.axis, site.batch)
             value = torch.where(kept, computed, stored[0])
             if action.store:
                 stored[0] = value
@@ -144,8 +144,9 @@ class Reference:
                 and site.kind != "kv"
             ):
                 key = args[1]
-                batch = site.key_batch[site.attention.index(name)]
-                visible = _spread(self._kept(action, env), key, key.dim() - 2, batch).transpose(-2, -1)
+                place = site.attention.index(name)
+                kept = self._kept(action, env)
+                visible = _spread(kept, key, site.key_axes[place], site.key_batch[place]).transpose(-2, -1)
                 bias = torch.zeros(visible.shape, dtype=key.dtype, device=key.device)
                 bias = bias.masked_fill(~visible, -torch.inf)
                 given = args[3] if len(args) > 3 else kwargs.get("attn_mask")
@@ -241,7 +242,7 @@ class Reference:
         """How much each token is attended to in attention `name`, for the branches whose scores ask for it."""
         found = {}
         for branch in {t.branch for s in self._plan.scores.values() for _, t in s.terms if isinstance(t, Attended)}:
-            site = self._analysis.sites[f"{branch}.kv"]
+            site = self._analysis.sites[kv_of(branch)]
             if name == site.attention[0] and self._plan.computes(self.step, branch):
                 query, key = args[0].float(), args[1].float()
                 if query.dim() > 3:  # several query heads may share one key head
@@ -250,7 +251,7 @@ class Reference:
                 logits = query @ key.transpose(-2, -1) * scale
                 given = args[3] if len(args) > 3 else kwargs.get("attn_mask")
                 sums = (logits if given is None else logits + _bias(given, logits)).softmax(-1).sum(-2, keepdim=True)
-                found[branch] = _apart(sums, Axis(sums.dim() - 1), site.batch).mean(2)
+                found[branch] = _apart(sums, site.axis.at(sums.dim() - 1), site.batch).mean(2)
         return found
 
     def _grow_older(self, env: dict[str, Any]) -> None:
@@ -265,8 +266,12 @@ class Reference:
             self._ages[name] = older
 
 
-def _spread(kept: torch.Tensor, like: torch.Tensor, dim: int, batch: Axis | None) -> torch.Tensor:
-    """`kept`, `[S]` or `[B, S]`, shaped to broadcast along dimension `dim`, and the samples', of `like`."""
+def _spread(kept: torch.Tensor, like: torch.Tensor, axis: Axis, batch: Axis | None) -> torch.Tensor:
+    """`kept`, `[S]` or `[B, S]`, shaped to broadcast along `axis`, and the samples' dimension, of `like`.
+
+    Rows of others that are joined to the tokens are kept.
+    """
+    kept, dim = F.pad(kept, (axis.before, axis.after), value=True), axis.dim
     sizes = [1] * like.dim()
     sizes[dim] = kept.shape[-1]
     if kept.dim() == 2 and batch is not None:
@@ -277,8 +282,9 @@ def _spread(kept: torch.Tensor, like: torch.Tensor, dim: int, batch: Axis | None
 
 
 def _apart(x: torch.Tensor, axis: Axis, batch: Axis | None) -> torch.Tensor:
-    """`x` as `[B, S, everything else]`."""
+    """`x` as `[B, S, everything else]`, without the rows of others that are joined to the tokens."""
     x = x.movedim(axis.dim, -1)
+    x = x[..., axis.before : x.shape[-1] - axis.after]
     if batch is None:
         return x.reshape(1, -1, x.shape[-1]).transpose(1, 2)
     x = x.movedim(batch.dim - (batch.dim > axis.dim), 0)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from tcc.errors import PlanError
+from tcc.site_name import SiteName
 
 __all__ = ["Attended", "Fixed", "Norm", "Probe", "Score", "Stale", "Term"]
 
@@ -50,7 +51,7 @@ class Attended:
     divided by their L2 norm over the tokens.
 
     Attributes:
-        branch: a branch with one self-attention, such as `blocks.0.attn`.
+        branch: a branch with one self-attention, such as `blocks.0.attn`, on the main stream.
     """
 
     branch: str
@@ -138,10 +139,9 @@ def table_ranks(term: Term) -> tuple[tuple[str, tuple[int, ...]], ...]:
     return ()
 
 
-def keeps_part_of(branch: str, site: str) -> bool:
-    """Whether `site` keeps a part of `branch`: its output, its delta, its keys, or its block's delta."""
-    owner, _, kind = site.split("@")[0].rpartition(".")
-    return owner == branch or (kind == "delta" and owner == branch.rpartition(".")[0])
+def kv_of(branch: str) -> str:
+    """The site of the keys and values of `branch`."""
+    return str(SiteName.of_branch(branch, "kv"))
 
 
 def check_table(name: str, table: torch.Tensor) -> None:
@@ -178,7 +178,7 @@ def check_score(name: str, score: Score, tables: Mapping[str, torch.Tensor]) -> 
 
 
 def _check_probe(name: str, term: Probe, tables: Mapping[str, torch.Tensor]) -> None:
-    if term.site.rpartition(".")[2].split("@")[0] != "stream":
+    if SiteName.parse(term.site).kind != "stream":
         raise PlanError(f"score '{name}', {term}: a probe reads a site that ends in .stream, not '{term.site}'")
     width = tables[term.hidden].shape[1]
     for table in (term.offset, term.weight):

@@ -85,7 +85,7 @@ def test_maps_are_column_sums_of_the_mean_softmax(mask: str, flat: bool) -> None
         [] if mask == "none" else [sketch.input("mask", S, S, dtype=torch.bool if mask == "bool" else torch.float32)]
     )
     attention = sketch.call(torch.ops.aten.scaled_dot_product_attention.default, q, k, k, *given)
-    gm = sketch.done(sum_maps(sketch.graph, attention, Axis(0, 1, heads) if flat else Axis(0)))
+    gm = sketch.done(sum_maps(sketch.graph, attention, Axis(0, 1, heads) if flat else Axis(0), Axis(1)))
     generator = torch.Generator().manual_seed(3)
     values = [torch.randn(sizes, generator=generator) for _ in range(2)]
     bias = torch.randn(S, S, generator=generator)

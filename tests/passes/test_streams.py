@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 import tcc
 from tcc.errors import AnalysisError
-from tcc.passes.streams import Dataflow, Stream, find_stream
+from tcc.passes.dataflow import Dataflow
+from tcc.passes.streams import Stream, find_streams
 from tests.graphs import Sketch
 from tests.tiny_models import Block, Tokens, case, noise
 
@@ -17,12 +18,14 @@ aten = torch.ops.aten
 
 def stream_of(model: nn.Module) -> Stream:
     """The stream of a model of `[B, S, D]` tokens."""
-    return find_stream(tcc.inspect(model.eval(), noise(2, 12, 16)).captured.gm.graph)
+    graph = tcc.inspect(model.eval(), noise(2, 12, 16)).captured.gm.graph
+    return find_streams(graph, Dataflow(graph))[0]
 
 
 def stream(name: str) -> Stream:
     """The stream of a named case."""
-    return find_stream(case(name).info.captured.gm.graph)
+    graph = case(name).info.captured.gm.graph
+    return find_streams(graph, Dataflow(graph))[0]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,376 @@
+"""Find the residual adds of a graph, and the chains they form: one chain per stream.
+
+A *residual add* is an add whose one operand, the stream, is an ancestor of the other, the branch. Each add's stream is
+followed up to the add that it comes from, through whatever keeps tokens apart: casts, norms, linear maps, long skips,
+joins with the tokens of another stream, and cuts. So a chain may change its shape on the way: image tokens alone in
+some blocks, text and image tokens in one sequence in others.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import fx
+
+from tcc.passes.dataflow import Dataflow
+from tcc.passes.graph import output_values, shape, value
+from tcc.passes.macs import node_macs
+from tcc.passes.token_axis import NotTokenLocal, narrowing, operands
+from tcc.passes.tokens import Axis
+
+__all__ = ["Add", "Chain", "Link", "base_of", "cat_dim", "find_chains", "guess_axis"]
+
+aten = torch.ops.aten
+_ATTENTION = aten.scaled_dot_product_attention.default
+_COPIES = {aten._to_copy.default, aten.clone.default, aten.contiguous.default, aten.alias.default}
+_CUTS = {aten.slice.Tensor: 1, aten.split_with_sizes.default: 2, aten.split.Tensor: 2, aten.chunk.default: 2}
+
+
+@dataclass(frozen=True)
+class Link:
+    """Where the stream of an add comes from.
+
+    Attributes:
+        source: the number of the add that it comes from.
+        rows: which of its rows do, from and up to but not including; they are followed along its token axis.
+        start: where these rows begin in the source; None where rows were re-arranged on the way.
+        cost: the products on the way.
+    """
+
+    source: int
+    rows: tuple[int, int]
+    start: int | None
+    cost: int
+
+
+@dataclass(frozen=True)
+class Add:
+    """A residual add, `add = stream_in + delta`.
+
+    Attributes:
+        add: the add.
+        stream_in: its stream operand.
+        delta: its branch operand.
+        links: where its stream comes from; () where it begins.
+        depth: how many adds there are up to this one, on the longest way.
+    """
+
+    add: fx.Node
+    stream_in: fx.Node
+    delta: fx.Node
+    links: tuple[Link, ...] = ()
+    depth: int = 1
+
+    @property
+    def rows(self) -> int:
+        """The size of its token dimension."""
+        return shape(self.add)[guess_axis(self.add).dim]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The adds of one stream, in order.
+
+    Attributes:
+        adds: the adds.
+        others: for every add, how many rows before and after the stream's tokens belong to others; None where the
+            tokens could not be followed.
+        rows_out: the rows of the last add that the output is made of; None where it is made of all, or is not reached.
+    """
+
+    adds: tuple[Add, ...]
+    others: tuple[tuple[int, int] | None, ...]
+    rows_out: tuple[int, int] | None = None
+
+
+def guess_axis(node: fx.Node) -> Axis:
+    """The token axis of a stream, before attention tells: the last dimension but one."""
+    return Axis(max(0, len(shape(node)) - 2))
+
+
+def base_of(node: fx.Node) -> fx.Node:
+    """What `node` is a copy or a stretch of rows of."""
+    source = _copied(node)
+    while source is not None:
+        node, source = source, _copied(source)
+    return node
+
+
+def _copied(node: fx.Node) -> fx.Node | None:
+    source = node
+    if node.target not in _COPIES:
+        source = node.args[0] if node.target is operator.getitem else node  # type: ignore[assignment]
+        if not isinstance(source, fx.Node) or source.target not in _CUTS or not _cuts_rows(source):
+            return None
+    return source.args[0]  # type: ignore[return-value]
+
+
+def _cuts_rows(cut: fx.Node) -> bool:
+    at, rank = _CUTS[cut.target], len(shape(cut.args[0]))  # type: ignore[index, arg-type]
+    dim = cut.args[at] if len(cut.args) > at else cut.kwargs.get("dim", 0)
+    return isinstance(dim, int) and dim % rank != rank - 1
+
+
+def find_chains(graph: fx.Graph, flow: Dataflow) -> tuple[list[Chain], int]:
+    """The chains of residual adds, the one that the output is computed from first; and the number of residual adds.
+
+    A chain has at least two adds. The first is the longest one where the output tells nothing.
+    """
+    search = _Search(flow)
+    for node in graph.nodes:
+        found = _residual_add(node, flow)
+        if found is not None:
+            search.accept(found)
+    return search.chains(output_values(graph)), len(search.adds)
+
+
+def _residual_add(node: fx.Node, flow: Dataflow) -> Add | None:
+    if node.target is not aten.add.Tensor or node.kwargs.get("alpha", 1) != 1:
+        return None
+    a, b = node.args[0], node.args[1]
+    if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)) or not shape(node) == shape(a) == shape(b):
+        return None
+    if len(shape(node)) < 2 or not value(node).dtype.is_floating_point:
+        return None
+    for stream_in, delta in ((a, b), (b, a)):
+        base = base_of(stream_in)
+        if flow.depends(delta, base) and _has_product(flow.between(base, [delta])):
+            return Add(node, stream_in, delta)
+    return _parallel_add(node, a, b, flow)
+
+
+def _parallel_add(node: fx.Node, a: fx.Node, b: fx.Node, flow: Dataflow) -> Add | None:
+    """`(x + f(x)) + g(x)`: the second branch reads the stream before the first add."""
+    for stream_in, delta in ((a, b), (b, a)):
+        if stream_in.target is aten.add.Tensor:
+            for earlier in stream_in.all_input_nodes:
+                if (
+                    shape(earlier) == shape(node)
+                    and all(flow.depends(other, earlier) for other in (delta, stream_in))
+                    and any(flow.depends(o, earlier) for o in stream_in.all_input_nodes if o is not earlier)
+                    and _has_product(flow.between(earlier, [delta]))
+                ):
+                    return Add(node, stream_in, delta)
+    return None
+
+
+def _has_product(nodes: Iterable[fx.Node]) -> bool:
+    return any(node_macs(node) for node in nodes)
+
+
+@dataclass(frozen=True, order=True)
+class _At:
+    """Rows on their way up: where they are, and what they cost so far."""
+
+    cost: int
+    order: int
+    node: fx.Node = field(compare=False)
+    axis: Axis | None = field(compare=False)
+    start: int = field(compare=False)
+
+    @property
+    def count(self) -> int:
+        return self.axis.count(shape(self.node)) if self.axis else 0
+
+
+@dataclass
+class _Search:
+    flow: Dataflow
+    adds: list[Add] = field(default_factory=list)
+    places: dict[fx.Node, int] = field(default_factory=dict)
+
+    def accept(self, found: Add) -> None:
+        """Take an add into its chain, unless it is a skip around two or more others."""
+        axis = guess_axis(found.add)
+        links = self._links(found.stream_in, axis)
+        before = max((self.adds[link.source].depth for link in links), default=0)
+        if self._nested(found, axis) - before >= 2:
+            return
+        self.places[found.add] = len(self.adds)
+        self.adds.append(replace(found, links=tuple(links), depth=before + 1))
+
+    def chains(self, outputs: Sequence[object]) -> list[Chain]:
+        """Every chain: the output's, then the longest among the adds that are left, and so on."""
+        found: list[Chain] = []
+        used: set[int] = set()
+        top, rows = self._top(outputs)
+        while top is not None:
+            path = self._path(top, rows, used)
+            used |= {number for number, _ in path}
+            if len(path) > 1:
+                found.append(self._chain(path, rows))
+            left = [i for i in range(len(self.adds)) if i not in used]
+            top, rows = max(left, key=lambda i: (self.adds[i].depth, i), default=None), None
+        return found
+
+    def _links(self, node: fx.Node, axis: Axis | None) -> list[Link]:
+        """The adds that the rows of `node` come from; where several could be meant, the one with the least between."""
+        total = axis.count(shape(node)) if axis else 0
+        found = []
+        for at in self._walk(node, axis):
+            if at.node in self.places:
+                source = self.places[at.node]
+                rows = (at.start, at.start + at.count) if at.axis else (0, total)
+                start = at.axis.before if at.axis and at.axis.dim == guess_axis(at.node).dim else None
+                found.append(Link(source, rows, start, at.cost))
+        found.sort(key=lambda link: (link.cost, -self.adds[link.source].depth, -link.source))
+        chosen: list[Link] = []
+        for link in found:
+            if not any((link.rows[0] < c.rows[1] and c.rows[0] < link.rows[1]) or c.rows == link.rows for c in chosen):
+                chosen.append(link)
+        return chosen
+
+    def _nested(self, found: Add, axis: Axis) -> int:
+        """The depth of the deepest add that the branch of `found` is made of."""
+        base = base_of(found.stream_in)
+        flow, delta = self.flow, found.delta
+        inside = {n for n in self.places if flow.depends(n, base) and (n is delta or flow.depends(delta, n))}
+        if not inside:
+            return 0
+        reached = (self.places[at.node] for at in self._walk(found.delta, axis, queries=True) if at.node in inside)
+        return max((self.adds[number].depth for number in reached), default=0)
+
+    def _walk(self, node: fx.Node, axis: Axis | None, *, queries: bool = False) -> Iterator[_At]:
+        """Follow the tokens of `node` up; stop at residual adds. Cheapest ways first."""
+        todo, seen, count = [_At(0, 0, node, axis, 0)], set(), 0
+        while todo:
+            at = heapq.heappop(todo)
+            if (at.node, at.axis, at.start) in seen:
+                continue
+            seen.add((at.node, at.axis, at.start))
+            yield at
+            if at.node in self.places or at.node.op != "call_function":
+                continue
+            if at.node.target is _ATTENTION and not queries:
+                continue
+            cost = at.cost + (1 if node_macs(at.node) else 0)
+            for operand, where, start in _above(at):
+                count += 1
+                heapq.heappush(todo, _At(cost, count, operand, where, start))
+
+    def _top(self, outputs: Sequence[object]) -> tuple[int | None, tuple[int, int] | None]:
+        """The add that the first output is computed from most directly, and its rows that reach the output."""
+        for output in outputs:
+            links = self._links(output, None) if isinstance(output, fx.Node) else []
+            if links:
+                return links[0].source, self._rows_out(links[0].source, output)  # type: ignore[arg-type]
+        return max(range(len(self.adds)), key=lambda i: self.adds[i].depth, default=None), None
+
+    def _rows_out(self, number: int, output: fx.Node) -> tuple[int, int] | None:
+        """The rows of an add that are cut out on the way to `output`; None where all go on."""
+        axis, todo = guess_axis(self.adds[number].add), [self.adds[number].add]
+        while todo:
+            here = todo.pop()
+            for user in _readers(here):
+                if user is not output and not self.flow.depends(output, user):
+                    continue
+                try:
+                    source = narrowing(user, axis, 1).operands.get((0,))
+                except (NotTokenLocal, IndexError):
+                    continue
+                if source is not None and source.others:
+                    return source.before, self.adds[number].rows - source.after
+                if source == axis and shape(user)[axis.dim] == self.adds[number].rows:
+                    todo.append(user)
+        return None
+
+    def _path(self, top: int, rows: tuple[int, int] | None, used: set[int]) -> list[tuple[int, int | None]]:
+        """The adds below `top`, each with where its rows begin, counted from `top`'s; None where that is not known."""
+        path: list[tuple[int, int | None]] = [(top, 0)]
+        here: int = top
+        offset: int | None = 0
+        lane = rows or (0, self.adds[top].rows)
+        while self.adds[here].links:
+            link = self._choose(self.adds[here].links, lane, used)
+            if link is None:
+                break
+            low, high = max(lane[0], link.rows[0]), min(lane[1], link.rows[1])
+            if link.start is None or offset is None:
+                offset, lane = None, (0, self.adds[link.source].rows)
+            else:
+                offset += link.rows[0] - link.start
+                lane = (low - link.rows[0] + link.start, high - link.rows[0] + link.start)
+            here = link.source
+            if here not in used:
+                path.append((here, offset))
+        return path[::-1]
+
+    def _choose(self, links: Iterable[Link], lane: tuple[int, int], used: set[int]) -> Link | None:
+        """The link that the rows of a lane come by; where they come by several, the one to the longest chain."""
+        found = [link for link in links if link.rows[0] < lane[1] and lane[0] < link.rows[1]]
+        return max(found, key=lambda link: (link.source not in used, self.adds[link.source].depth), default=None)
+
+    def _chain(self, path: list[tuple[int, int | None]], rows_out: tuple[int, int] | None) -> Chain:
+        """The chain of a path, with the rows that belong to others: all but those of its narrowest adds."""
+        adds = [self.adds[number] for number, _ in path]
+        known = [(add.rows, offset) for add, (_, offset) in zip(adds, path, strict=True) if offset is not None]
+        least, first = min(known)
+        others: list[tuple[int, int] | None] = []
+        for add, (_, offset) in zip(adds, path, strict=True):
+            before = None if offset is None else first - offset
+            after = None if before is None else add.rows - before - least
+            fits = before is not None and after is not None and before >= 0 <= after
+            others.append((before, after) if fits else None)  # type: ignore[arg-type]
+        same = {shape(add.add): found for add, found in zip(adds, others, strict=True) if found is not None}
+        others = [found or same.get(shape(add.add)) for add, found in zip(adds, others, strict=True)]
+        return Chain(tuple(adds), tuple(others), rows_out)
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """The calls that read `node` first, or a part of it."""
+    first = [user for user in node.users if user.op == "call_function" and user.args[0] is node]
+    return [part for user in first for part in (user.users if isinstance(value(user), (list, tuple)) else [user])]
+
+
+def _above(at: _At) -> list[tuple[fx.Node, Axis | None, int]]:
+    """The operands that the rows at a node come from, the rows' axis in them, and the number of their first row."""
+    node, axis = at.node, at.axis
+    if axis is None:
+        return [(operand, None, 0) for operand in _largest(node)]
+    if node.target is aten.cat.default and axis.plain and axis.dim == cat_dim(node):
+        return _parts(node, axis, at.start)
+    try:
+        wanted = narrowing(node, axis, 1).operands
+    except NotTokenLocal:
+        return [(operand, None, 0) for operand in _largest(node)]
+    return [(operand, wanted[path], at.start) for path, operand in operands(node) if path in wanted]
+
+
+def _parts(node: fx.Node, axis: Axis, start: int) -> list[tuple[fx.Node, Axis | None, int]]:
+    """The operands of a join of tokens, each with those of the rows that it holds."""
+    found: list[tuple[fx.Node, Axis | None, int]] = []
+    low, high, offset = axis.before, axis.before + axis.count(shape(node)), 0
+    for _, part in operands(node):
+        size = shape(part)[axis.dim]
+        first, last = max(low, offset), min(high, offset + size)
+        if first < last:
+            where = replace(axis, before=first - offset, after=offset + size - last)
+            found.append((part, where, start + first - low))
+        offset += size
+    return found
+
+
+def cat_dim(node: fx.Node) -> int:
+    """The dimension that a concatenation joins."""
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    assert isinstance(dim, int)
+    return dim % len(shape(node))
+
+
+def _largest(node: fx.Node) -> list[fx.Node]:
+    """The operands with the most elements, parameters left out; what else a call takes is beside the tokens."""
+    found = [operand for _, operand in operands(node) if operand.op != "get_attr"]
+    sizes = {operand: _elements(operand) for operand in found}
+    return [operand for operand in found if sizes[operand] == max(sizes.values())]
+
+
+def _elements(node: fx.Node) -> int:
+    val = value(node)
+    if isinstance(val, (list, tuple)):
+        return sum(v.numel() for v in val if isinstance(v, torch.Tensor))
+    return math.prod(val.shape) if isinstance(val, torch.Tensor) else 0

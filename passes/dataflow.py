@@ -1,0 +1,33 @@
+"""Who depends on whom in a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import fx
+
+__all__ = ["Dataflow"]
+
+
+class Dataflow:
+    """Who depends on whom in a graph, as bit sets over the graph's order."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.nodes = list(graph.nodes)
+        self.index = {node: i for i, node in enumerate(self.nodes)}
+        self._above = [0] * len(self.nodes)
+        for i, node in enumerate(self.nodes):
+            for source in node.all_input_nodes:
+                j = self.index[source]
+                self._above[i] |= self._above[j] | (1 << j)
+
+    def depends(self, node: fx.Node, on: fx.Node) -> bool:
+        """Whether `node` is computed from `on` (a node does not depend on itself)."""
+        return bool(self._above[self.index[node]] >> self.index[on] & 1)
+
+    def between(self, source: fx.Node, targets: Iterable[fx.Node]) -> list[fx.Node]:
+        """The nodes computed from `source` that `targets` are computed from, `targets` included, in order."""
+        above = 0
+        for target in targets:
+            above |= self._above[self.index[target]] | (1 << self.index[target])
+        return [n for i, n in enumerate(self.nodes) if above >> i & 1 and self.depends(n, source)]
