@@ -116,7 +116,7 @@ UNKNOWN = {
     "zzz.delta": r"site 'zzz.delta': the model has no such block; blocks are blocks.0 .. blocks.1",
     "blocks.0.mpl.out": r"site 'blocks.0.mpl.out': the model has no such site; near ones: blocks.0.mlp.out, ",
     "blocks.0.cross.out": r"no such site; near ones: .*\(tcc inspect lists them all\)",
-    "blocks.0.delta@text": r"no such site; near ones: blocks.0.delta, ",
+    "blocks.0.delta@text": r"the model has no stream 'text'; beside the main one it has no other streams",
     "blocks.0.skip": r"no such site; near ones: blocks.0.",
     "out.delta": r"no such site; near ones: \w",
 }
