@@ -12,6 +12,7 @@ from tcc.cli.policies import describe, find_policy, option_table, parse_options,
 from tcc.cli.subjects import load_subject, look
 from tcc.plan import CachePlan
 from tcc.plan_picture import facts
+from tcc.plans import shifted
 
 __all__ = ["plan"]
 
@@ -30,7 +31,11 @@ Options = Annotated[
 ]
 Policies = Annotated[bool, typer.Option("--policies", help="List the policies and stop.")]
 Explain = Annotated[bool, typer.Option("--explain", help="Explain the policy and its options, and stop.")]
-Steps = Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps of one run.")]
+Steps = Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps of one run: evaluations of the model.")]
+Shift = Annotated[
+    bool,
+    typer.Option("--shifted", help="For a solver of two evaluations per step (DPM-Solver-2): only first ones cache."),
+]
 Out = Annotated[
     Path | None, typer.Option(metavar="FILE", callback=options.in_a_folder, help="Save the plan (.safetensors).")
 ]
@@ -46,6 +51,7 @@ def plan(
     policies: Policies = False,
     explain: Explain = False,
     steps: Steps = 50,
+    shift: Shift = False,
     out: Out = None,
     png: Png = None,
     json: options.Json = None,
@@ -63,6 +69,7 @@ def plan(
       tcc plan --policies
       tcc plan --policy tprr --explain
       tcc plan --policy fora -o interval=3 --png fora.png
+      tcc plan --policy fora -o interval=2 --shifted --out dpm.safetensors
       tcc plan -o keep=0.25 -o rotate=true --out plan.safetensors
       tcc plan --model DiT-S/2 --batch 2 -o blocks=2-11
       tcc inspect plan.safetensors
@@ -81,6 +88,7 @@ def plan(
     info = look(subject.model, subject.args, subject.kwargs, subject.label)
     with screen.status("planning"):
         made = make(info, num_steps=steps, **chosen)
+        made = shifted(info, made) if shift else made
     _show(made, subject.label, out, png, json)
 
 

@@ -12,6 +12,7 @@ from tcc.plans.holds import deepcache, delta_dit, faster_diffusion
 from tcc.plans.l2c import l2c
 from tcc.plans.placement import percentile_steps, tprr_steps
 from tcc.plans.routers import read_published_router
+from tcc.plans.shifted import shifted
 from tcc.plans.smoothcache import smoothcache
 from tcc.plans.taylorseer import taylorseer
 from tcc.plans.toca import duca, toca
@@ -39,6 +40,7 @@ __all__ = [
     "random_drop",
     "random_units",
     "read_published_router",
+    "shifted",
     "smoothcache",
     "taylorseer",
     "time_cut",

@@ -18,6 +18,8 @@ from torch import Tensor
 from tcc.errors import CallError
 from tcc.samplers.ddim import DDIM, DDPM
 from tcc.samplers.diffusion import Diffusion
+from tcc.samplers.dpm import DPMSolver2
+from tcc.samplers.flow import FlowEuler
 from tcc.samplers.sampler import Evaluation, Sampler, denoise
 from tcc.samplers.schedulers import dpm_solver_2m, dpm_solver_2s
 
@@ -31,8 +33,10 @@ GuidanceChannels = Literal["all", "first-three"]
 SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "ddim": DDIM,
     "ddpm": DDPM,
+    "dpm-solver-2": DPMSolver2,
     "dpm-solver++2m": dpm_solver_2m,
     "dpm-solver++2s": dpm_solver_2s,
+    "flow-euler": FlowEuler,
 }
 
 

@@ -33,9 +33,7 @@ class Scheduled(Sampler):
     def evaluations(self, num_steps: int | str) -> tuple[Evaluation, ...]:
         """See `Sampler`; the timesteps are the scheduler's."""
         scheduler = self._started(num_steps)
-        orders = getattr(
-            scheduler, "order_list", None
-        )  # of a singlestep solver: 1 at a first evaluation, 2 at a second
+        orders = getattr(scheduler, "order_list", None)  # of singlestep solvers: 1 at a first evaluation, 2 at a second
         times = scheduler.timesteps.tolist()
         stages = [order - 1 for order in orders] if orders else [i % scheduler.order for i in range(len(times))]
         return tuple(Evaluation(timestep, stage) for timestep, stage in zip(times, stages, strict=True))
@@ -43,9 +41,10 @@ class Scheduled(Sampler):
     def run(self, noise: Tensor, num_steps: int | str, generator: torch.Generator | None = None) -> Solving:
         """See `Sampler`."""
         scheduler = self._started(num_steps)
-        x: Tensor = noise * scheduler.init_noise_sigma
+        x: Tensor = noise * getattr(scheduler, "init_noise_sigma", 1.0)  # schedulers of flows have neither
+        scale = getattr(scheduler, "scale_model_input", lambda x, timestep: x)
         for timestep in scheduler.timesteps:
-            output = yield scheduler.scale_model_input(x, timestep)
+            output = yield scale(x, timestep)
             x = scheduler.step(output[:, : noise.shape[1]], timestep, x, return_dict=False)[0]
         return x
 
@@ -86,8 +85,8 @@ def dpm_solver_2s(*, clip: bool = True, diffusion: Diffusion | None = None) -> S
     """DPM-Solver++(2S): two evaluations per step (Lu et al. 2022b, Algorithm 1), on a grid of whole timesteps.
 
     The evaluations are spread evenly in time, so the second one of a step lies where the grid has it, not halfway in
-    log-SNR as in the paper and in U-ViT's code. The last step is of first order; for an even number of evaluations, the
-    last two.
+    log-SNR as in the paper and in U-ViT's code: for that see `DPMSolver2`. The last step is of first order; for an even
+    number of evaluations, the last two.
 
     Args:
         clip: clamp the implied image to [-1, 1] at every evaluation; right for pixels, wrong for latents.

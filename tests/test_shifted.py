@@ -1,0 +1,82 @@
+"""Plans for solvers of two evaluations per step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import tcc
+from tcc import plans
+from tcc.errors import PlanError
+from tcc.plan import CachePlan, Reuse
+from tcc.samplers import DPMSolver2, dpm_solver_2s
+from tests.tiny_models import case, relative_error, tensor_of
+
+
+def made(policy: str, num_steps: int, **options: Any) -> CachePlan:
+    """A policy's plan, shifted."""
+    info = case("dit").info
+    return plans.shifted(info, plans.POLICIES[policy](info, num_steps=num_steps, **options))
+
+
+@pytest.mark.parametrize("count_from", ["up", "down"])
+@pytest.mark.parametrize(("nfe", "count"), [(50, 24), (20, 9)])
+def test_every_cached_evaluation_is_the_first_of_a_solver_step(nfe: int, count: int, count_from: str) -> None:
+    """As published: 24 of 50, 9 of 20. FORA's table is Learning-to-Cache's with all branches reused."""
+    plan = made("fora", nfe, interval=2, count=count_from)
+    stages = [e.stage for e in DPMSolver2().evaluations(nfe)]
+    cached = [step for step in range(nfe) if step not in plan.schedule.i_steps]
+
+    assert len(cached) == count
+    assert not any(stages[step] for step in cached)
+    assert plan.schedule.i_steps == plans.i_steps_of_pairs(nfe, shifted=True)
+    assert all(plan.action(step, site) == Reuse() for step in cached for site in plan.sites)
+    assert plan.policy["shifted"] is True
+    assert plans.shifted(case("dit").info, plan).actions == plan.actions
+
+
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [
+        ("fora", {"interval": 3}),
+        ("tprr", {"k1": 2, "k2": 1, "keep": 0.5, "attention": "cached"}),
+        ("toca", {"interval": 3}),
+        ("deepcache", {"interval": 2}),
+    ],
+)
+def test_plans_of_any_policy_shift(policy: str, options: dict[str, Any]) -> None:
+    """Token sets, scores and holds go along: what is compiled is what the reference computes."""
+    which = case("dit")
+    plan = made(policy, 6, **options)
+
+    assert plan.schedule.letters in ("IIPIPI", "IIIIPI", "IIPIII")
+    compiled = tcc.compile(which.model, plan, backend="eager")
+    reference = tcc.Reference(which.model, plan)
+    for step in range(6):
+        args, kwargs = which.inputs(step)
+        with torch.no_grad():
+            assert relative_error(tensor_of(compiled(*args, **kwargs)), tensor_of(reference(*args, **kwargs))) < 1e-4
+
+
+def test_a_samplers_own_stages_count() -> None:
+    """The singlestepstep solver ends with steps of one evaluation: both may cache."""
+    pytest.importorskip("diffusers")
+    info = case("dit").info
+    stages = [e.stage for e in dpm_solver_2s().evaluations(6)]
+    plan = plans.shifted(info, plans.fora(info, num_steps=6, interval=6), stages=stages)
+
+    assert stages == [0, 1, 0, 1, 0, 0]
+    assert plan.schedule.letters == "IIPIPP"
+    fora = plans.fora(info, num_steps=6, interval=3)
+    assert plans.shifted(info, fora, stages=[0] * 6).actions == fora.actions
+
+
+def test_what_cannot_be_shifted_is_refused() -> None:
+    """Forecasts, and another number of evaluations."""
+    info = case("dit").info
+    with pytest.raises(PlanError, match="a forecast's coefficients hold for the steps that it was made from"):
+        plans.shifted(info, plans.taylorseer(info, num_steps=12, interval=3, order=1))
+    with pytest.raises(PlanError, match="the plan has 4 steps, and the solver 6 evaluations"):
+        plans.shifted(info, plans.fora(info, num_steps=4), stages=[0, 1] * 3)
