@@ -139,8 +139,10 @@ def _hidream() -> Parts:
     config = dict(patch_size=2, in_channels=4, num_layers=2, num_single_layers=2, caption_channels=[24, 20], **HEADS)
     config |= dict(text_emb_dim=16, num_routed_experts=0, num_activated_experts=0, axes_dims_rope=(4, 6, 6))
     config |= dict(max_resolution=(8, 8), llama_layers=[0, 1, 1, 0])
-    inputs = dict(hidden_states=noise(2, 4, 8, 4), timesteps=times(), encoder_hidden_states_t5=noise(2, 5, 24))
-    return config, inputs | dict(encoder_hidden_states_llama3=noise(2, 2, 6, 20), pooled_embeds=noise(2, 16))
+    inputs = dict(hidden_states=noise(2, 12, 16), hidden_states_masks=torch.ones(2, 12), img_sizes=[(3, 4)] * 2)
+    inputs |= dict(img_ids=grid_ids(3, 4).expand(2, -1, -1), timesteps=times(), pooled_embeds=noise(2, 16))
+    inputs |= dict(encoder_hidden_states_t5=noise(2, 5, 24))
+    return config, inputs | dict(encoder_hidden_states_llama3=noise(2, 2, 6, 20))
 
 
 @entry("HunyuanImageTransformer2DModel", note="one text: the second is packed by a mask into unknown lengths")

@@ -14,7 +14,7 @@ from torch import fx
 
 from tcc.errors import PassError, TccError, VerificationError
 from tcc.passes import dump
-from tcc.passes.graph import evaluate, fake_mode_of, graph_text, source_line
+from tcc.passes.graph import UNKNOWN, evaluate, fake_mode_of, graph_text, size, source_line
 
 __all__ = ["Pass", "PassRecord", "run_passes", "verify"]
 
@@ -156,13 +156,20 @@ def _check_value(node: fx.Node, where: str) -> None:
     except Exception as error:
         raise VerificationError(_report(node, where, "every call is valid for its inputs", str(error))) from error
     kept = node.meta["val"]
-    if isinstance(kept, torch.Tensor) and _facts(kept) != _facts(new):
+    if isinstance(kept, torch.Tensor) and not _agree(kept, new):
         what = f"recorded {_facts(kept)}, computed {_facts(new)}"
         raise VerificationError(_report(node, where, "recorded values agree with the inputs", what))
 
 
+def _agree(kept: torch.Tensor, new: Any) -> bool:
+    """Whether both are alike; a size that depends on the data may be any."""
+    if not isinstance(new, torch.Tensor) or kept.dim() != new.dim() or _facts(kept)[1:] != _facts(new)[1:]:
+        return False
+    return all(a == b or UNKNOWN in (a, b) for a, b in zip(_facts(kept)[0], _facts(new)[0], strict=True))
+
+
 def _facts(val: torch.Tensor) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
-    return tuple(val.shape), val.dtype, val.device
+    return tuple(map(size, val.shape)), val.dtype, val.device
 
 
 def _report(node: fx.Node, where: str, rule: str, what: str, around: int = 5) -> str:

@@ -11,8 +11,21 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-__all__ = ["emit", "fake_mode_of", "graph_hash", "graph_text", "output_values", "shape", "source_line", "value"]
+__all__ = [
+    "UNKNOWN",
+    "emit",
+    "fake_mode_of",
+    "graph_hash",
+    "graph_text",
+    "output_values",
+    "shape",
+    "size",
+    "source_line",
+    "value",
+]
 
+#: A size that depends on the data, such as how many elements of a mask are true.
+UNKNOWN = -1
 _COPIES = {torch.ops.aten.clone.default, torch.ops.aten.contiguous.default}
 
 
@@ -22,9 +35,15 @@ def value(node: fx.Node) -> Any:
 
 
 def shape(node: fx.Node) -> tuple[int, ...]:
-    """The shape of the tensor that `node` produces; () for values that are not tensors."""
+    """The shape of the tensor that `node` produces, `UNKNOWN` where a size depends on the data; () for other values."""
     val = node.meta.get("val")
-    return tuple(val.shape) if isinstance(val, torch.Tensor) else ()
+    return tuple(map(size, val.shape)) if isinstance(val, torch.Tensor) else ()
+
+
+def size(found: int | torch.SymInt) -> int:
+    """`found`, or `UNKNOWN` where it depends on the data."""
+    known = isinstance(found, int) or found.node.expr.is_number
+    return int(found) if known else UNKNOWN
 
 
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
@@ -145,7 +164,7 @@ def _target_name(target: Any) -> str:
 
 def _describe(val: Any) -> str:
     if isinstance(val, torch.Tensor):
-        return f"{str(val.dtype).removeprefix('torch.')}{list(val.shape)}"
+        return f"{str(val.dtype).removeprefix('torch.')}{list(map(size, val.shape))}"
     if isinstance(val, (tuple, list)):
         return "(" + ", ".join(_describe(v) for v in val) + ")"
     return type(val).__name__

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from tcc.passes.graph import shape
+from tcc.passes.graph import UNKNOWN, shape
 
 __all__ = ["count", "node_macs"]
 
@@ -41,8 +41,8 @@ def count(nodes: Iterable[fx.Node], *, products: bool = True) -> int:
 
 
 def node_macs(node: fx.Node) -> int:
-    """The MACs of one node; 0 for everything that is not a product."""
-    if node.op != "call_function":
+    """The MACs of one node; 0 for everything that is not a product, and for sizes that depend on the data."""
+    if node.op != "call_function" or any(UNKNOWN in shape(n) for n in (node, *node.all_input_nodes)):
         return 0
     args: Any = node.args
     if node.target is aten.linear.default:

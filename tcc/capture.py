@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree  # no public pytree module in torch 2.
 
 from tcc.errors import CallError, CaptureError, ShapeError
 from tcc.passes.base import run_passes
-from tcc.passes.graph import graph_hash, shape, value
+from tcc.passes.graph import graph_hash, graph_text, shape, value
 from tcc.passes.noise_level import noise_level
 from tcc.passes.normalize import Normalize
 
@@ -181,7 +181,8 @@ def capture(model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: d
         if n.op == "placeholder"
     )
     spec = program.call_spec
-    return Captured(gm, inputs, constants, spec.in_spec, spec.out_spec, signature, graph_hash(gm.graph))
+    inner = [graph_text(module.graph) for module in gm.children() if isinstance(module, fx.GraphModule)]
+    return Captured(gm, inputs, constants, spec.in_spec, spec.out_spec, signature, graph_hash(gm.graph, inner))
 
 
 def _bind(
@@ -285,7 +286,8 @@ def _unlift(program: ExportedProgram) -> tuple[fx.GraphModule, dict[int, Any]]:
                 names[node] = _weight(root, graph, node, _tensor_of(program, specs[node.name]))
             continue
         if node.op == "get_attr":
-            setattr(root, str(node.target), getattr(program.graph_module, str(node.target)))
+            node.meta["val"] = getattr(program.graph_module, str(node.target))  # the graph of an inner function
+            setattr(root, str(node.target), node.meta["val"])
         if node.op == "output":
             graph.output(tuple(fx.map_arg(tuple(node.args[0]), names.__getitem__)))
             continue
