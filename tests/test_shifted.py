@@ -65,7 +65,7 @@ def test_a_samplers_own_stages_count() -> None:
     pytest.importorskip("diffusers")
     info = case("dit").info
     stages = [e.stage for e in dpm_solver_2s().evaluations(6)]
-    plan = plans.shifted(info, plans.fora(info, num_steps=6, interval=6), stages=stages)
+    plan = plans.shifted(info, plans.fora(info, num_steps=6, interval=6, count="up"), stages=stages)
 
     assert stages == [0, 1, 0, 1, 0, 0]
     assert plan.schedule.letters == "IIPIPP"
