@@ -61,6 +61,9 @@ class Importance:
 
     Attributes:
         scores: `[steps, blocks, tokens]` float32 in 0..1, steps in execution order; high means compute.
+
+    Raises:
+        PlanError: the shape is another, or a score is not in 0..1.
     """
 
     scores: torch.Tensor
@@ -68,6 +71,11 @@ class Importance:
     def __post_init__(self) -> None:
         if self.scores.dim() != 3:
             raise PlanError(f"importances have shape [steps, blocks, tokens], got {list(self.scores.shape)}")
+        bad = ~((self.scores >= 0) & (self.scores <= 1))
+        if bool(bad.any()):
+            step, block, token = bad.nonzero()[0].tolist()
+            found = float(self.scores[step, block, token])
+            raise PlanError(f"step {step}, block {block}, token {token}: the importance is {found}; they lie in 0..1")
 
 
 @dataclass(frozen=True)

@@ -226,6 +226,15 @@ def test_what_was_learned_is_read_back(learned: Any, dtype: torch.dtype, tmp_pat
             assert getattr(loaded, name) == value
 
 
+@pytest.mark.parametrize("bad", [1.5, -0.25, float("nan"), float("inf")])
+def test_importances_lie_between_0_and_1(bad: float) -> None:
+    """The message says which one does not."""
+    scores = torch.rand(2, 3, 4)
+    scores[1, 0, 3] = bad
+    with pytest.raises(PlanError, match=rf"step 1, block 0, token 3: the importance is {bad}; they lie in 0\.\.1"):
+        Importance(scores)
+
+
 def test_probes_of_sizes_that_disagree_are_refused() -> None:
     """Each tensor has its shape, and they fit each other."""
     good = StreamPredictor(SIZES).learned()

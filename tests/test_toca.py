@@ -302,10 +302,12 @@ def test_cross_attention_has_a_factor_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"interval": 0}, "toca(interval=0, ratio=0.07, levels=None): the interval and the levels are at least 1"),
-        ({"ratio": 1.5}, "toca(interval=3, ratio=1.5, levels=None)"),
-        ({"levels": 0}, "toca(interval=3, ratio=0.07, levels=0)"),
-        ({"mlp": -1.0}, "mlp, cross, stale, bonus and cell are at least 0"),
+        ({"interval": 0}, "interval=0: expected a whole number, 1 or more"),
+        ({"interval": 2.5}, "interval=2.5: expected a whole number, 1 or more"),
+        ({"ratio": 1.5}, "ratio=1.5: expected a share, 0..1"),
+        ({"levels": 0}, "levels=0: expected a whole number, 1 or more"),
+        ({"cell": -1}, "cell=-1: expected a whole number, 0 or more"),
+        ({"mlp": -1.0}, "mlp, cross, stale and bonus are at least 0"),
         ({"score": "entropy"}, "toca(score='entropy'): use 'attention', 'norm', 'value' or 'random'"),
         ({"cell": 3}, "cell=3: the grid is 4 x 4; the cell's side must divide both"),
     ],

@@ -251,8 +251,8 @@ def test_percentiles_need_importances(mass: list[float], count: int, message: st
 
 def test_i_steps_where_importance_is_dense() -> None:
     """`percentile` has as many I-steps as `tprr`, at other places; `even` and a list of steps need no importance."""
-    scores = torch.ones(STEPS, BLOCKS, TOKENS)
-    scores[4:] = 6.0
+    scores = torch.full((STEPS, BLOCKS, TOKENS), 1 / 8)
+    scores[4:] = 6 / 8
     dense = plan(importance=Importance(scores), schedule="percentile")
     assert str(plan().schedule) == "IPIPIP"
     assert str(dense.schedule) == "IPPPII"

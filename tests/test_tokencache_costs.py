@@ -164,10 +164,6 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "the importance is for [5, 4, 16] steps, blocks and tokens; the plan has [6, 4, 16]",
     ),
     "tokens": ({"importance": Importance(torch.ones(STEPS, BLOCKS, 64))}, "the importance is for [6, 4, 64] steps"),
-    "NaN": (
-        {"importance": Importance(importance().scores.index_fill(2, torch.tensor([3]), float("nan")))},
-        "the importance of step 0, block 0, token 3 is nan: it must be finite",
-    ),
     "a router": ({"importance": Router(torch.ones(1, 1), ("blocks.0.mlp.out",))}, "importance: a router is none"),
     "no file": ({"importance": "no-such-file"}, "there is no file no-such-file"),
     "scores": ({"scores": "best"}, "scores='best': use one of learned, random, uniform, norm"),

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from tcc.errors import PlanError
+from tcc.plans.branches import check_share, check_whole
 
 __all__ = ["Cycle", "percentile_steps", "tprr_steps"]
 
@@ -26,12 +27,9 @@ def tprr_steps(num_steps: int, k1: int, k2: int, boundary: float, cycle: Cycle =
     Raises:
         PlanError: an interval or the boundary is out of range.
     """
-    least = 0 if cycle == "p_steps" else 1
-    if min(k1, k2) < least or not 0 <= boundary <= 1:
-        raise PlanError(
-            f"tprr(k1={k1}, k2={k2}, boundary={boundary}): intervals are at least {least} with cycle='{cycle}', and "
-            "the boundary is a share of the steps, 0..1"
-        )
+    for name, interval in (("k1", k1), ("k2", k2)):
+        check_whole(name, interval, 0 if cycle == "p_steps" else 1)
+    check_share("boundary", boundary)
     steps, step = [], 0
     while step < num_steps:
         steps.append(step)

@@ -13,6 +13,7 @@ from tcc.errors import PlanError
 from tcc.info import ModelInfo
 from tcc.passes.sites import Site
 from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, TopK, Update
+from tcc.plans.branches import check_share, check_whole
 from tcc.plans.tokens import grid_cells, with_others
 from tcc.scores import Attended, Fixed, Norm, Score, Stale, Term
 
@@ -302,13 +303,13 @@ def _step_factors(kinds: Sequence[Kind], options: _Options) -> np.ndarray[Any, A
 
 
 def _check(name: str, info: ModelInfo, options: _Options) -> None:
-    if options.interval < 1 or not 0 <= options.ratio <= 1 or (options.levels is not None and options.levels < 1):
-        raise PlanError(
-            f"{name}(interval={options.interval}, ratio={options.ratio}, levels={options.levels}): the interval and "
-            "the levels are at least 1, and the ratio is in 0..1"
-        )
-    if min(options.mlp, options.cross, options.stale, options.bonus, options.cell) < 0:
-        raise PlanError(f"{name}: mlp, cross, stale, bonus and cell are at least 0")
+    check_whole("interval", options.interval, 1)
+    check_whole("cell", options.cell, 0)
+    check_share("ratio", options.ratio)
+    if options.levels is not None:
+        check_whole("levels", options.levels, 1)
+    if min(options.mlp, options.cross, options.stale, options.bonus) < 0:
+        raise PlanError(f"{name}: mlp, cross, stale and bonus are at least 0")
     if options.score not in ("attention", "norm", "value", "random"):
         raise PlanError(f"{name}(score={options.score!r}): use 'attention', 'norm', 'value' or 'random'")
     if options.cell and not info.grid:
