@@ -112,10 +112,7 @@ class Captured:
         bound = _bind(self.signature, args, kwargs)
         leaves, spec = pytree.tree_flatten(bound)
         if spec != self.in_spec:
-            raise CallError(
-                "the call's arguments are structured differently from the capture "
-                f"(now {spec}, captured {self.in_spec}): pass the same arguments, or compile again"
-            )
+            raise CallError(self._other_structure(spec))
         tensors = []
         for position, leaf in enumerate(leaves):
             if position not in self.constants:
@@ -140,15 +137,32 @@ class Captured:
             return True
         return True
 
+    def _other_structure(self, spec: pytree.TreeSpec) -> str:
+        """What to say of a call whose arguments have the structure `spec`."""
+        now, then = (dict(enumerate(s.child(0).children())) for s in (spec, self.in_spec))
+        found = [
+            f"argument '{self._parameter(number)}': now {now.get(number)}, captured {then.get(number)}"
+            for number in sorted(now.keys() | then.keys())
+            if now.get(number) != then.get(number)
+        ] or [f"keyword arguments: now {spec.child(1).context}, captured {self.in_spec.child(1).context}"]
+        return (
+            "the call's arguments are structured differently from the capture "
+            f"({'; '.join(found)}): pass the same arguments at every call, or compile again"
+        )
+
     def _leaf_name(self, bound: tuple[tuple[Any, ...], dict[str, Any]], position: int) -> str:
         """What the call's argument, or the part of one, is called that is flattened to `position`."""
-        names = [] if self.signature is None else list(self.signature.parameters)
         _, argument, *path = pytree.tree_flatten_with_path(bound)[0][position][0]
         if isinstance(argument, pytree.SequenceKey):
-            name = names[argument.idx] if argument.idx < len(names) else str(argument.idx)
+            name = self._parameter(argument.idx)
         else:
             name = argument.key if isinstance(argument, pytree.MappingKey) else str(argument)
         return f"'{name}{pytree.keystr(tuple(path))}'"
+
+    def _parameter(self, number: int) -> str:
+        """The name of the forward's parameter of that number."""
+        names = [] if self.signature is None else list(self.signature.parameters)
+        return names[number] if number < len(names) else str(number)
 
     def unflatten(self, outputs: list[Any]) -> Any:
         """The model's own output structure from the graph's flat outputs."""

@@ -221,10 +221,12 @@ class CompiledModel(StandIn):
     def _reset_stateful_cache(self, recurse: bool = True) -> None:
         """What diffusers' pipelines call when an image is done: the next one starts anew, finished or not."""
         for session in self._sessions.values():
-            if session.watched and session.step != session.start:
+            ran = session.step - session.start
+            if session.watched and ran:
                 warnings.warn(
                     f"the run ended after step {session.step - 1}, but the model's plan has {session.num_steps} steps: "
-                    "unless it was interrupted, make the plan with as many steps as the pipeline runs",
+                    "unless it was interrupted, make the plan with as many steps as the pipeline runs; where it left "
+                    f"out the first steps (image-to-image), call reset(start_step={session.num_steps - ran}) before",
                     stacklevel=3,
                 )
             session.reset()

@@ -2,82 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import tcc
 from tcc.errors import CallError
-from tcc.stand_in import StandIn
 from tests.tiny_models import relative_error
-from tests.tiny_pipelines import BUILDERS, by_hand, pipeline, run
+from tests.tiny_pipelines import (
+    BUILDERS,
+    NAMES,
+    POLICIES,
+    STEPS,
+    Oracle,
+    by_hand,
+    captured,
+    pipeline,
+    planned,
+    run,
+    using,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # DPM-Solver's own
-STEPS = 5
 #: Of the images' largest value: a few float32 roundings, where pruning has changed the order of sums.
 CLOSE = 5e-6
-NAMES = list(BUILDERS)
-POLICIES: dict[str, Any] = {
-    "full": functools.partial(tcc.plans.full, num_steps=STEPS),
-    "fora": functools.partial(tcc.plans.fora, num_steps=STEPS, interval=2),
-    "taylorseer": functools.partial(tcc.plans.taylorseer, num_steps=STEPS, interval=2, order=1),
-    "tokens": functools.partial(
-        tcc.plans.tprr, num_steps=STEPS, k1=1, k2=1, keep=0.5, attention="cached", level="branch"
-    ),
-}
-
-
-class Oracle(StandIn):
-    """The reference interpreter in a pipeline: one run per context, and a new one for each image."""
-
-    def __init__(self, model: nn.Module, plan: tcc.CachePlan, info: tcc.ModelInfo) -> None:
-        super().__init__(model)
-        self.plan, self.inspected, self.context = plan, info, ""
-        self.runs: dict[str, tcc.Reference] = {}
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The next step of the context's run."""
-        run = self.runs.setdefault(self.context, tcc.Reference(self._model[0], self.plan, self.inspected))
-        return run(*args, **kwargs)
-
-    @contextlib.contextmanager
-    def cache_context(self, name: str, **where: Any) -> Iterator[None]:
-        """Calls inside belong to the run `name`."""
-        self.context = name
-        yield
-        self.context = ""
-
-    def _reset_stateful_cache(self, recurse: bool = True) -> None:
-        self.runs.clear()
-
-
-@functools.cache
-def captured(name: str) -> tcc.CompiledModel:
-    """The pipeline's model, uncached, with a backend that compiles nothing."""
-    return tcc.compile(pipeline(name).transformer, POLICIES["full"], backend="eager")
-
-
-@functools.cache
-def planned(name: str, policy: str) -> tcc.CompiledModel:
-    """The pipeline's model under a policy."""
-    return captured(name).with_plan(POLICIES[policy])
-
-
-@contextlib.contextmanager
-def using(name: str, model: nn.Module) -> Iterator[Any]:
-    """The pipeline with another transformer."""
-    pipe = pipeline(name)
-    before, pipe.transformer = pipe.transformer, model
-    try:
-        yield pipe
-    finally:
-        pipe.transformer = before
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -183,7 +135,7 @@ def test_after_a_failed_image_a_pipeline_that_says_its_step_starts_anew() -> Non
 
 def test_guidance_branches_have_sessions_of_their_own() -> None:
     """One per context of the pipeline, and none without a name."""
-    with using("flux", planned("flux", "fora")) as pipe:
+    with using("flux", captured("flux").with_plan(POLICIES["fora"])) as pipe:
         run(pipe, "flux", steps=STEPS)
         assert set(pipe.transformer._sessions) == {"cond", "uncond"}
 

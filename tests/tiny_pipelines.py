@@ -1,17 +1,21 @@
 """Five of diffusers' pipelines, small and random, with real schedulers: nothing is downloaded.
 
-`pipeline(name)` builds one; `call(pipe, name, ...)` makes latents with it, from prompt embeddings in place of a prompt.
+`pipeline(name)` builds one; `run` makes images with it, from prompt embeddings in place of a prompt; `by_hand` makes the
+same images without the pipeline's loop. `planned` compiles its transformer, and `using` puts another one in its place.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import tcc
+from tcc.stand_in import StandIn
 from tests.tiny_models import fill, noise
 
 
@@ -141,6 +145,7 @@ def wan() -> Any:
 
 
 BUILDERS: dict[str, Callable[[], Any]] = {"dit": dit, "pixart": pixart, "sd3": sd3, "flux": flux, "wan": wan}
+NAMES = list(BUILDERS)
 
 
 def arguments(name: str, tokens: int = 7) -> dict[str, Any]:
@@ -160,9 +165,11 @@ def arguments(name: str, tokens: int = 7) -> dict[str, Any]:
     }[name]
 
 
-def run(pipe: Any, name: str, *, steps: int, seed: int = 0, **changes: Any) -> Tensor:
-    """What the pipeline makes, decoded, as one tensor."""
-    given = arguments(name) | changes
+def run(
+    pipe: Any, name: str, *, steps: int, seed: int = 0, given: dict[str, Any] | None = None, **changes: Any
+) -> Tensor:
+    """What the pipeline makes, decoded, as one tensor; of the arguments of that name unless others are given."""
+    given = (arguments(name) if given is None else given) | changes
     made = pipe(
         num_inference_steps=steps,
         generator=torch.Generator().manual_seed(seed),
@@ -290,3 +297,63 @@ def _wan_by_hand(pipe: Any, given: dict[str, Any], steps: int, generator: torch.
         noise_ = out["uncond"] + given["guidance_scale"] * (out["cond"] - out["uncond"])
         x = pipe.scheduler.step(noise_, t, x).prev_sample
     return _image(pipe, x).transpose(1, 2)
+
+
+STEPS = 5
+POLICIES: dict[str, Any] = {
+    "full": functools.partial(tcc.plans.full, num_steps=STEPS),
+    "fora": functools.partial(tcc.plans.fora, num_steps=STEPS, interval=2),
+    "taylorseer": functools.partial(tcc.plans.taylorseer, num_steps=STEPS, interval=2, order=1),
+    "tokens": functools.partial(
+        tcc.plans.tprr, num_steps=STEPS, k1=1, k2=1, keep=0.5, attention="cached", level="branch"
+    ),
+}
+
+
+class Oracle(StandIn):
+    """The reference interpreter in a pipeline: one run per context, and a new one for each image."""
+
+    def __init__(self, model: nn.Module, plan: tcc.CachePlan, info: tcc.ModelInfo) -> None:
+        super().__init__(model)
+        self.plan, self.inspected, self.context = plan, info, ""
+        self.runs: dict[str, tcc.Reference] = {}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The next step of the context's run."""
+        run = self.runs.setdefault(self.context, tcc.Reference(self._model[0], self.plan, self.inspected))
+        return run(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def cache_context(self, name: str, **where: Any) -> Iterator[None]:
+        """Calls inside belong to the run `name`."""
+        self.context = name
+        yield
+        self.context = ""
+
+    def _reset_stateful_cache(self, recurse: bool = True) -> None:
+        self.runs.clear()
+
+
+@functools.cache
+def captured(name: str) -> tcc.CompiledModel:
+    """The pipeline's model, uncached, with a backend that compiles nothing."""
+    return tcc.compile(pipeline(name).transformer, POLICIES["full"], backend="eager")
+
+
+@functools.cache
+def planned(name: str, policy: str) -> tcc.CompiledModel:
+    """The pipeline's model under a policy."""
+    return captured(name).with_plan(POLICIES[policy])
+
+
+@contextlib.contextmanager
+def using(name: str, model: nn.Module) -> Iterator[Any]:
+    """The pipeline with another transformer, which begins an image."""
+    pipe = pipeline(name)
+    if isinstance(model, tcc.CompiledModel):
+        model.reset()
+    before, pipe.transformer = pipe.transformer, model
+    try:
+        yield pipe
+    finally:
+        pipe.transformer = before
