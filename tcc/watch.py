@@ -79,7 +79,7 @@ class Watch:
         old, new = self._last[self._sample], tensors[self._sample]
         if old is new:
             return self._versions[self._sample] == _version(new)
-        return new.device.type == "cpu" and torch.equal(old, new)
+        return _readable(new) and torch.equal(old, new)
 
     def _check_level(self, given: torch.Tensor, step: int) -> None:
         """The noise level goes one way from step to step, and back at a run's first step."""
@@ -95,7 +95,7 @@ class Watch:
 
     def _follow(self, levels: list[torch.Tensor], step: int) -> list[torch.Tensor]:
         """Read the levels, where that costs nothing or the run ends; what the next step is compared with."""
-        if levels[-1].device.type != "cpu" and step < self._count - 1:
+        if not _readable(levels[-1]) and step < self._count - 1:
             return levels
         way = self._way
         for before, now in itertools.pairwise(float(level) for level in levels):
@@ -104,6 +104,11 @@ class Watch:
                 raise CallError(_BACK.format(step=step, count=self._count, before=before, now=now))
         self._way = way
         return levels[-1:]
+
+
+def _readable(tensor: torch.Tensor) -> bool:
+    """Whether reading values waits for nothing."""
+    return tensor.device.type == "cpu"
 
 
 def _version(tensor: torch.Tensor) -> int | None:

@@ -1,7 +1,7 @@
 """Five of diffusers' pipelines, small and random, with real schedulers: nothing is downloaded.
 
-`pipeline(name)` builds one; `run` makes images with it, from prompt embeddings in place of a prompt; `by_hand` makes the
-same images without the pipeline's loop. `planned` compiles its transformer, and `using` puts another one in its place.
+`pipeline(name)` builds one; `run` makes images with it, from prompt embeddings in place of a prompt; `by_hand` makes
+the same images without the pipeline's loop. `planned` compiles its transformer; `using` puts another one in its place.
 """
 
 from __future__ import annotations
