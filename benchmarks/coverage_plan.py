@@ -13,16 +13,18 @@ __all__ = ["STEPS", "actions_of", "mixed_plan"]
 #: Step 0 computes all; 1 prunes all that can be; 2 prunes the first half of the blocks and reuses the second;
 #: 3 holds the stream in the middle; 4 prunes again, from what all that left in the slots.
 STEPS = 5
+TOKENS = "every second"
 ATTENTION: tuple[Attention, ...] = ("kept", "current", "cached")
 
 
 def mixed_plan(info: tcc.ModelInfo) -> CachePlan:
-    """The plan: one or several sites of every block, and a hold on the stream."""
+    """The plan: one or several sites of every block in every stream, and a hold on the main stream."""
     draft = _Draft(info)
-    for block in range(len(info.blocks)):
-        draft.add_block(block, [s for s in info.sites.values() if s.block == block])
-    draft.hold([s for s in info.sites.values() if s.kind in ("stream", "skip")])
-    return CachePlan(num_steps=STEPS, actions=draft.actions, tokens=draft.tokens)
+    parts = dict.fromkeys((site.block, site.stream) for site in info.sites.values())
+    for block, stream in parts:
+        draft.add_block(block, [s for s in info.sites.values() if (s.block, s.stream) == (block, stream)])
+    draft.hold()
+    return CachePlan(num_steps=STEPS, actions=draft.actions, tokens={TOKENS: torch.arange(0, info.num_tokens, 2)})
 
 
 def actions_of(plan: CachePlan) -> list[str]:
@@ -35,7 +37,6 @@ class _Draft:
     def __init__(self, info: tcc.ModelInfo) -> None:
         self.info = info
         self.actions: dict[tuple[int, str], Action] = {}
-        self.tokens: dict[str, torch.Tensor] = {}
         self.attention = 0
 
     def add_block(self, block: int, sites: list[Site]) -> None:
@@ -59,7 +60,7 @@ class _Draft:
             return Compute()
         if (late and step == 2) or not site.prunable:
             return Reuse()
-        return Update(self.token_set(site), attention)
+        return Update(TOKENS, attention)
 
     def next_attention(self, site: Site, keys: list[Site]) -> Attention:
         """The three kinds in turn, for sites with attention; cached keys only where every attention has a site."""
@@ -70,16 +71,9 @@ class _Draft:
         complete = {name for key in keys if key.prunable for name in key.attention} == set(site.attention)
         return "current" if found == "cached" and not complete else found
 
-    def token_set(self, site: Site) -> str:
-        """Every second token, beginning with the first."""
-        count = site.shape[site.axis.dim] // (site.axis.outer * site.axis.inner)
-        name = f"every second of {count}"
-        self.tokens[name] = torch.arange(0, count, 2)
-        return name
-
-    def hold(self, sites: list[Site]) -> None:
+    def hold(self) -> None:
         """Hold the stream that enters the middle block at step 3, and long skips at the step before."""
-        streams = [s for s in sites if s.kind == "stream"]
+        streams = [s for s in self.info.sites.values() if s.kind == "stream" and not s.stream]
         self.actions[3, streams[len(streams) // 2].name] = Hold()
-        for skip in (s for s in sites if s.kind == "skip"):
+        for skip in (s for s in self.info.sites.values() if s.kind == "skip"):
             self.actions[2, skip.name] = Hold()

@@ -142,7 +142,8 @@ def _examine(row: Row, backend: str) -> None:
 
 
 def _count_sites(row: Row, info: tcc.ModelInfo, paths: Sequence[str]) -> None:
-    missing = [path for path in paths if not any(_same(path, block) for block in info.blocks)]
+    blocks = (*info.blocks, *info.analysis.side_blocks)
+    missing = [path for path in paths if not any(_same(path, block) for block in blocks)]
     branches = [s for s in info.sites.values() if s.kind == "delta"]
     row.details |= {"blocks": len(paths), "found": len(paths) - len(missing), "missing": missing}
     row.details |= {"branches": len(branches), "prunable": sum(s.prunable for s in branches)}
