@@ -274,8 +274,10 @@ def examine_all(names: Sequence[str], backend: str, threads: int) -> list[Row]:
         task = progress.add_task("", total=len(names))
         for name in names:
             progress.update(task, description=name)
-            known = name in ENTRIES
-            rows.append(examiner.row(name) if known else Row(name, why="no entry in coverage_models*.py"))
+            row = examiner.row(name) if name in ENTRIES else Row(name, why="no entry in coverage_models*.py")
+            if not row.whole:
+                progress.print(f"{name}: {row.why}", markup=False)
+            rows.append(row)
             progress.advance(task)
     examiner.stop()
     return rows

@@ -280,12 +280,13 @@ class _View:
 
     def axis(self, stream: str, branch: Branch) -> Axis | None:
         """Where the stream's tokens lie as `branch` is added; None where they cannot be told from others."""
-        axis = self.axes[stream]
-        if branch.others == (0, 0) or shape(branch.add) == self._shape(stream):
+        axis, sizes = self.axes[stream], self._shape(stream)
+        if shape(branch.add) == sizes:
             return axis
-        if branch.others is None or axis != guess_axis(branch.add):
+        if branch.others is None or (branch.others != (0, 0) and axis != guess_axis(branch.add)):
             return None
-        return replace(axis, before=branch.others[0], after=branch.others[1])
+        found = replace(axis, before=branch.others[0], after=branch.others[1])
+        return found if found.count(shape(branch.add)) == axis.count(sizes) else None
 
     def _shape(self, stream: str) -> tuple[int, ...]:
         return next(s.shape for s in self.streams if s.name == stream)
