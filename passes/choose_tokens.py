@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from tcc.passes.attention import Attention
 from tcc.passes.gathers import apart
 from tcc.passes.graph import emit, shape, value
 from tcc.passes.sites import Site
@@ -232,7 +233,7 @@ def _highest(build: _Build, scores: fx.Node, choice: Choice) -> tuple[fx.Node, f
     return tuple(build(aten.squeeze.dim, node, 0) for node in (kept, place))  # type: ignore[return-value]
 
 
-def sum_maps(graph: fx.Graph, attention: fx.Node, batch: Axis | None, keys: Axis) -> fx.Node:
+def sum_maps(graph: fx.Graph, attention: Attention, batch: Axis | None, keys: Axis) -> fx.Node:
     """How much each token is attended to: column sums of the softmax map, averaged over the heads, `[B, S]`.
 
     Written out beside the fused attention, whose map cannot be had.
@@ -243,14 +244,16 @@ def sum_maps(graph: fx.Graph, attention: fx.Node, batch: Axis | None, keys: Axis
         batch: where the samples lie in its keys.
         keys: where the tokens lie in its keys; there may be keys of others too, whose columns are left out.
     """
-    build = _Build(graph, attention)
-    query, key = attention.args[0], attention.args[1]
-    mask = attention.args[3] if len(attention.args) > 3 else attention.kwargs.get("attn_mask")
-    assert isinstance(query, fx.Node)
-    assert isinstance(key, fx.Node)
+    build, node = _Build(graph, attention.node), attention.node
+    query, key = attention.query.node, attention.key.node
+    if attention.written is not None:
+        columns = build.per_token(node, keys.at(attention.written.axis.dim), batch)
+        heads = shape(columns)[-1] // shape(query)[attention.query.axis.dim]
+        return build(aten.mul.Tensor, build(aten.sum.dim_IntList, columns, [2]), 1 / heads)
+    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
     if len(shape(query)) > 3 and shape(query)[-3] != shape(key)[-3]:  # several query heads share one key head
         key = build(aten.repeat_interleave.self_int, key, shape(query)[-3] // shape(key)[-3], len(shape(key)) - 3)
-    scale = attention.kwargs.get("scale") or shape(query)[-1] ** -0.5
+    scale = node.kwargs.get("scale") or shape(query)[-1] ** -0.5
     logits = build(aten.matmul.default, query, build(aten.transpose.int, key, -2, -1))
     logits = build(aten.mul.Tensor, build(aten._to_copy.default, logits, dtype=torch.float32), scale)
     if isinstance(mask, fx.Node):

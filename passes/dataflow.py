@@ -1,4 +1,4 @@
-"""Who depends on whom in a graph."""
+"""Who depends on whom in a graph, and where its attention is."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ from collections.abc import Iterable
 
 from torch import fx
 
+from tcc.passes.attention import find_attention
+
 __all__ = ["Dataflow"]
 
 
 class Dataflow:
-    """Who depends on whom in a graph, as bit sets over the graph's order."""
+    """Who depends on whom in a graph, as bit sets over the graph's order; and its attention."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.nodes = list(graph.nodes)
         self.index = {node: i for i, node in enumerate(self.nodes)}
+        self.attention = find_attention(graph)
         self._above = [0] * len(self.nodes)
         for i, node in enumerate(self.nodes):
             for source in node.all_input_nodes:

@@ -13,10 +13,12 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from tcc.passes.attention import find_attention
 from tcc.passes.base import Pass
 from tcc.passes.choose_tokens import Choice, age_slot, choose, map_slot, older, sum_maps
-from tcc.passes.gathers import gather, own_sets, scatter
-from tcc.passes.graph import emit, fake_mode_of, output_values, shape, value
+from tcc.passes.gathers import gather, scatter
+from tcc.passes.graph import emit, fake_mode_of, output_values, value
+from tcc.passes.restrict_keys import restrict_keys
 from tcc.passes.sites import Site
 from tcc.passes.tokens import Axis
 from tcc.plan import Action, Compute, Hold, Reuse, Skip, Update
@@ -140,6 +142,7 @@ class _Edit:
         self.first = next(n for n in self.graph.nodes if n.op != "placeholder")
         self.old = set(self.graph.nodes)
         self.chosen: dict[str, tuple[fx.Node, fx.Node]] = {}
+        self.attention = find_attention(self.graph)
         self.restricted: set[tuple[fx.Node, str]] = set()
 
     def apply(self, entry: Entry) -> None:
@@ -232,7 +235,7 @@ class _Edit:
         return total
 
     def _restrict_keys(self, entry: Entry, tokens: str) -> None:
-        """Attention `kept`: the keys, the values and the mask's columns of the kept tokens alone."""
+        """Attention `kept`: every attention of the entry sees the kept tokens alone."""
         kept, _ = self._tokens(tokens)
         for name, batch, axis in (found for site in entry.sites for found in _keys(site)):
             node = self.nodes[name]
@@ -240,29 +243,7 @@ class _Edit:
                 continue
             self.restricted.add((node, tokens))
             self.count += 1
-            total = shape(node.args[1])[-2]
-            for position, dim in ((1, -2), (2, -2), (3, -1)):
-                operand = node.args[position] if len(node.args) > position else None
-                if isinstance(operand, fx.Node) and shape(operand)[dim] == total:
-                    node.update_arg(position, self._visible(node, operand, axis.at(dim), kept, batch))
-            mask = node.kwargs.get("attn_mask")
-            if isinstance(mask, fx.Node) and shape(mask)[-1] == total:
-                node.update_kwarg("attn_mask", self._visible(node, mask, axis.at(-1), kept, batch))
-
-    def _visible(self, node: fx.Node, operand: fx.Node, axis: Axis, kept: fx.Node, batch: Axis | None) -> fx.Node:
-        """The kept tokens of an operand of attention `node`; a mask that all samples share is expanded if need be.
-
-        `axis` counts its dimension from the last.
-        """
-        with self.graph.inserting_before(node):
-            if own_sets(kept) and batch is not None:
-                key = shape(node.args[1])  # type: ignore[arg-type]
-                missing = len(key) - len(shape(operand))
-                sizes = [*[1] * missing, *shape(operand)]
-                if sizes[batch.dim] != key[batch.dim]:
-                    sizes[batch.dim] = key[batch.dim]
-                    operand = self._call(aten.expand.default, operand, sizes, like=node)
-            return gather(self.graph, operand, kept, axis.at(len(shape(operand)) + axis.dim), batch, node)
+            restrict_keys(self.graph, self.attention[node], kept, axis, batch)
 
     def _gather(self, x: fx.Node, tokens: tuple[fx.Node, fx.Node], site: Site, like: fx.Node) -> fx.Node:
         return gather(self.graph, x, tokens[0], site.axis, site.batch, like)
@@ -327,7 +308,7 @@ class _Edit:
         for branch, site in records.maps:
             attention = self.nodes[site.attention[0]]
             with self.graph.inserting_before(attention.next):
-                self.stores[map_slot(branch)] = sum_maps(self.graph, attention, site.batch, site.axis)
+                self.stores[map_slot(branch)] = sum_maps(self.graph, self.attention[attention], site.batch, site.axis)
             self.count += 1
         for name, tokens in records.ages:
             slot, device = age_slot(name), self._device

@@ -14,6 +14,8 @@ import torch
 from torch import fx
 
 from tcc.passes.graph import UNKNOWN, shape
+from tcc.passes.paths import at
+from tcc.passes.products import product
 
 __all__ = ["count", "node_macs"]
 
@@ -26,6 +28,7 @@ _PRODUCTS = {
     aten.bmm.default,
     aten.baddbmm.default,
     aten.matmul.default,
+    aten.einsum.default,
 }
 
 
@@ -51,9 +54,23 @@ def node_macs(node: fx.Node) -> int:
         return math.prod(shape(node)) * shape(args[0])[-1]
     if node.target in (aten.addmm.default, aten.baddbmm.default):
         return math.prod(shape(node)) * shape(args[1])[-1]
+    if node.target is aten.einsum.default:
+        return _einsum_macs(node)
     if node.target is aten.scaled_dot_product_attention.default:
         scores = math.prod(shape(args[0])[:-1]) * shape(args[1])[-2]
         return scores * (shape(args[0])[-1] + shape(args[2])[-1])
     if node.target in (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default):
         return math.prod(shape(node)) * math.prod(shape(args[1])[1:])
     return 0
+
+
+def _einsum_macs(node: fx.Node) -> int:
+    """One multiplication for every element of every factor after the first, over all labels."""
+    labels = product(node)
+    if labels is None:
+        return 0
+    sizes: dict[str, int] = {}
+    for path, own in labels.factors.items():
+        for label, size in zip(own, shape(at(node, path)), strict=True):
+            sizes[label] = max(size, sizes.get(label, 1))
+    return math.prod(sizes.values()) * (len(labels.factors) - 1)

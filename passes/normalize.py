@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
 from tcc.passes.base import Pass
-from tcc.passes.graph import value
+from tcc.passes.graph import emit, shape, value
 
 __all__ = ["Normalize"]
 
 aten = torch.ops.aten
 _CHECKS = {aten._assert_tensor_metadata.default, aten._assert_async.msg, aten._assert_scalar.default}
+_LIKE: dict[Any, Any] = {
+    aten.type_as.default: None,
+    aten.copy.default: aten.expand.default,
+    aten.expand_as.default: aten.expand.default,
+    aten.view_as.default: aten.view.default,
+    aten.reshape_as.default: aten.reshape.default,
+}
 _SAME = {aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default}
 
 
@@ -23,6 +31,9 @@ class Normalize(Pass):
 
     Before: `c = clone(x); d = dropout(c, 0.1, False); e = _to_copy(d, dtype=float32)` with `x` in float32
     After:  `x`
+
+    1. What reads another value for its dtype or shape alone no longer reads it: `type_as(x, y)` and `copy(y, x)` become
+       casts, `expand_as(x, y)` an expansion, so that nobody seems to need all of `y`.
     """
 
     def run(self, gm: fx.GraphModule) -> int:
@@ -31,6 +42,8 @@ class Normalize(Pass):
         for node in list(gm.graph.nodes):
             if node.target in _CHECKS:
                 gm.graph.erase_node(node)
+            elif node.target in _LIKE:
+                _replace(gm.graph, node)
             elif _is_identity(node):
                 node.replace_all_uses_with(node.args[0])
                 gm.graph.erase_node(node)
@@ -38,6 +51,22 @@ class Normalize(Pass):
                 continue
             edits += 1
         return edits
+
+
+def _replace(graph: fx.Graph, node: fx.Node) -> None:
+    """Write the dtype or shape of a value in place of the value."""
+    x, like = node.args[1::-1] if node.target is aten.copy.default else node.args
+    assert isinstance(x, fx.Node)
+    assert isinstance(like, fx.Node)
+    with graph.inserting_before(node):
+        new = x
+        if shape(new) != shape(node):
+            new = emit(graph, _LIKE[node.target], (new, list(shape(node))), like=node)
+        if value(new).dtype != value(node).dtype or value(new).device != value(node).device:
+            kinds = {"dtype": value(node).dtype, "device": value(node).device}
+            new = emit(graph, aten._to_copy.default, (new,), kinds, like=node)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
 
 
 def _is_identity(node: fx.Node) -> bool:

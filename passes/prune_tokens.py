@@ -12,7 +12,8 @@ from torch import fx
 from tcc.passes.base import Pass
 from tcc.passes.gathers import gather
 from tcc.passes.graph import emit, shape, value
-from tcc.passes.token_axis import NotTokenLocal, Path, narrowing, operands
+from tcc.passes.paths import Path, operands, substitute
+from tcc.passes.token_axis import NotTokenLocal, narrowing
 from tcc.passes.tokens import Axis, gather_tokens, scatter_tokens
 
 __all__ = ["PruneTokens", "Whole"]
@@ -31,7 +32,8 @@ class PruneTokens(Pass):
     After:  `linear(layer_norm(gather(x, T)))`, with literal shapes re-sized and per-token constants gathered
 
     1. A gather moves above a node by the node's token rule (`token_axis`).
-    2. It stops at values that are needed for all tokens anyway, at values with no rule, and at graph inputs.
+    2. It stops at values that are needed for all tokens anyway, at values with no rule, and at graph inputs. It moves
+       above a gather along another dimension, such as one of keys.
     3. It meets a scatter of its own token set: the rows take its place.
     4. Where every sample has its own set, the samples are followed by the same rules. What all samples share (a table
        of positions) is gathered for each of them; the gather stops where the samples cannot be followed.
@@ -41,20 +43,21 @@ class PruneTokens(Pass):
         """Edit `gm`; see the class."""
         whole = Whole(gm.graph)
         runs: dict[fx.Node, _Narrower] = {}
+        todo = [node for node in gm.graph.nodes if node.target is gather_tokens]
         edits = 0
-        for node in list(gm.graph.nodes):
-            if node.target is not gather_tokens:
-                continue
+        while todo:
+            node = max(todo)  # from the last to the first: what reads a value says what is needed of it
+            todo.remove(node)
             source, kept = node.args[:2]
-            whole.add(kept)
-            narrower = runs.setdefault(kept, _Narrower(gm.graph, kept, whole))
+            whole.add(kept)  # type: ignore[arg-type]
+            narrower = runs.setdefault(kept, _Narrower(gm.graph, kept, whole, todo))  # type: ignore[arg-type]
             place = _place(*node.args[2:])
-            new = narrower.narrow(source, place)
-            if new is not node and not _gathers(new, source, node):
+            new = narrower.narrow(source, place)  # type: ignore[arg-type]
+            if new is not node and not _gathers(new, node):
                 node.replace_all_uses_with(new)
                 edits += 1
             else:
-                narrower.done[source, place] = node
+                narrower.done[source, place] = node  # type: ignore[index]
         return edits
 
 
@@ -120,8 +123,10 @@ class _Narrower:
     graph: fx.Graph
     kept: fx.Node
     whole: Whole
+    todo: list[fx.Node]
     done: dict[tuple[fx.Node, Place], fx.Node] = field(default_factory=dict)
     spread: dict[tuple[fx.Node, Place, tuple[int, ...]], fx.Node] = field(default_factory=dict)
+    behind: int = 0
 
     def narrow(self, node: fx.Node, place: Place) -> fx.Node:
         """`node` for the kept tokens alone."""
@@ -133,11 +138,13 @@ class _Narrower:
     def _narrow(self, node: fx.Node, place: Place) -> fx.Node:
         if node.target is scatter_tokens and node.args[2] is self.kept and _place(*node.args[4:]) == place:
             return node.args[1]  # type: ignore[return-value]
+        if node.target is gather_tokens and self._crosses(node, place):
+            return self._above(node, place)
         found = self._way_up(node, place)
         if found is None:
             return self._gather(node, place)
         for path, operand in operands(node):
-            if path not in found.operands:
+            if path not in found.operands and not self.behind:
                 self.whole.add(operand)
         new: dict[Path, Any] = {}
         for path, operand in operands(node):
@@ -145,11 +152,25 @@ class _Narrower:
                 new[path] = self._gather_spread(operand, found.operands[path], found.shared[path])
             elif path in found.operands:
                 new[path] = self.narrow(operand, found.operands[path])
-        args, kwargs = _substitute(node, {**new, **found.literals})
-        with self.graph.inserting_before(max(node, *new.values()).next):
+        args, kwargs = substitute(node, {**new, **found.literals})
+        with self.graph.inserting_before(max([node, *new.values()]).next):
             # fewer tokens may come out of attention in another layout, in which the same view does not exist
             target = aten.reshape.default if node.target is aten.view.default else node.target
             return emit(self.graph, target, args, kwargs, like=node)  # type: ignore[arg-type]
+
+    def _crosses(self, other: fx.Node, place: Place) -> bool:
+        """Whether gather `other` is along another dimension, and nobody needs its result for all tokens of `place`."""
+        return other not in self.whole.nodes and place.tokens.plain and place.tokens.dim not in other.args[2:]
+
+    def _above(self, other: fx.Node, place: Place) -> fx.Node:
+        """The gather of the other dimension, below this one."""
+        source, *rest = other.args
+        self.behind += 1  # what is needed of the other operands is not known before that gather has moved
+        new = self.narrow(source, place)  # type: ignore[arg-type]
+        self.behind -= 1
+        with self.graph.inserting_before(max(other, new).next):
+            self.todo.append(emit(self.graph, gather_tokens, (new, *rest), like=other))
+        return self.todo[-1]
 
     def _way_up(self, node: fx.Node, place: Place) -> Way | None:
         """How `node` is computed for the kept tokens alone, or None where the gather must stop at `node`."""
@@ -162,7 +183,7 @@ class _Narrower:
         except NotTokenLocal as blocked:
             logger.debug("a gather stops at %s: %s", node.name, blocked)
             return None
-        if not found.operands or (place.plain and self._frees(node, found)):
+        if not (found.operands or found.literals) or (place.plain and self._frees(node, found)):
             return None
         if found.shared and node.target is aten.expand.default:  # the samples begin here
             return None
@@ -235,20 +256,6 @@ def _for_each_sample(node: fx.Node, operand: fx.Node, batch: Axis) -> tuple[tupl
     return tuple(sizes), added
 
 
-def _substitute(node: fx.Node, changes: dict[Path, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    args: list[Any] = [list(a) if isinstance(a, (list, tuple)) else a for a in node.args]
-    kwargs: dict[str, Any] = dict(node.kwargs)
-    for path, new in changes.items():
-        holder: Any = args if isinstance(path[0], int) else kwargs
-        if len(path) == 1:
-            holder[path[0]] = new
-        else:
-            inner = list(holder[path[0]])
-            inner[path[1]] = new  # type: ignore[index]
-            holder[path[0]] = inner
-    return tuple(args), kwargs
-
-
-def _gathers(new: fx.Node, source: fx.Node, old: fx.Node) -> bool:
+def _gathers(new: fx.Node, old: fx.Node) -> bool:
     """Whether `new` is the very gather that `old` is."""
     return new.target is gather_tokens and new.args == old.args

@@ -17,16 +17,16 @@ from tcc.passes.dataflow import Dataflow
 from tcc.passes.graph import shape, source_line, value
 from tcc.passes.grid import find_grid
 from tcc.passes.macs import count
+from tcc.passes.paths import operands
+from tcc.passes.products import product
 from tcc.passes.streams import Block, Branch, Skip, Stream, find_streams
-from tcc.passes.token_axis import NotTokenLocal, narrowing, operands
+from tcc.passes.token_axis import NotTokenLocal, narrowing
 from tcc.passes.tokens import Axis
 from tcc.site_name import SiteName
 
 __all__ = ["Analysis", "Site", "analyse", "follow"]
 
 aten = torch.ops.aten
-#: Products whose second factor may be computed from other tokens: attention written out.
-_PRODUCTS = {aten.mm.default, aten.bmm.default, aten.matmul.default, aten.addmm.default, aten.baddbmm.default}
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Site:
         values: names of the graph values it consists of: one; K and V for `kv`; the summands for `block`.
         stream_in: name of the stream value that a `delta` or `block` is added to, else "".
         stream_out: name of the stream value after that addition, else "".
-        attention: names of the self-attention nodes that compute it.
+        attention: names of the nodes that stand for the self-attention in it: torch's attention, or a softmax.
         shape: the shape of each kept tensor.
         dtype: their dtype.
         axis: where the tokens of its stream lie in them; rows of others may be joined to them.
@@ -202,6 +202,7 @@ def follow(target: fx.Node, axis: Axis, origin: fx.Node, flow: Dataflow) -> tupl
         The axes under which `origin` is reached, and the reason why the tokens cannot be followed ("" if they can).
     """
     found: set[Axis] = set()
+    keys = {place for attention in flow.attention.values() for place in attention.whole}
     todo, seen = [(target, axis)], set()
     while todo:
         node, here = todo.pop()
@@ -215,11 +216,11 @@ def follow(target: fx.Node, axis: Axis, origin: fx.Node, flow: Dataflow) -> tupl
                 wanted = narrowing(node, here, 1).operands
             except NotTokenLocal as blocked:
                 return found, f"{blocked} ({source_line(node)})"
-            if node.target in _PRODUCTS and any(
-                path not in wanted and (operand is origin or flow.depends(operand, origin))
+            if product(node) is not None and any(
+                path not in wanted and (node, path) not in keys and (operand is origin or flow.depends(operand, origin))
                 for path, operand in operands(node)
             ):
-                attention = "attention is recognised where it is torch's scaled_dot_product_attention"
+                attention = "attention is recognised as product, softmax and product, or as torch's own operator"
                 return found, f"{node.target} mixes tokens; {attention} ({source_line(node)})"
             todo += [(operand, wanted[path]) for path, operand in operands(node) if path in wanted]
     return found, ""
@@ -230,9 +231,8 @@ def _token_axis(stream: Stream, flow: Dataflow) -> Axis:
     for block in stream.blocks:
         for _, branch in block.branches:
             for node in branch.attention:
-                query = node.args[0]
-                assert isinstance(query, fx.Node)
-                axes, reason = follow(query, Axis(len(shape(query)) - 2), branch.origin, flow)
+                query = flow.attention[node].query
+                axes, reason = follow(query.node, query.axis, branch.origin, flow)
                 if not reason and len(axes) == 1 and not next(iter(axes)).others:
                     return axes.pop()
     return Axis(max(0, len(stream.shape) - 2))
@@ -327,15 +327,15 @@ class _View:
             shape=tuple(out.shape), dtype=out.dtype, sole_reader=False, beside=(), guarded=True,
         )  # fmt: skip
         sites = [before_gate, delta]
-        if len(own) == 1 and own[0] not in self._keys:  # keys that two streams share are the first one's
+        if (
+            len(own) == 1 and own[0] not in self._keys and flow.attention[own[0]].same_layout
+        ):  # keys that two streams share are the first one's
             self._keys.add(own[0])
             sites.insert(0, self._kv_site(name, index, own[0], branch, keys[0]))
         return sites
 
     def _kv_site(self, name: SiteName, index: int, node: fx.Node, branch: Branch, keys: _Keys) -> Site:
-        key, val = node.args[1], node.args[2]
-        assert isinstance(key, fx.Node)
-        assert isinstance(val, fx.Node)
+        key, val = self.flow.attention[node].key.node, self.flow.attention[node].value.node
         macs = count(self.flow.between(branch.origin, [key, val]))
         reason = _not_the_main(name.stream) or keys.reason
         return Site(
@@ -412,7 +412,8 @@ class _Keys:
         """Follow the keys and values of `node` up to the stream value `origin`, whose tokens lie along `axis`."""
         first = ""
         for here in _key_axes(node, axis, origin, flow):
-            reasons = [_reason(operand, here, axis, origin, flow) for operand in node.args[1:3]]  # type: ignore[arg-type]
+            rows = (flow.attention[node].key, flow.attention[node].value)
+            reasons = [_reason(r.node, here.at(r.axis.dim), axis, origin, flow) for r in rows]
             reason = next(filter(None, reasons), "")
             if not reason:
                 return _Keys(here, _key_batch(node, origin, batch, flow), "")
@@ -430,9 +431,8 @@ def _reason(operand: fx.Node, here: Axis, axis: Axis, origin: fx.Node, flow: Dat
 
 def _key_axes(node: fx.Node, axis: Axis, origin: fx.Node, flow: Dataflow) -> list[Axis]:
     """Where the tokens may lie in the keys of `node`: as in the stream, or among others that are joined to them."""
-    key = node.args[1]
-    assert isinstance(key, fx.Node)
-    dim, rows, tokens = len(shape(key)) - 2, shape(key)[-2], axis.count(shape(origin))
+    key, dim = flow.attention[node].key.node, flow.attention[node].key.axis.dim
+    rows, tokens = shape(key)[dim], axis.count(shape(origin))
     starts = [axis.before]
     for join in flow.between(origin, [key]):
         if join.target is aten.cat.default:
@@ -449,20 +449,24 @@ def _batch(stream: fx.Node, axis: Axis) -> Axis | None:
 
 
 def _key_batch(node: fx.Node, origin: fx.Node, batch: Axis | None, flow: Dataflow) -> Axis | None:
-    """Where the samples of the stream `origin` lie in the keys and values of attention `node`."""
+    """Where the samples of the stream `origin` lie in the keys and values of attention `node`, and in its weights.
+
+    They lie at one place in all of these, or it counts as not found.
+    """
     if batch is None:
         return None
-    samples = shape(origin)[batch.dim]
-    keys = [operand for operand in node.args[1:3] if isinstance(operand, fx.Node)]
-    for dim, size in enumerate(shape(keys[0])[:-2]):
-        for outer in dict.fromkeys((1, size // samples)):
+    samples, attention = shape(origin)[batch.dim], flow.attention[node]
+    places = [attention.key.node, *attention.values]
+    dims = {attention.key.axis.dim, attention.value.axis.dim}
+    for dim, size in enumerate(shape(places[0])):
+        for outer in dict.fromkeys((1, size // samples)) if dim not in dims else ():
             here = Axis(dim, outer, size // (samples * outer) if outer else 0)
             if here.outer * here.inner * samples == size and all(
-                follow(k, here, origin, flow) == ({batch}, "") for k in keys
+                here.dim < len(shape(k)) and follow(k, here, origin, flow) == ({batch}, "") for k in places
             ):
                 return here
     return None
 
 
 def _self_attention(branch: Branch, flow: Dataflow) -> list[fx.Node]:
-    return [n for n in branch.attention if isinstance(n.args[1], fx.Node) and flow.depends(n.args[1], branch.origin)]
+    return [n for n in branch.attention if flow.depends(flow.attention[n].key.node, branch.origin)]

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
 import torch
 from torch import fx
 
+from tcc.passes.attention import find_attention
 from tcc.passes.base import Pass
 from tcc.passes.graph import emit, shape
+from tcc.passes.paths import substitute
 from tcc.passes.prune_tokens import Whole
-from tcc.passes.tokens import gather_tokens, scatter_tokens
+from tcc.passes.token_axis import NotTokenLocal, narrowing
+from tcc.passes.tokens import Axis, gather_tokens, scatter_tokens
 
 __all__ = ["SplitProjections"]
 
 aten = torch.ops.aten
 _SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int}
+_CUTS = {aten.select.int, aten.slice.Tensor}
+_TURNS = {aten.view.default, aten.reshape.default, aten.permute.default, aten.transpose.int}
 
 
 @dataclass(frozen=True)
@@ -26,106 +30,138 @@ class SplitProjections(Pass):
     """Split `qkv = linear(x, W)` where the queries are needed for the kept tokens and keys and values for all.
 
     Before: `q, k, v = unbind(view(linear(x, W), [B, S, 3, H, d]), 2)`
-    After:  `q = view(linear(x, W[0:D]), [B, S, H, d])`, and so on for k and v
+    After:  `q = select(view(linear(x, W[0:D]), [B, S, 1, H, d]), 2, 0)`, and so on for k and v
 
     1. It applies to attention whose output is only read through gathers and whose keys are not gathered or scattered.
-    2. The parts must be contiguous rows of the weight; any permutation after the view is kept.
+    2. The parts are rows of the weight, contiguous or not; any views and permutations between stay.
+    3. A part that is split again is split first.
     """
 
     def run(self, gm: fx.GraphModule) -> int:
         """Edit `gm`; see the class."""
         whole = Whole(gm.graph)
         edits = 0
-        for node in list(gm.graph.nodes):
-            if node.target is not aten.scaled_dot_product_attention.default or node in whole.nodes:
+        for node, attention in find_attention(gm.graph).items():
+            query, keys = attention.query.node, attention.key.node
+            if node in whole.nodes or keys.target in (gather_tokens, scatter_tokens):
                 continue
-            query, keys = node.args[0], node.args[1]
-            if keys.target in (gather_tokens, scatter_tokens):
-                continue
-            split = _split_above(query)
-            if split is not None and _split_above(keys) is split:
-                edits += _split(gm.graph, split)
+            common = _bases_above(query) & _bases_above(keys)
+            edits += _split(gm.graph, max(common)) if common else 0
         return edits
 
 
-def _split_above(node: fx.Node) -> fx.Node | None:
-    """The split that `node` is a part of, through single-input shape operators and norms."""
-    while node.op == "call_function" and isinstance(node.args[0], fx.Node):
-        if node.target is operator.getitem and node.args[0].target in _SPLITS:
-            return node.args[0]
-        node = node.args[0]
-    return None
+@dataclass(frozen=True)
+class _Part:
+    """Entries `start` to `start + count` along `dim` of a value; `drops` that dimension where there is one entry."""
+
+    node: fx.Node
+    dim: int
+    start: int
+    count: int
+    drops: bool
 
 
-def _split(graph: fx.Graph, split: fx.Node) -> int:
-    """Replace every part of `split` by a product of its own; 0 where the form is not known."""
-    chain = _chain_to_linear(split)
-    if chain is None:
-        return 0
-    linear, views = chain
-    parts = [user for user in split.users if user.target is operator.getitem]
-    rows = _rows(split, linear, views)
-    if rows is None or len(parts) != len(split.users):
-        return 0
+def _bases_above(node: fx.Node) -> set[fx.Node]:
+    """The values above `node`, up to the nearest products, that are taken apart."""
+    found: set[fx.Node] = set()
+    todo, seen = [node], set()
+    while todo:
+        here = todo.pop()
+        if here in seen or here.op != "call_function" or here.target in (gather_tokens, scatter_tokens):
+            continue
+        seen.add(here)
+        if here.target in _SPLITS | _CUTS:
+            found.add(here.args[0])  # type: ignore[arg-type]
+        if here.target is not aten.linear.default:
+            todo += here.all_input_nodes
+    return found
+
+
+def _split(graph: fx.Graph, base: fx.Node) -> int:
+    """Replace every part of `base` by a product of its own; the number of values split."""
+    parts = _parts(base)
+    edits, way = _way_to_linear(graph, base)
+    if parts is None or way is None or len({part.dim for part in parts}) != 1:
+        return edits
+    (linear, *turns), axes = way, [Axis(parts[0].dim)]
+    try:
+        for turn in reversed(turns):
+            axes.insert(0, narrowing(turn, axes[0], 1).operands[(0,)])
+    except NotTokenLocal:
+        return edits
+    if axes[0].dim != len(shape(linear)) - 1:
+        return edits
     for part in parts:
-        start, stop = rows[part.args[1]]  # type: ignore[index]
-        with graph.inserting_before(part):
-            part.replace_all_uses_with(_part(graph, linear, views, split, part, start, stop))
-    return 1
+        with graph.inserting_before(part.node):
+            rows = _rows(graph, linear, axes[0], part)
+            part.node.replace_all_uses_with(_rebuilt(graph, rows, turns, axes[1:], part))
+    return edits + 1
 
 
-def _chain_to_linear(split: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
-    """The linear above `split` and the view and permutation between them, top first."""
-    views: list[fx.Node] = []
-    node = split.args[0]
-    while isinstance(node, fx.Node) and node.target in (aten.view.default, aten.reshape.default, aten.permute.default):
-        views.insert(0, node)
-        node = node.args[0]
-    if not isinstance(node, fx.Node) or node.target is not aten.linear.default or len(node.users) != 1:
-        return None
-    known: list[list[object]] = [[], [aten.permute.default]]
-    unbinds = split.target is aten.unbind.int
-    targets = [v.target for v in views]
-    if not unbinds:
-        return (node, []) if not views else None
-    if not targets or targets[0] is aten.permute.default or targets[1:] not in known:
-        return None
-    return node, views
-
-
-def _rows(split: fx.Node, linear: fx.Node, views: list[fx.Node]) -> list[tuple[int, int]] | None:
-    """The weight rows of every part, or None where they are not contiguous."""
-    width = shape(linear)[-1]
-    dim = cast("int", split.args[1]) if split.target is aten.unbind.int and len(split.args) > 1 else 0
-    if not views:
-        sizes = [int(v.shape[-1]) for v in split.meta["val"]]
-        along = split.args[2] if len(split.args) > 2 else 0
-        if along % len(shape(linear)) != len(shape(linear)) - 1:  # type: ignore[operator]
+def _parts(base: fx.Node) -> list[_Part] | None:
+    """The parts of `base`, or None where it is read in any other way."""
+    parts: list[_Part] = []
+    for user in base.users:
+        rank = len(shape(base))
+        if user.target in _SPLITS:
+            if any(item.target is not operator.getitem for item in user.users):
+                return None
+            unbinds = user.target is aten.unbind.int
+            at = 1 if unbinds else 2
+            dim = (user.args[at] if len(user.args) > at else user.kwargs.get("dim", 0)) % rank  # type: ignore[operator]
+            counts = [1] * len(user.meta["val"]) if unbinds else [int(v.shape[dim]) for v in user.meta["val"]]
+            items: list[Any] = list(user.users)
+            parts += [_Part(i, dim, sum(counts[: i.args[1]]), counts[i.args[1]], unbinds) for i in items]
+        elif user.target in _CUTS and user.args[0] is base:
+            args: list[Any] = [*user.args[1:], *[None] * 4]
+            dim, size = (args[0] or 0) % rank, shape(base)[(args[0] or 0) % rank]
+            if user.target is aten.select.int:
+                parts.append(_Part(user, dim, args[1] % size, 1, True))
+            elif args[3] in (None, 1):
+                start, _, _ = slice(args[1], args[2]).indices(size)
+                parts.append(_Part(user, dim, start, shape(user)[dim], False))
+            else:
+                return None
+        else:
             return None
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        return [(start, start + size) for start, size in zip(starts, sizes, strict=True)]
-    sizes_after = shape(views[0])
-    lead = len(shape(linear)) - 1
-    order = list(views[1].args[1]) if len(views) > 1 else list(range(len(sizes_after)))  # type: ignore[arg-type]
-    if order[dim] != lead or math.prod(sizes_after[lead:]) != width or sizes_after[:lead] != shape(linear)[:lead]:
-        return None
-    step = width // sizes_after[lead]
-    return [(i * step, (i + 1) * step) for i in range(sizes_after[lead])]
+    return parts
 
 
-def _part(
-    graph: fx.Graph, linear: fx.Node, views: list[fx.Node], split: fx.Node, part: fx.Node, start: int, stop: int
-) -> fx.Node:
-    """One part, computed by its own rows of the weight."""
-    x, weight, *bias = linear.args
-    rows = [emit(graph, aten.slice.Tensor, (w, 0, start, stop), like=linear) for w in (weight, *bias) if w is not None]
-    new = emit(graph, aten.linear.default, (x, *rows), like=linear)
-    if not views:
-        return new
-    lead = len(shape(linear)) - 1
-    sizes = shape(views[0])
-    new = emit(graph, aten.view.default, (new, [*sizes[:lead], *sizes[lead + 1 :]]), like=views[0])
-    if len(views) > 1:
-        order = [d - (d > lead) for d in views[1].args[1] if d != lead]  # type: ignore[union-attr, operator]
-        new = emit(graph, aten.permute.default, (new, order), like=views[1])
-    return new
+def _way_to_linear(graph: fx.Graph, base: fx.Node) -> tuple[int, list[fx.Node] | None]:
+    """The linear above `base` and what turns it, top first; a part of another value on the way is split before."""
+    edits, turns, node = 0, [base], base
+    while node.target in _TURNS:
+        node = node.args[0]  # type: ignore[assignment]
+        if node.target is operator.getitem or node.target in _CUTS:
+            source = node.args[0].args[0] if node.target is operator.getitem else node.args[0]  # type: ignore[union-attr]
+            edits += _split(graph, source)  # type: ignore[arg-type]
+            node = turns[0].args[0]  # type: ignore[assignment]
+        turns.insert(0, node)
+    if node.target is not aten.linear.default or any(len(turn.users) != 1 for turn in turns[:-1]):
+        return edits, None
+    return edits, turns
+
+
+def _rows(graph: fx.Graph, linear: fx.Node, axis: Axis, part: _Part) -> fx.Node:
+    """The product of `linear` with the rows of its weight that make `part`."""
+    x, *weights = linear.args
+    rows = []
+    for weight in (w for w in weights if isinstance(w, fx.Node)):
+        size, *width = shape(weight)
+        apart = [axis.outer, size // (axis.outer * axis.inner), axis.inner]
+        if axis.outer == 1:
+            bounds = (part.start * axis.inner, (part.start + part.count) * axis.inner)
+            rows.append(emit(graph, aten.slice.Tensor, (weight, 0, *bounds), like=linear))
+            continue
+        blocks = emit(graph, aten.view.default, (weight, [*apart, *width]), like=linear)
+        blocks = emit(graph, aten.slice.Tensor, (blocks, 1, part.start, part.start + part.count), like=linear)
+        rows.append(emit(graph, aten.reshape.default, (blocks, [-1, *width]), like=linear))
+    return emit(graph, aten.linear.default, (x, *rows), like=linear)
+
+
+def _rebuilt(graph: fx.Graph, new: fx.Node, turns: list[fx.Node], axes: list[Axis], part: _Part) -> fx.Node:
+    """`turns` on fewer channels: as many as `part` has of the dimension that `axes` follow."""
+    for turn, axis in zip(turns, axes, strict=True):
+        args, kwargs = substitute(turn, {(0,): new, **narrowing(turn, axis, part.count).literals})
+        new = emit(graph, turn.target, args, kwargs, like=turn)  # type: ignore[arg-type]
+    return emit(graph, aten.select.int, (new, part.dim, 0), like=part.node) if part.drops else new

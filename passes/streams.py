@@ -38,7 +38,7 @@ class Branch:
         delta: the add's branch operand, after the gate.
         out: the branch's output before its gate; `delta` where there is none.
         nodes: the nodes that are computed for this branch alone.
-        attention: its attention nodes.
+        attention: its attention, by the nodes that stand for it.
         others: how many rows before and after the stream's tokens belong to others; None where that is not known.
     """
 
@@ -167,17 +167,11 @@ def _branches(chain: Chain, flow: Dataflow) -> list[Branch]:
 
 
 def _branch(item: Add, origin: fx.Node, nodes: tuple[fx.Node, ...], flow: Dataflow) -> Branch:
-    attention = tuple(n for n in nodes if n.target is aten.scaled_dot_product_attention.default)
-    own = [n for n in attention if flow.depends(_operand(n, 1), origin)]
+    attention = tuple(n for n in nodes if n in flow.attention)
+    own = [n for n in attention if flow.depends(flow.attention[n].key.node, origin)]
     kind = "attn" if own else ("cross" if attention else "mlp")
     out = _before_gate(item.delta, origin, flow)
     return Branch(kind, item.add, item.stream_in, origin, item.delta, out, nodes, attention)
-
-
-def _operand(node: fx.Node, position: int) -> fx.Node:
-    found = node.args[position]
-    assert isinstance(found, fx.Node)
-    return found
 
 
 def _before_gate(delta: fx.Node, origin: fx.Node, flow: Dataflow) -> fx.Node:

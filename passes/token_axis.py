@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,12 +25,12 @@ import torch
 from torch import fx
 
 from tcc.passes.graph import UNKNOWN, shape
+from tcc.passes.paths import Path, at, operands
+from tcc.passes.products import product
 from tcc.passes.tokens import Axis
 
 __all__ = ["Narrowing", "NotTokenLocal", "Path", "narrowing", "operands", "rule"]
 
-#: Where an operand stands in a call: a position, a keyword, or either followed by an index into a list.
-Path = tuple[int | str, ...]
 aten = torch.ops.aten
 
 
@@ -89,18 +89,6 @@ def narrowing(node: fx.Node, axis: Axis, size: int) -> Narrowing:
     return found(node, axis, size)
 
 
-def operands(node: fx.Node) -> Iterator[tuple[Path, fx.Node]]:
-    """The node operands of a call, with their paths."""
-    arguments: list[tuple[int | str, Any]] = [*enumerate(node.args), *node.kwargs.items()]
-    for key, arg in arguments:
-        if isinstance(arg, fx.Node):
-            yield (key,), arg
-        elif isinstance(arg, (list, tuple)):
-            for i, item in enumerate(arg):
-                if isinstance(item, fx.Node):
-                    yield (key, i), item
-
-
 def _arg(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
@@ -120,7 +108,9 @@ def _resized(sizes: tuple[int, ...], axis: Axis, size: int) -> list[int]:
     return new
 
 
-@rule(aten._to_copy.default, aten.clone.default, aten.contiguous.default, aten.alias.default, aten.dropout.default)
+@rule(aten._to_copy.default, aten.clone.default, aten.contiguous.default, aten.alias.default, aten.dropout.default,
+      aten.zeros_like.default, aten.ones_like.default, aten.empty_like.default, aten.full_like.default,
+      aten.polar.default, aten.complex.default)  # fmt: skip
 def _pointwise(node: fx.Node, axis: Axis, size: int) -> Narrowing:
     """Broadcasting: an operand carries the tokens where its aligned dimension is not of size 1."""
     rank, found = len(shape(node)), {}
@@ -138,19 +128,18 @@ def _linear(node: fx.Node, axis: Axis, size: int) -> Narrowing:
     return Narrowing({(0,): axis})
 
 
-@rule(aten.mm.default, aten.bmm.default, aten.matmul.default, aten.addmm.default, aten.baddbmm.default)
-def _matmul(node: fx.Node, axis: Axis, size: int) -> Narrowing:
-    rank = len(shape(node))
-    first = 1 if node.target in (aten.addmm.default, aten.baddbmm.default) else 0
-    found: dict[Path, Axis] = {}
-    for path, side in (((first,), rank - 1), ((first + 1,), rank - 2)):
-        sizes = shape(node.args[path[0]])  # type: ignore[arg-type]
-        dim = axis.dim - (rank - len(sizes))
-        if axis.dim != side and dim >= 0 and sizes[dim] != 1:
+@rule(aten.mm.default, aten.bmm.default, aten.matmul.default, aten.addmm.default, aten.baddbmm.default,
+      aten.outer.default, aten.einsum.default)  # fmt: skip
+def _product(node: fx.Node, axis: Axis, size: int) -> Narrowing:
+    """A factor carries the tokens where its label is that of the result's token dimension."""
+    labels = product(node)
+    if labels is None:
+        raise NotTokenLocal(f"{node.target} '{node.args[0]}' takes a diagonal")
+    label, found = labels.result[axis.dim], {}
+    for path, own in (labels.factors | labels.addend).items():
+        dim = own.find(label)
+        if dim >= 0 and shape(at(node, path))[dim] != 1:
             found[path] = axis.at(dim)
-    if first:
-        bias = _pointwise(node, axis, size).operands.get((0,))
-        found |= {(0,): bias} if bias else {}
     return Narrowing(found)
 
 
@@ -172,11 +161,12 @@ def _along_dim(node: fx.Node, axis: Axis, size: int) -> Narrowing:
     return Narrowing({(0,): axis})
 
 
-@rule(aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.var.correction)
+@rule(aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.var.correction,
+      aten.linalg_vector_norm.default)  # fmt: skip
 def _reduce(node: fx.Node, axis: Axis, size: int) -> Narrowing:
     rank = len(shape(node.args[0]))  # type: ignore[arg-type]
-    dims = _arg(node, 1, "dim")
-    if not dims:
+    dims = _arg(node, 2 if node.target == aten.linalg_vector_norm.default else 1, "dim")
+    if dims is None or dims == []:
         raise NotTokenLocal(f"{node.target} reduces over all dimensions")
     gone = {_dim(d, rank) for d in ([dims] if isinstance(dims, int) else dims)}
     if len(shape(node)) == rank:
@@ -263,6 +253,27 @@ def _part_of(sizes: Sequence[int], axis: Axis, count: int) -> int:
             return part
         start += size
     raise NotTokenLocal(f"parts of {list(sizes)} divide the tokens among them")
+
+
+@rule(aten.slice_scatter.default)
+def _slice_scatter(node: fx.Node, axis: Axis, size: int) -> Narrowing:
+    """Rows of another dimension are replaced; both operands carry the tokens."""
+    _refuse_own(node, axis, {_dim(_arg(node, 2, "dim", 0), len(shape(node)))}, "replaces a part of")
+    return Narrowing({(0,): axis, (1,): axis})
+
+
+@rule(aten.view_as_complex.default, aten.view_as_real.default)
+def _complex(node: fx.Node, axis: Axis, size: int) -> Narrowing:
+    """A last dimension of 2 comes or goes."""
+    if node.target == aten.view_as_real.default:
+        _refuse_own(node, axis, {len(shape(node)) - 1}, "makes")
+    return Narrowing({(0,): axis})
+
+
+@rule(aten.zeros.default, aten.ones.default, aten.full.default, aten.empty.memory_format)
+def _constant(node: fx.Node, axis: Axis, size: int) -> Narrowing:
+    """As many rows as are asked for."""
+    return Narrowing({}, {(0,): _resized(shape(node), axis, size)})
 
 
 @rule(operator.getitem)

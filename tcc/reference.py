@@ -22,6 +22,7 @@ from tcc.scores import Attended, Fixed, Norm, Probe, Score, Stale, Term, kv_of
 __all__ = ["Reference"]
 
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+SOFTMAX = (torch.ops.aten.softmax.int, torch.ops.aten._softmax.default)
 
 
 class Reference:
@@ -83,6 +84,9 @@ class Reference:
                 self._grow_older(env)
                 self._maps |= maps
                 return list(args[0])
+            elif node.target in SOFTMAX:
+                env[node.name] = node.target(self._compete(node, actions, args[0], env), *args[1:], **kwargs)
+                maps |= self._columns(node, env[node.name])
             elif node.target is ATTENTION:
                 maps |= self._attended(node.name, args, kwargs)
                 env[node.name] = self._attend(node.name, actions, args, kwargs, env)
@@ -136,26 +140,31 @@ class Reference:
         self, name: str, actions: dict[Site, Action], args: Any, kwargs: Any, env: dict[str, Any]
     ) -> torch.Tensor:
         """Attention, with the keys of dropped tokens masked out where the plan says `kept`."""
-        for site, action in actions.items():
-            if (
-                isinstance(action, Update)
-                and action.attention == "kept"
-                and name in site.attention
-                and site.kind != "kv"
-            ):
-                key = args[1]
-                place = site.attention.index(name)
-                kept = self._kept(action, env)
-                visible = _spread(kept, key, site.key_axes[place], site.key_batch[place]).transpose(-2, -1)
-                bias = torch.zeros(visible.shape, dtype=key.dtype, device=key.device)
-                bias = bias.masked_fill(~visible, -torch.inf)
-                given = args[3] if len(args) > 3 else kwargs.get("attn_mask")
-                if given is not None:
-                    bias = bias + _bias(given, key)
-                args = (*args[:3], bias, *args[4:])
-                kwargs = {k: v for k, v in kwargs.items() if k != "attn_mask"}
+        for site, action in _with_kept_keys(name, actions):
+            key = args[1]
+            place = site.attention.index(name)
+            kept = self._kept(action, env)
+            visible = _spread(kept, key, site.key_axes[place], site.key_batch[place]).transpose(-2, -1)
+            bias = torch.zeros(visible.shape, dtype=key.dtype, device=key.device)
+            bias = bias.masked_fill(~visible, -torch.inf)
+            given = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+            if given is not None:
+                bias = bias + _bias(given, key)
+            args = (*args[:3], bias, *args[4:])
+            kwargs = {k: v for k, v in kwargs.items() if k != "attn_mask"}
         out: torch.Tensor = ATTENTION(*args, **kwargs)
         return out
+
+    def _compete(
+        self, softmax: fx.Node, actions: dict[Site, Action], logits: torch.Tensor, env: dict[str, Any]
+    ) -> torch.Tensor:
+        """What attention written out compares, with the columns of dropped tokens masked out likewise."""
+        for site, action in _with_kept_keys(softmax.name, actions):
+            place = site.attention.index(softmax.name)
+            keys = site.key_axes[place].at(_softmax_dim(softmax, logits))
+            visible = _spread(self._kept(action, env), logits, keys, site.key_batch[place])
+            logits = logits.masked_fill(~visible, -torch.inf)
+        return logits
 
     @property
     def _analysis(self) -> Analysis:
@@ -254,6 +263,17 @@ class Reference:
                 found[branch] = _apart(sums, site.axis.at(sums.dim() - 1), site.batch).mean(2)
         return found
 
+    def _columns(self, softmax: fx.Node, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The same, where attention is written out and its weights are at hand."""
+        found = {}
+        for branch in {t.branch for s in self._plan.scores.values() for _, t in s.terms if isinstance(t, Attended)}:
+            site = self._analysis.sites[kv_of(branch)]
+            if softmax.name == site.attention[0] and self._plan.computes(self.step, branch):
+                dim = _softmax_dim(softmax, weights)
+                columns = _apart(weights.float(), site.axis.at(dim), site.batch)
+                found[branch] = columns.sum(2) * weights.shape[dim] / columns.shape[2]  # as many queries as keys
+        return found
+
     def _grow_older(self, env: dict[str, Any]) -> None:
         """The age of every token at the sites that scores ask for, after this step."""
         for name in {t.site for s in self._plan.scores.values() for _, t in s.terms if isinstance(t, Stale)}:
@@ -264,6 +284,21 @@ class Reference:
             elif isinstance(action, Update) and action.store:
                 older = older.masked_fill(self._kept(action, env), 0)
             self._ages[name] = older
+
+
+def _with_kept_keys(name: str, actions: dict[Site, Action]) -> list[tuple[Site, Update]]:
+    """The updates whose queries see the kept tokens alone in the attention that `name` stands for."""
+    return [
+        (site, action)
+        for site, action in actions.items()
+        if isinstance(action, Update) and action.attention == "kept" and name in site.attention and site.kind != "kv"
+    ]
+
+
+def _softmax_dim(softmax: fx.Node, like: torch.Tensor) -> int:
+    dim = softmax.args[1]
+    assert isinstance(dim, int)
+    return dim % like.dim()
 
 
 def _spread(kept: torch.Tensor, like: torch.Tensor, axis: Axis, batch: Axis | None) -> torch.Tensor:

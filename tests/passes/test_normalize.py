@@ -68,3 +68,18 @@ def test_a_second_run_changes_nothing() -> None:
     gm = sketch.done(sketch.call(aten.relu.default, x))
     assert edits(gm, Normalize()) == 4
     assert edits(gm, Normalize()) == 0
+
+
+def test_what_reads_a_shape_or_a_dtype_reads_no_value() -> None:
+    """`type_as`, `copy` and `expand_as` keep their outputs, bit for bit, and lose their second reader."""
+    sketch = Sketch()
+    x, y = sketch.input("x", 1, 3), sketch.input("y", 2, 3, dtype=torch.float64)
+    y = sketch.call(aten.exp.default, y)
+    same = sketch.call(aten.type_as.default, x, sketch.call(aten.neg.default, x))
+    outputs = [same, *(sketch.call(target, x, y) for target in (aten.type_as.default, aten.expand_as.default))]
+    gm = sketch.done(*outputs, sketch.call(aten.copy.default, y, x), sketch.call(aten.reshape_as.default, x, x))
+    inputs = values(gm)
+    before = gm(*inputs)
+    assert edits(gm, Normalize()) == 5
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(gm(*inputs), before, strict=True))
+    assert set(calls(gm)) == {"aten._to_copy.default", "aten.expand.default"}

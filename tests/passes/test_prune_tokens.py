@@ -94,6 +94,29 @@ def test_only_queries_of_attention_are_pruned() -> None:
     assert sorted(shapes) == [(B, 2, 3, D), (B, 2, S, D), (B, 2, S, D)]
 
 
+def test_a_gather_of_queries_moves_above_one_of_keys() -> None:
+    """Attention written out, `kept`: both products run on the kept tokens alone, and so does what is above them."""
+    sketch = Sketch()
+    x, (kept, _) = sketch.input("x", B, S, D), sketch.tokens(3, S)
+    y = mlp(sketch, x)
+    scores = sketch.call(aten.matmul.default, y, sketch.call(aten.transpose.int, y, 1, 2))
+    weights = sketch.call(aten.softmax.int, sketch.gather(scores, kept, 2), -1)
+    gm = sketch.done(sketch.gather(sketch.call(aten.matmul.default, weights, sketch.gather(y, kept)), kept))
+    assert prune(gm) == 4  # the gather of keys once more, below the one of queries
+    assert calls(gm).count("gather_tokens") == 1
+    assert {tuple(n.meta["val"].shape) for n in gm.graph.nodes if n.target is aten.linear.default} == {(B, 3, 8)}
+    assert edits(gm, PruneTokens()) == 0
+
+
+def test_constants_are_made_for_the_kept_tokens() -> None:
+    """A literal shape is all that there is to narrow."""
+    sketch, (x,), kept = start()
+    ones = sketch.call(aten.ones.default, [B, S, D])
+    gm = sketch.done(sketch.gather(sketch.call(aten.add.Tensor, x, ones), kept))
+    assert prune(gm) == 1
+    assert calls(gm).count("gather_tokens") == 1
+
+
 def test_rows_take_the_place_of_a_scatter_of_the_same_set() -> None:
     """Between two blocks of one token set, nothing is gathered."""
     sketch = Sketch()

@@ -152,16 +152,29 @@ def test_tokens_that_change_places_cannot_be_pruned() -> None:
     assert "mixes the token axis" in variant(mlp=mix)["blocks.0.mlp.delta"].reason
 
 
-def test_attention_that_is_written_out_is_not_prunable() -> None:
-    """Nobody could say which keys it sees; the reason says what is recognised, and where the product stands."""
+def test_attention_that_is_written_out_is_attention() -> None:
+    """It has keys and values, as torch's own has, and the softmax stands for it."""
     sites = written_out().info.sites
-    for name in ("mlp.out", "mlp.delta", "delta"):
-        reason = sites[f"blocks.0.{name}"].reason
-        assert reason.startswith(
-            "aten.matmul.default mixes tokens; attention is recognised where it is torch's scaled_"
-        )
-        assert "styles.py" in reason
-    assert sites["blocks.0.mlp2.delta"].prunable
+    assert sites["blocks.0.attn.delta"].prunable
+    keys = sites["blocks.0.attn.kv"]
+    assert (keys.prunable, keys.shape, keys.axis) == (True, (2, 2, 12, 8), Axis(2))
+    assert keys.attention == ("softmax",)
+
+
+class Mixer(nn.Module):
+    """Tokens are mixed by a product with weights that other tokens give, without a softmax over keys."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Linear attention: the keys and values of all tokens are summed into one state."""
+        state = torch.relu(x).transpose(1, 2) @ x
+        return torch.relu(x) @ state
+
+
+def test_a_product_that_mixes_tokens_without_a_softmax_is_not_prunable() -> None:
+    """Nobody could say which keys it sees; the reason says what is recognised, and where the product stands."""
+    reason = variant(mlp=Mixer())["blocks.0.mlp.delta"].reason
+    assert reason.startswith("aten.matmul.default mixes tokens; attention is recognised as product, softmax and")
+    assert "test_sites.py" in reason
 
 
 def test_tokens_may_come_first() -> None:

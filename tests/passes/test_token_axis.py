@@ -129,6 +129,24 @@ LOCAL: dict[str, tuple[Any, list[tuple[int, ...]], Axis]] = {
     "repeat to a new batch": (call(aten.repeat.default, X, [4, 1, 1]), [(S, 3)], T1),
     "repeat_interleave": (call(aten.repeat_interleave.self_int, X, 2, 0), [(2, S, 3)], T1),
     "embedding": (call(aten.embedding.default, X, In(1)), [(6, 3), (-2, S)], T1),
+    "einsum rows": (call(aten.einsum.default, "bqhd,bkhd->bhqk", [X, Y]), [(2, S, 4, 3), (2, 6, 4, 3)], T2),
+    "einsum columns": (call(aten.einsum.default, "bqhd,bkhd->bhqk", [X, Y]), [(2, 6, 4, 3), (2, S, 4, 3)], Axis(3)),
+    "einsum batch": (call(aten.einsum.default, "bij,bjk->bik", [X, Y]), [(S, 2, 3), (S, 3, 4)], T0),
+    "einsum, open": (call(aten.einsum.default, "...ij, kj -> ...ik", [X, Y]), [(2, S, 4, 3), (6, 3)], T1),
+    "einsum of three": (call(aten.einsum.default, "ni,ij,nj->n", [X, Y, Z]), [(S, 2), (2, 3), (S, 3)], T0),
+    "matrix by vector": (call(aten.matmul.default, X, Y), [(2, S, 3), (3,)], T1),
+    "outer": (call(aten.outer.default, X, Y), [(S,), (4,)], T0),
+    "baddbmm, broadcast": (call(aten.baddbmm.default, X, Y, Z), [(S, 1), (2, S, 3), (2, 3, 4)], T1),
+    "length of channels": (call(aten.linalg_vector_norm.default, X, 2, [-1], True), [(2, S, 3)], T1),
+    "slice_scatter of channels": (
+        call(aten.slice_scatter.default, X, Y, 2, 0, 4, 2),
+        [(2, S, 4), (2, S, 2)],
+        T1,
+    ),
+    "pairs as complex": (call(aten.view_as_complex.default, X), [(2, S, 3, 2)], T1),
+    "empty_like, filled": (call(aten.full_like.default, X, 3.0), [(2, S, 3)], T1),
+    "polar": (call(aten.polar.default, X, Y), [(S, 3), (S, 3)], T0),
+    "complex": (call(aten.complex.default, X, Y), [(S, 3), (S, 3)], T0),
     "attention, queries": (
         call(aten.scaled_dot_product_attention.default, X, Y, Z),
         [(2, 4, S, 8), (2, 4, 6, 8), (2, 4, 6, 8)],
@@ -192,6 +210,22 @@ def test_the_kept_tokens_of_a_call_are_the_call_on_kept_tokens(name: str) -> Non
         torch.testing.assert_close(one, take(other, axis, KEPT), rtol=1e-12, atol=1e-12)
 
 
+def test_a_constant_has_as_many_rows_as_are_asked_for() -> None:
+    """It has no operand to narrow; its size is a literal."""
+    node = Sketch().call(aten.full.default, [2, S, 3], 1.0)
+    assert narrowing(node, T1, 2) == Narrowing({}, {(0,): [2, 2, 3]})
+
+
+def test_real_pairs_carry_the_tokens_of_complex_numbers() -> None:
+    """But the dimension of 2 is none of tokens."""
+    sketch = Sketch()
+    pairs = sketch.call(aten.view_as_complex.default, sketch.input("x", 2, S, 3, 2))
+    node = sketch.call(aten.view_as_real.default, pairs)
+    assert narrowing(node, T1, 3).operands == {(0,): T1}
+    with pytest.raises(NotTokenLocal, match="makes the token axis"):
+        narrowing(node, Axis(3), 3)
+
+
 def test_a_part_of_a_split_is_narrowed_with_it() -> None:
     """The axis of a part is the axis of the parts."""
     sketch = Sketch()
@@ -229,6 +263,14 @@ MIXING: dict[str, tuple[Any, list[tuple[int, ...]], Axis, str]] = {
     "roll tokens": (call(aten.roll.default, X, [1], [1]), [(2, S, 3)], T1, "mixes the token axis"),
     "roll everything": (call(aten.roll.default, X, [1]), [(2, S, 3)], T1, "mixes the token axis"),
     "mean over tokens": (call(aten.mean.dim, X, [1], True), [(2, S, 3)], T1, "reduces over the token axis"),
+    "length of all": (call(aten.linalg_vector_norm.default, X), [(S,)], T0, "reduces over all dimensions"),
+    "slice_scatter of tokens": (
+        call(aten.slice_scatter.default, X, Y, 1, 0, 2),
+        [(2, S, 3), (2, 2, 3)],
+        T1,
+        "replaces a part of the token axis",
+    ),
+    "einsum of a diagonal": (call(aten.einsum.default, "ii->i", [X]), [(S, S)], T0, "takes a diagonal"),
     "new dimension": (call(aten.unsqueeze.default, X, 1), [(2, 3)], T1, "makes the token axis"),
     "slice with a step": (call(aten.slice.Tensor, X, 1, 0, 2 * S, 2), [(2, 2 * S, 3)], T1, "cuts the token axis"),
     "split tokens": (call(aten.split.Tensor, X, S, 1), [(2, 2 * S, 3)], T1, "cuts the token axis"),
