@@ -26,7 +26,6 @@ from tcc.passes.tokens import Axis
 __all__ = ["Add", "Chain", "Link", "base_of", "cat_dim", "find_chains", "guess_axis"]
 
 aten = torch.ops.aten
-_ATTENTION = aten.scaled_dot_product_attention.default
 _COPIES = {aten._to_copy.default, aten.clone.default, aten.contiguous.default, aten.alias.default}
 _CUTS = {aten.slice.Tensor: 1, aten.split_with_sizes.default: 2, aten.split.Tensor: 2, aten.chunk.default: 2}
 
@@ -246,7 +245,7 @@ class _Search:
             yield at
             if at.node in self.places or at.node.op != "call_function":
                 continue
-            if at.node.target is _ATTENTION and not queries:
+            if at.node in self.flow.attention and not queries:
                 continue
             cost = at.cost + (1 if node_macs(at.node) else 0)
             for operand, where, start in _above(at):

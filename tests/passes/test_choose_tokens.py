@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import Tensor, fx
 
+from tcc.passes.attention import find_attention
 from tcc.passes.choose_tokens import Choice, choose, older, sum_maps
 from tcc.passes.tokens import Axis
 from tcc.scores import Fixed, Score
 from tests.graphs import Sketch, calls
 
+aten = torch.ops.aten
 B, S, D = 2, 16, 3
 
 
@@ -75,25 +77,33 @@ def test_weights_add_up() -> None:
 
 
 @pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("mask", ["none", "bool", "float"])
+@pytest.mark.parametrize("mask", ["none", "bool", "float", "written out"])
 def test_maps_are_column_sums_of_the_mean_softmax(mask: str, flat: bool) -> None:
     """By torch, head by head; samples and heads in two dimensions, or in one."""
     sketch, heads = Sketch(), 2
     sizes = (B * heads, S, D) if flat else (B, heads, S, D)
     q, k = sketch.input("q", *sizes), sketch.input("k", *sizes)
     given = (
-        [] if mask == "none" else [sketch.input("mask", S, S, dtype=torch.bool if mask == "bool" else torch.float32)]
+        []
+        if mask in ("none", "written out")
+        else [sketch.input("mask", S, S, dtype=torch.bool if mask == "bool" else torch.float32)]
     )
-    attention = sketch.call(torch.ops.aten.scaled_dot_product_attention.default, q, k, k, *given)
+    if mask == "written out":
+        logits = sketch.call(aten.matmul.default, q, sketch.call(aten.transpose.int, k, -2, -1))
+        weights = sketch.call(aten.softmax.int, sketch.call(aten.mul.Tensor, logits, D**-0.5), -1)
+        sketch.call(aten.matmul.default, weights, k)
+    else:
+        sketch.call(aten.scaled_dot_product_attention.default, q, k, k, *given)
+    (attention,) = find_attention(sketch.graph).values()
     gm = sketch.done(sum_maps(sketch.graph, attention, Axis(0, 1, heads) if flat else Axis(0), Axis(1)))
     generator = torch.Generator().manual_seed(3)
     values = [torch.randn(sizes, generator=generator) for _ in range(2)]
     bias = torch.randn(S, S, generator=generator)
-    passed = {"none": [], "bool": [bias > -1], "float": [bias]}[mask]
-    logits = (values[0] @ values[1].transpose(-2, -1) / D**0.5).view(B, heads, S, S)
-    if mask != "none":
-        logits = logits.masked_fill(bias <= -1, -torch.inf) if mask == "bool" else logits + bias
-    torch.testing.assert_close(gm(*values, *passed)[0], logits.softmax(-1).mean(1).sum(1))
+    passed = {"none": [], "written out": [], "bool": [bias > -1], "float": [bias]}[mask]
+    expected = (values[0] @ values[1].transpose(-2, -1) / D**0.5).view(B, heads, S, S)
+    if given:
+        expected = expected.masked_fill(bias <= -1, -torch.inf) if mask == "bool" else expected + bias
+    torch.testing.assert_close(gm(*values, *passed)[0], expected.softmax(-1).mean(1).sum(1))
 
 
 def test_ages() -> None:
