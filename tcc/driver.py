@@ -42,6 +42,7 @@ class _Shape:
     """The model at one set of input shapes, with what was made of it; the plans of a model share it."""
 
     info: ModelInfo
+    weights: tuple[int, ...]
     variants: dict[StepKind, Variant] = field(default_factory=dict)
     runners: dict[StepKind, Compiled] = field(default_factory=dict)
 
@@ -110,7 +111,7 @@ class CompiledModel(StandIn):
     def _get_shape(self, args: tuple[Any, ...], kwargs: dict[str, Any], fixed: bool) -> _Shape:
         found = [s for s in self._shapes if fixed or s.info.captured.fits(args, kwargs)]
         if not found:
-            found = [_Shape(inspect(self._model[0], *args, **kwargs))]
+            found = [_Shape(inspect(self._model[0], *args, **kwargs), self._identities())]
             self._shapes += found
         return found[0]
 
@@ -154,30 +155,51 @@ class CompiledModel(StandIn):
     def _session_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Session:
         """The session that a call goes to, at the step that the caller says it is at, if it says so."""
         place, session = self._place, self._sessions.get(self._place.context)
-        told = None if place.step is None else self._start + place.step
+        told = None if place.step is None or self._is_uniform(session) else self._start + place.step
         if session is not None and told in (self._start, session.start):
             session.reset()
-        start = self._start if told is None else told
-        if session is None or (session.step == session.start and not self._serves(session, start, args, kwargs)):
+        if session is None or session.step == session.start:
+            session = self._begin(session, self._start if told is None else told, args, kwargs)
+        if not self._is_uniform(session):
+            self._check_place(session, told)
+        return session
+
+    def _is_uniform(self, session: Session | None) -> bool:
+        """Whether no call can be at a wrong step, because the plan has the same one over and over."""
+        return session is not None and session.start == self._start and session.alike
+
+    def _begin(self, session: Session | None, start: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Session:
+        """The session for a run that begins with this call: the one there is, if it is for such calls."""
+        fixed = self._options.on_shape_change == "error"
+        if session is None or session.start != start or not (fixed or session.fits(args, kwargs)):
             executable = self._executable(self._get_ready(args, kwargs), start)
-            session = self._sessions[place.context] = Session(executable, start=start, watched=told is None)
-        count = session.num_steps - self._start
-        if place.num_steps not in (None, count):
+            session = Session(executable, start=start, watched=self._place.step is None)
+            self._sessions[self._place.context] = session
+        if self._shapes[0].weights != self._identities():
             raise CallError(
-                f"the pipeline runs {place.num_steps} steps, but the model's plan has {count}: call it with "
-                f"num_inference_steps={count}, or make the plan with num_steps={place.num_steps}"
+                "layers or weights of the model were replaced after it was compiled, by an adapter for example, and "
+                "the compiled steps do not have them: call tcc.compile anew, or load adapters before the first call"
+            )
+        return session
+
+    def _check_place(self, session: Session, told: int | None) -> None:
+        """The pipeline runs the plan's steps, and is at the session's."""
+        count, given = session.num_steps - self._start, self._place.num_steps
+        if given not in (None, count):
+            raise CallError(
+                f"the pipeline runs {given} steps, but the model's plan has {count}: call it with "
+                f"num_inference_steps={count}, or make the plan with num_steps={given}"
             )
         if told not in (None, session.step):
             raise CallError(
                 f"the pipeline is at step {told}, but the model's next step is {session.step} of {session.num_steps}: "
                 "call the model once per step and context, in order, and reset() before a new image"
             )
-        return session
 
-    def _serves(self, session: Session, start: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a session at the beginning of a run can run this call."""
-        fixed = self._options.on_shape_change == "error"
-        return session.start == start and (fixed or session.fits(args, kwargs))
+    def _identities(self) -> tuple[int, ...]:
+        """Which weights the model has; that they are others, not that their values are."""
+        model = self._model[0]
+        return tuple(id(weight) for weight in model.parameters()) if isinstance(model, nn.Module) else ()
 
     @property
     def session(self) -> Session:

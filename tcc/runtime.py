@@ -157,8 +157,8 @@ class Session:
         self._replays: dict[int, Replay] = {}
         self._steps = [self._bind(step) for step in range(len(executable.program.bindings))]
         self.start = self.step = start
-        alike = len(executable.program.variants) == 1 and not self._slots  # then a step like another cannot be wrong
-        self._watch = Watch(self._captured.noise_level, start, self.num_steps) if watched and not alike else None
+        watched = watched and not self.alike
+        self._watch = Watch(self._captured.noise_level, start, self.num_steps) if watched else None
 
     def _bind(self, step: int) -> tuple[Runner, list[torch.Tensor]]:
         """The function and the extra inputs of `step`, looked up once so that a step only calls."""
@@ -195,6 +195,11 @@ class Session:
         self.step = self.start
         if self._watch is not None:
             self._watch.forget()
+
+    @property
+    def alike(self) -> bool:
+        """Whether all steps do the same and keep nothing, so that none can be run in place of another."""
+        return not self._slots and len({binding.variant for binding in self._executable.program.bindings}) == 1
 
     @property
     def watched(self) -> bool:

@@ -123,11 +123,13 @@ def test_a_pipeline_that_says_its_steps_is_refused_at_its_first(steps: int) -> N
         run(pipe, "wan", steps=steps)
 
 
-def test_an_uncached_plan_runs_any_number_of_steps() -> None:
-    """All its steps are alike, so that none can be wrong."""
-    expected = run(pipeline("sd3"), "sd3", steps=3)
-    with using("sd3", captured("sd3")) as pipe:
-        assert torch.equal(run(pipe, "sd3", steps=3), expected)
+@pytest.mark.parametrize("name", ["sd3", "wan"])
+def test_an_uncached_plan_runs_any_number_of_steps(name: str) -> None:
+    """All its steps are alike, so that none can be wrong; whether the pipeline says its step or not."""
+    for steps in (3, 7):
+        expected = run(pipeline(name), name, steps=steps)
+        with using(name, captured(name)) as pipe:
+            assert torch.equal(run(pipe, name, steps=steps), expected)
 
 
 def test_steps_that_a_pipeline_says_out_of_order_are_refused() -> None:

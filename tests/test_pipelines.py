@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import tcc
 from tcc.errors import CallError
@@ -166,6 +166,31 @@ def test_pipelines_take_it_for_their_model(name: str) -> None:
         assert pipe.components["transformer"] is pipe.transformer
         assert pipe.config["transformer"] == ("diffusers", type(model).__name__)
         assert repr(pipe.transformer) == "CompiledModel()"
+
+
+def test_a_pipeline_for_another_task_takes_it_over() -> None:
+    """It checks the classes of what it is given."""
+    from diffusers import AutoPipelineForImage2Image
+
+    with using("sd3", planned("sd3", "fora")) as pipe:
+        assert AutoPipelineForImage2Image.from_pipe(pipe).transformer is pipe.transformer
+
+
+def test_weights_may_change_in_place_and_not_be_replaced() -> None:
+    """A fused adapter changes values, which the compiled steps read; one that adds layers would not be seen."""
+    pipe = BUILDERS["dit"]()
+    pipe.set_progress_bar_config(disable=True)
+    model, pipe.transformer = pipe.transformer, tcc.compile(pipe.transformer, POLICIES["full"], backend="eager")
+    run(pipe, "dit", steps=2)
+    layer = model.transformer_blocks[0].attn1.to_q
+    layer.weight.data += 0.1
+    made, compiled = run(pipe, "dit", steps=2), pipe.transformer
+    pipe.transformer = model
+    assert torch.equal(run(pipe, "dit", steps=2), made)
+    pipe.transformer = compiled
+    model.transformer_blocks[0].attn1.to_q = nn.Sequential(layer, nn.Linear(32, 32))
+    with pytest.raises(CallError, match=r"were replaced after it was compiled, by an adapter .* call tcc.compile anew"):
+        run(pipe, "dit", steps=2)
 
 
 def test_a_pipeline_saves_the_model_itself(tmp_path: Path) -> None:
