@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import fx
 from tcc.passes.base import Pass
 from tcc.passes.gathers import gather
 from tcc.passes.graph import emit, shape, value
+from tcc.passes.joined_rows import Cut, find_cuts, move_cut
 from tcc.passes.paths import Path, operands, substitute
 from tcc.passes.token_axis import NotTokenLocal, narrowing
 from tcc.passes.tokens import Axis, gather_tokens, scatter_tokens
@@ -35,13 +37,16 @@ class PruneTokens(Pass):
     2. It stops at values that are needed for all tokens anyway, at values with no rule, and at graph inputs. It moves
        above a gather along another dimension, such as one of keys.
     3. It meets a scatter of its own token set: the rows take its place.
-    4. Where every sample has its own set, the samples are followed by the same rules. What all samples share (a table
+    4. Rows of others that are joined to the tokens come along with the kept ones: who reads only them, such as the text
+       stream after attention over text and image, reads them there, and nobody needs the dropped tokens.
+    5. Where every sample has its own set, the samples are followed by the same rules. What all samples share (a table
        of positions) is gathered for each of them; the gather stops where the samples cannot be followed.
     """
 
     def run(self, gm: fx.GraphModule) -> int:
         """Edit `gm`; see the class."""
-        whole = Whole(gm.graph)
+        beside = _rows_beside(gm.graph)
+        whole = Whole(gm.graph, {cut.node for cut in beside})
         runs: dict[fx.Node, _Narrower] = {}
         todo = [node for node in gm.graph.nodes if node.target is gather_tokens]
         edits = 0
@@ -49,16 +54,27 @@ class PruneTokens(Pass):
             node = max(todo)  # from the last to the first: what reads a value says what is needed of it
             todo.remove(node)
             source, kept = node.args[:2]
-            whole.add(kept)  # type: ignore[arg-type]
-            narrower = runs.setdefault(kept, _Narrower(gm.graph, kept, whole, todo))  # type: ignore[arg-type]
+            whole.add(kept)
+            narrower = runs.setdefault(kept, _Narrower(gm.graph, kept, whole, todo))
             place = _place(*node.args[2:])
-            new = narrower.narrow(source, place)  # type: ignore[arg-type]
+            new = narrower.narrow(source, place)
             if new is not node and not _gathers(new, node):
                 node.replace_all_uses_with(new)
                 edits += 1
             else:
-                narrower.done[source, place] = node  # type: ignore[index]
+                narrower.done[source, place] = node
+        for cut in beside:
+            edits += any(narrower.move(cut) for narrower in runs.values())
         return edits
+
+
+def _rows_beside(graph: fx.Graph) -> list[Cut]:
+    """Rows that are needed whole, of values whose other rows are only needed through gathers."""
+    whole, found = Whole(graph), []
+    for cuts in find_cuts(graph).values():
+        needed = [cut for cut in cuts if cut.node in whole.nodes]
+        found += needed if len(needed) < len(cuts) else []
+    return found
 
 
 @dataclass(frozen=True)
@@ -96,10 +112,14 @@ def _place(dim: Any, batch: Any = None, others: Any = ()) -> Place:
 
 
 class Whole:
-    """The values that are needed for all tokens whatever the gathers do."""
+    """The values that are needed for all tokens whatever the gathers do.
 
-    def __init__(self, graph: fx.Graph) -> None:
+    Rows `beside` the tokens do not count: they come along with the kept ones.
+    """
+
+    def __init__(self, graph: fx.Graph, beside: Collection[fx.Node] = ()) -> None:
         self.nodes: set[fx.Node] = set()
+        self.beside = beside
         self.add(graph.output_node())
 
     def add(self, node: fx.Node) -> None:
@@ -112,7 +132,7 @@ class Whole:
             self.nodes.add(here)
             if here.target is gather_tokens:
                 todo.append(here.args[1])  # type: ignore[arg-type]
-            else:
+            elif here not in self.beside:
                 todo += here.all_input_nodes
 
 
@@ -157,6 +177,14 @@ class _Narrower:
             # fewer tokens may come out of attention in another layout, in which the same view does not exist
             target = aten.reshape.default if node.target is aten.view.default else node.target
             return emit(self.graph, target, args, kwargs, like=node)  # type: ignore[arg-type]
+
+    def move(self, cut: Cut) -> bool:
+        """Read rows beside the tokens from a value that has been narrowed to this token set; say if there is one."""
+        for (node, place), new in list(self.done.items()):
+            count = place.tokens.count(shape(node)) if node is cut.source else 0
+            if count and new.target is not gather_tokens and cut.beside(place.tokens, count):
+                return move_cut(self.graph, cut, new, place.tokens, count)
+        return False
 
     def _crosses(self, other: fx.Node, place: Place) -> bool:
         """Whether gather `other` is along another dimension, and nobody needs its result for all tokens of `place`."""

@@ -183,9 +183,9 @@ class Masked(nn.Module):
 class Angles(nn.Module):
     """Rotary positions: pairs of channels of `[B, H, S, d]` are turned by angles that depend on the token."""
 
-    def __init__(self, pairs: Callable[[Tensor, Tensor, Tensor], Tensor], repeat: bool) -> None:
+    def __init__(self, pairs: Callable[[Tensor, Tensor, Tensor], Tensor], repeat: bool, tokens: int = TOKENS) -> None:
         super().__init__()
-        angles = torch.arange(TOKENS)[:, None] / 10.0 ** torch.arange(HEAD // 2)
+        angles = torch.arange(tokens)[:, None] / 10.0 ** torch.arange(HEAD // 2)
         angles = angles.repeat(1, 2) if repeat else angles
         self.pairs = pairs
         self.register_buffer("cos", angles.cos())

@@ -39,14 +39,16 @@ def mixed_plan(info: tcc.ModelInfo, attention: Attention, tokens: str | TopK = "
     whole = "block" if any(site.kind == "block" for site in info.sites.values()) else "delta"
     kinds = {whole, "kv"} if attention == "cached" else {whole}
     actions: dict[tuple[int, str], Action] = {}
-    for site in (s for s in info.sites.values() if s.kind in kinds):
+    for site in (s for s in info.sites.values() if s.kind in kinds and "@" not in s.name):
         update = Update(tokens, attention)
         for step, action in enumerate([Compute(), update, update, update, Compute(), update]):
             reused = step == 3 and site.block == 0
             actions[step, site.name] = Reuse() if reused else action
     actions |= {(step, "out.stream"): Hold() if step == 4 else Compute() for step in range(6)}
     scores = {"s": Score(((1.0, Norm("blocks.0.stream")),))}
-    given = {"tokens": {"some": torch.tensor(KEPT)}} if isinstance(tokens, str) else {"scores": scores}
+    first, last = info.analysis.image_tokens
+    kept = torch.tensor([*range(first), *(first + place for place in KEPT), *range(last, info.num_tokens)])
+    given = {"tokens": {"some": kept}} if isinstance(tokens, str) else {"scores": scores}
     return CachePlan(6, actions, **given)  # type: ignore[arg-type]
 
 

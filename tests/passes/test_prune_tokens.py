@@ -117,6 +117,36 @@ def test_constants_are_made_for_the_kept_tokens() -> None:
     assert calls(gm).count("gather_tokens") == 1
 
 
+@pytest.mark.parametrize("text", ["before", "after"])
+@pytest.mark.parametrize("split", [False, True])
+def test_rows_of_others_come_along(text: str, split: bool) -> None:
+    """The text that attention over both computes is read from the value that has fewer image tokens."""
+    sketch, first, last = Sketch(), *((2, 6) if text == "before" else (6, 2))
+    x, kept = sketch.input("x", B, S + 2, D), sketch.tokens(3, S)[0]
+    y = mlp(sketch, x)
+    if split:
+        parts = sketch.call(aten.split_with_sizes.default, y, [first, last], 1)
+        one, other = (sketch.call(operator.getitem, parts, i) for i in range(2))
+    else:
+        one, other = sketch.call(aten.slice.Tensor, y, 1, 0, first), sketch.call(aten.slice.Tensor, y, 1, first, S + 2)
+    words, image = (one, other) if text == "before" else (other, one)
+    gm = sketch.done(sketch.call(aten.exp.default, words), sketch.gather(sketch.call(aten.neg.default, image), kept))
+    assert prune(gm) == 2
+    assert {tuple(n.meta["val"].shape) for n in gm.graph.nodes if n.target is aten.linear.default} == {(B, 5, 8)}
+    assert edits(gm, PruneTokens()) == 0
+
+
+def test_rows_of_others_stay_where_all_tokens_are_needed() -> None:
+    """Both parts are read whole, and the image through a gather as well."""
+    sketch = Sketch()
+    x, kept = sketch.input("x", B, S + 2, D), sketch.tokens(3, S)[0]
+    y = mlp(sketch, x)
+    words, image = sketch.call(aten.slice.Tensor, y, 1, 0, 2), sketch.call(aten.slice.Tensor, y, 1, 2, S + 2)
+    gm = sketch.done(words, image, sketch.gather(sketch.call(aten.neg.default, image), kept))
+    prune(gm)
+    assert {tuple(n.meta["val"].shape) for n in gm.graph.nodes if n.target is aten.linear.default} == {(B, S + 2, 8)}
+
+
 def test_rows_take_the_place_of_a_scatter_of_the_same_set() -> None:
     """Between two blocks of one token set, nothing is gathered."""
     sketch = Sketch()
