@@ -18,12 +18,13 @@ from tcc.passes.gathers import apart
 from tcc.passes.graph import emit, shape, value
 from tcc.passes.sites import Site
 from tcc.passes.tokens import Axis
-from tcc.scores import Attended, Fixed, Norm, Score, Stale, Term
+from tcc.scores import Attended, Entropy, Fixed, Mapped, Norm, Score, Stale, Term
 
-__all__ = ["Choice", "age_slot", "choose", "map_slot", "older", "sum_maps"]
+__all__ = ["Choice", "age_slot", "choose", "map_slot", "older", "read_map"]
 
 aten = torch.ops.aten
 _TINY = 1e-12  # keeps a score of zeros from dividing by zero
+_SMALL = 1e-7  # keeps the logarithm finite, as in ToCa's code
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,7 @@ class Choice:
         """The slots of maps and ages that the score reads."""
         terms = (term for _, term in self.score.terms)
         found = (
-            map_slot(t.branch) if isinstance(t, Attended) else age_slot(t.site)
-            for t in terms
-            if isinstance(t, (Attended, Stale))
+            age_slot(t.site) if isinstance(t, Stale) else map_slot(t) for t in terms if isinstance(t, (Mapped, Stale))
         )
         return tuple(dict.fromkeys(found))
 
@@ -69,9 +68,11 @@ class Choice:
         return self.batch > 1 and not self.score.shared
 
 
-def map_slot(branch: str) -> str:
-    """The slot that keeps how much each token is attended to in `branch`, `[B, S]`."""
-    return f"{branch}.map"
+def map_slot(term: Mapped) -> str:
+    """The slot that keeps what `term` reads of a branch's attention, `[B, S]`."""
+    if isinstance(term, Attended):
+        return f"{term.branch}.map"
+    return f"{term.branch}.{'shared_entropy' if term.halves else 'entropy'}"
 
 
 def age_slot(site: str) -> str:
@@ -154,7 +155,9 @@ def _term(
     if isinstance(term, Stale):
         return given(age_slot(term.site))
     if isinstance(term, Attended):
-        return build.unit(given(map_slot(term.branch)))
+        return build.unit(given(map_slot(term)))
+    if isinstance(term, Entropy):
+        return build.unit(build(aten.add.Tensor, given(map_slot(term)), 1.0))
     site = next(site for site in choice.sites if site.name == term.site)
     x = build.per_token(read(site), site.axis, site.batch)
     if isinstance(term, Norm):
@@ -233,23 +236,43 @@ def _highest(build: _Build, scores: fx.Node, choice: Choice) -> tuple[fx.Node, f
     return tuple(build(aten.squeeze.dim, node, 0) for node in (kept, place))  # type: ignore[return-value]
 
 
-def sum_maps(graph: fx.Graph, attention: Attention, batch: Axis | None, keys: Axis) -> fx.Node:
-    """How much each token is attended to: column sums of the softmax map, averaged over the heads, `[B, S]`.
-
-    Written out beside the fused attention, whose map cannot be had.
+def read_map(attention: Attention, term: Mapped, batch: Axis | None, tokens: Axis) -> fx.Node:
+    """Add what a term keeps of an attention's softmax map, `[B, S]`, after the attention.
 
     Args:
-        graph: the graph, with its insertion point set.
         attention: the attention.
-        batch: where the samples lie in its keys.
-        keys: where the tokens lie in its keys; there may be keys of others too, whose columns are left out.
+        term: the term; it says what: the column sums, averaged over the heads, or the entropies of the rows.
+        batch: where the samples lie in its keys (`Attended`) or queries (`Entropy`).
+        tokens: where the tokens lie in them; there may be keys of others too, whose columns are left out.
     """
-    build, node = _Build(graph, attention.node), attention.node
-    query, key = attention.query.node, attention.key.node
-    if attention.written is not None:
-        columns = build.per_token(node, keys.at(attention.written.axis.dim), batch)
-        heads = shape(columns)[-1] // shape(query)[attention.query.axis.dim]
-        return build(aten.mul.Tensor, build(aten.sum.dim_IntList, columns, [2]), 1 / heads)
+    build, node = _Build(attention.node.graph, attention.node), attention.node
+    with node.graph.inserting_before(node.next):
+        if isinstance(term, Entropy):
+            found = _map(build, attention)
+            return _entropies(build, build.per_token(found, tokens, batch), shape(found)[-1], term.halves)
+        if attention.written is not None:
+            columns = build.per_token(node, tokens.at(attention.written.axis.dim), batch)
+            heads = shape(columns)[-1] // shape(attention.query.node)[attention.query.axis.dim]
+            return build(aten.mul.Tensor, build(aten.sum.dim_IntList, columns, [2]), 1 / heads)
+        sums = build(aten.sum.dim_IntList, _map(build, attention), [-2], True)
+        return build(aten.mean.dim, build.per_token(sums, tokens.at(len(shape(sums)) - 1), batch), [2])
+
+
+def _entropies(build: _Build, rows: fx.Node, count: int, halves: bool) -> fx.Node:
+    """The entropies of the rows `[B, S, heads * count]` of a map, averaged over heads (and halves of the batch)."""
+    samples, tokens, size = shape(rows)
+    shares = build(aten.reshape.default, rows, [samples, tokens, size // count, count])
+    shares = build(aten.mean.dim, shares, [2])
+    if halves:
+        pairs = build(aten.reshape.default, shares, [2, samples // 2, tokens, count])
+        shares = build(aten.repeat.default, build(aten.mean.dim, pairs, [0]), [2, 1, 1])
+    logs = build(aten.log.default, build(aten.add.Tensor, shares, _SMALL))
+    return build(aten.neg.default, build(aten.sum.dim_IntList, build(aten.mul.Tensor, shares, logs), [-1]))
+
+
+def _map(build: _Build, attention: Attention) -> fx.Node:
+    """The softmax map of an attention, in float32, written out beside the fused attention, whose map cannot be had."""
+    node, query, key = attention.node, attention.query.node, attention.key.node
     mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
     if len(shape(query)) > 3 and shape(query)[-3] != shape(key)[-3]:  # several query heads share one key head
         key = build(aten.repeat_interleave.self_int, key, shape(query)[-3] // shape(key)[-3], len(shape(key)) - 3)
@@ -258,9 +281,7 @@ def sum_maps(graph: fx.Graph, attention: Attention, batch: Axis | None, keys: Ax
     logits = build(aten.mul.Tensor, build(aten._to_copy.default, logits, dtype=torch.float32), scale)
     if isinstance(mask, fx.Node):
         logits = _masked(build, logits, mask)
-    sums = build(aten.sum.dim_IntList, build(aten.softmax.int, logits, -1), [-2], True)
-    tokens = keys.at(len(shape(sums)) - 1)
-    return build(aten.mean.dim, build.per_token(sums, tokens, batch), [2])
+    return build(aten.softmax.int, logits, -1)
 
 
 def _masked(build: _Build, logits: fx.Node, mask: fx.Node) -> fx.Node:

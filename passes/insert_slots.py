@@ -15,13 +15,14 @@ from torch import fx
 
 from tcc.passes.attention import find_attention
 from tcc.passes.base import Pass
-from tcc.passes.choose_tokens import Choice, age_slot, choose, map_slot, older, sum_maps
+from tcc.passes.choose_tokens import Choice, age_slot, choose, map_slot, older, read_map
 from tcc.passes.gathers import gather, scatter
 from tcc.passes.graph import emit, fake_mode_of, output_values, value
 from tcc.passes.restrict_keys import restrict_keys
-from tcc.passes.sites import Site
+from tcc.passes.sites import Cross, Site
 from tcc.passes.tokens import Axis
 from tcc.plan import Action, Compute, Hold, Reuse, Skip, Update
+from tcc.scores import Mapped
 
 __all__ = ["Entry", "InsertSlots", "Records", "history"]
 
@@ -62,12 +63,12 @@ class Records:
     """What one kind of step notes down for the scores of later steps.
 
     Attributes:
-        maps: branches that the step computes in full, each with its `kv` site.
+        maps: terms that read the attention of a branch that the step computes in full, each with where that is.
         ages: sites and what the step does there: `None` computes, `""` keeps no token, else the number of a token set.
         shape: `[B, S]`.
     """
 
-    maps: tuple[tuple[str, Site], ...] = ()
+    maps: tuple[tuple[Mapped, Site | Cross], ...] = ()
     ages: tuple[tuple[str, str | None], ...] = ()
     shape: tuple[int, int] = (1, 1)
 
@@ -305,10 +306,9 @@ class _Edit:
 
     def record(self, records: Records) -> None:
         """Store what scores of later steps read: maps of attention, and the ages of tokens."""
-        for branch, site in records.maps:
-            attention = self.nodes[site.attention[0]]
-            with self.graph.inserting_before(attention.next):
-                self.stores[map_slot(branch)] = sum_maps(self.graph, self.attention[attention], site.batch, site.axis)
+        for term, at in records.maps:
+            attention = self.attention[self.nodes[at.attention[0]]]
+            self.stores[map_slot(term)] = read_map(attention, term, at.batch, at.axis)
             self.count += 1
         for name, tokens in records.ages:
             slot, device = age_slot(name), self._device

@@ -24,7 +24,7 @@ from tcc.passes.token_axis import NotTokenLocal, narrowing
 from tcc.passes.tokens import Axis
 from tcc.site_name import SiteName
 
-__all__ = ["Analysis", "Site", "analyse", "follow"]
+__all__ = ["Analysis", "Cross", "Site", "analyse", "follow"]
 
 aten = torch.ops.aten
 
@@ -108,6 +108,21 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Cross:
+    """An attention of the main stream's tokens to others: a prompt's.
+
+    Attributes:
+        attention: the name of its node, alone.
+        axis: where the stream's tokens lie in its queries.
+        batch: where the samples lie in them, None where there is one sample or they cannot be followed.
+    """
+
+    attention: tuple[str]
+    axis: Axis
+    batch: Axis | None
+
+
+@dataclass(frozen=True)
 class Analysis:
     """What the analyses found out about a captured graph.
 
@@ -125,6 +140,7 @@ class Analysis:
         positions: where every graph value stands in the order of computation, by name.
         streams: the names of the streams; the first is the main one, "".
         side_blocks: the names of the blocks that only other streams pass through.
+        cross: branches of the main stream with one cross-attention whose queries are the stream's tokens, by name.
     """
 
     blocks: tuple[str, ...]
@@ -138,6 +154,7 @@ class Analysis:
     positions: Mapping[str, int] = field(default_factory=dict, compare=False)
     streams: tuple[str, ...] = ("",)
     side_blocks: tuple[str, ...] = ()
+    cross: Mapping[str, Cross] = field(default_factory=dict)
 
     @property
     def batch(self) -> int:
@@ -183,6 +200,7 @@ def analyse(graph: fx.Graph) -> Analysis:
         positions={node.name: i for i, node in enumerate(graph.nodes)},
         streams=tuple(stream.name for stream in streams),
         side_blocks=side,
+        cross=view.cross,
     )
 
 
@@ -264,6 +282,7 @@ class _View:
         flow: who depends on whom.
         axes: the token axis of every stream, where it holds its own tokens alone.
         streams: the streams.
+        cross: the cross-attentions of the main stream's branches; filled as their sites are made.
     """
 
     flow: Dataflow
@@ -277,6 +296,7 @@ class _View:
                 names = (str(SiteName(f"{block.name}.{name}", "delta", stream.name)) for name, _ in block.branches)
                 self._adds |= {branch.add: name for name, (_, branch) in zip(names, block.branches, strict=True)}
         self._keys: set[fx.Node] = set()
+        self.cross: dict[str, Cross] = {}
 
     def axis(self, stream: str, branch: Branch) -> Axis | None:
         """Where the stream's tokens lie as `branch` is added; None where they cannot be told from others."""
@@ -327,6 +347,9 @@ class _View:
             shape=tuple(out.shape), dtype=out.dtype, sole_reader=False, beside=(), guarded=True,
         )  # fmt: skip
         sites = [before_gate, delta]
+        cross = None if name.stream else _cross_attention(branch, axis, batch, flow)
+        if cross is not None:
+            self.cross[name.branch] = cross
         if (
             len(own) == 1 and own[0] not in self._keys and flow.attention[own[0]].same_layout
         ):  # keys that two streams share are the first one's
@@ -453,11 +476,18 @@ def _key_batch(node: fx.Node, origin: fx.Node, batch: Axis | None, flow: Dataflo
 
     They lie at one place in all of these, or it counts as not found.
     """
+    attention = flow.attention[node]
+    dims = {attention.key.axis.dim, attention.value.axis.dim}
+    return _samples([attention.key.node, *attention.values], dims, origin, batch, flow)
+
+
+def _samples(
+    places: Sequence[fx.Node], dims: set[int], origin: fx.Node, batch: Axis | None, flow: Dataflow
+) -> Axis | None:
+    """Where the samples of the stream `origin` lie in all of `places`, whose dimensions `dims` count something else."""
     if batch is None:
         return None
-    samples, attention = shape(origin)[batch.dim], flow.attention[node]
-    places = [attention.key.node, *attention.values]
-    dims = {attention.key.axis.dim, attention.value.axis.dim}
+    samples = shape(origin)[batch.dim]
     for dim, size in enumerate(shape(places[0])):
         for outer in dict.fromkeys((1, size // samples)) if dim not in dims else ():
             here = Axis(dim, outer, size // (samples * outer) if outer else 0)
@@ -466,6 +496,19 @@ def _key_batch(node: fx.Node, origin: fx.Node, batch: Axis | None, flow: Dataflo
             ):
                 return here
     return None
+
+
+def _cross_attention(branch: Branch, axis: Axis, batch: Axis | None, flow: Dataflow) -> Cross | None:
+    """The attention of a branch to what is not of the stream, if there is one and its queries are the tokens."""
+    own = _self_attention(branch, flow)
+    others = [flow.attention[node] for node in branch.attention if node not in own]
+    if len(others) != 1 or others[0].written is not None:
+        return None
+    query = others[0].query
+    if follow(query.node, query.axis, branch.origin, flow) != ({axis}, ""):
+        return None
+    samples = _samples([query.node], {query.axis.dim}, branch.origin, batch, flow)
+    return Cross((others[0].node.name,), query.axis, samples)
 
 
 def _self_attention(branch: Branch, flow: Dataflow) -> list[fx.Node]:

@@ -7,7 +7,7 @@ import math
 from tcc.errors import PlanError
 from tcc.passes.sites import Analysis, Site
 from tcc.plan import Action, CachePlan, Compute, Skip, TopK, Update
-from tcc.scores import Attended, Fixed, Norm, Probe, Score, kv_of
+from tcc.scores import Entropy, Fixed, Mapped, Norm, Probe, Score, kv_of
 from tcc.site_name import SiteName
 
 __all__ = ["check_scores"]
@@ -22,8 +22,8 @@ def check_scores(plan: CachePlan, analysis: Analysis) -> None:
     for name, score in plan.scores.items():
         for _, term in score.terms:
             where = f"score '{name}', {term}"
-            if isinstance(term, Attended):
-                _check_branch(where, term, analysis)
+            if isinstance(term, Mapped):
+                _check_map(where, term, analysis)
             elif not isinstance(term, Fixed) and term.site not in analysis.sites:
                 raise PlanError(f"{where}: the model has no site '{term.site}' (tcc inspect lists them all)")
             if isinstance(term, (Fixed, Probe)):
@@ -41,7 +41,10 @@ def check_scores(plan: CachePlan, analysis: Analysis) -> None:
             _check_set(step, tokens, found, plan, analysis)
 
 
-def _check_branch(where: str, term: Attended, analysis: Analysis) -> None:
+def _check_map(where: str, term: Mapped, analysis: Analysis) -> None:
+    if isinstance(term, Entropy):
+        _check_cross(where, term, analysis)
+        return
     keys = analysis.sites.get(kv_of(term.branch))
     if keys is None or keys.reason or (keys.batch is None and analysis.batch > 1):
         named = [SiteName.parse(s.name) for s in analysis.sites.values() if s.kind == "kv" and not s.stream]
@@ -50,6 +53,17 @@ def _check_branch(where: str, term: Attended, analysis: Analysis) -> None:
         raise PlanError(
             f"{where}: {reason or 'no branch with one self-attention of that name'} (such branches are: {known})"
         )
+
+
+def _check_cross(where: str, term: Entropy, analysis: Analysis) -> None:
+    found = analysis.cross.get(term.branch)
+    if found is None or (found.batch is None and analysis.batch > 1):
+        reason = (
+            "the samples cannot be followed into its queries" if found else "no branch of that name attends to others"
+        )
+        raise PlanError(f"{where}: {reason} (branches with one cross-attention: {', '.join(analysis.cross) or 'none'})")
+    if term.halves and analysis.batch % 2:
+        raise PlanError(f"{where}: a batch of {analysis.batch} has no halves: use halves=False")
 
 
 def _check_tables(where: str, term: Fixed | Probe, plan: CachePlan, analysis: Analysis) -> None:

@@ -10,7 +10,7 @@ from tcc.checks import forecast_depth
 from tcc.passes.insert_slots import history
 from tcc.passes.sites import Analysis, Site
 from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, Skip, TopK, Update
-from tcc.scores import Attended, Norm, Probe, Score, Stale, Term
+from tcc.scores import Mapped, Norm, Probe, Score, Stale, Term
 from tcc.site_name import SiteName
 
 __all__ = ["find_spans", "live_stores"]
@@ -102,13 +102,9 @@ def _scores_at(plan: CachePlan, step: int) -> list[Score]:
     return [plan.score_of(dynamic) for dynamic in dict.fromkeys(tokens) if isinstance(dynamic, TopK)]
 
 
-def live_maps(plan: CachePlan, branch: str) -> list[bool]:
-    """For every step, whether a later step reads how much tokens are attended to in `branch` as it leaves it."""
-    return _live(
-        plan,
-        lambda term: isinstance(term, Attended) and term.branch == branch,
-        lambda step: plan.computes(step, branch),
-    )
+def live_maps(plan: CachePlan, term: Mapped) -> list[bool]:
+    """For every step, whether a later step reads what `term` says of a branch's attention as the step leaves it."""
+    return _live(plan, lambda read: read == term, lambda step: plan.computes(step, term.branch))
 
 
 def live_ages(plan: CachePlan, site: str) -> list[bool]:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 
 from tcc.errors import PlanError
-from tcc.scores import Attended, Score, Stale, check_score, check_table
+from tcc.scores import Mapped, Score, Stale, check_score, check_table
 from tcc.site_name import SITE_KINDS, SiteName
 
 __all__ = [
@@ -361,7 +361,7 @@ class CachePlan:
     def _check_score_reads(self, where: str, step: int, name: str) -> None:
         """What a score reads of earlier steps exists: maps of branches, and the age of a site's tokens."""
         for _, term in self.scores[name].terms:
-            if isinstance(term, Attended) and not any(self.computes(s, term.branch) for s in range(step)):
+            if isinstance(term, Mapped) and not any(self.computes(s, term.branch) for s in range(step)):
                 raise PlanError(
                     f"{where}: score '{name}' reads how branch '{term.branch}' attended, but no earlier step computes "
                     "the branch in full: compute it at an earlier step"

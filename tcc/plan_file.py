@@ -16,13 +16,13 @@ from safetensors.torch import save_file
 
 from tcc.errors import PlanError, TccError
 from tcc.plan import Action, CachePlan, Compute, Cost, Hold, ModelKey, Reuse, Skip, TopK, Update
-from tcc.scores import Attended, Fixed, Norm, Probe, Score, Stale, Term
+from tcc.scores import Attended, Entropy, Fixed, Norm, Probe, Score, Stale, Term
 
 __all__ = ["load", "save"]
 
 FORMAT = "tcc-plan-1"
 _KINDS: dict[str, type[Any]] = {c.__name__.lower(): c for c in (Compute, Update, Reuse, Hold, Skip)}
-_TERMS: dict[str, type[Any]] = {c.__name__.lower(): c for c in (Fixed, Norm, Attended, Stale, Probe)}
+_TERMS: dict[str, type[Any]] = {c.__name__.lower(): c for c in (Fixed, Norm, Attended, Entropy, Stale, Probe)}
 
 
 def save(plan: CachePlan, path: str) -> None:

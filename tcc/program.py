@@ -19,7 +19,7 @@ from tcc.passes.macs import count
 from tcc.passes.pipeline import StepKind, variant_passes
 from tcc.passes.sites import Analysis
 from tcc.plan import Action, CachePlan, Compute, Cost, Hold, Reuse, TopK, Update
-from tcc.scores import Attended, Fixed, Norm, Probe, Stale, Term, kv_of
+from tcc.scores import Entropy, Fixed, Mapped, Norm, Probe, Stale, Term, kv_of
 
 __all__ = ["Binding", "Program", "SlotSpec", "Variant", "build_program"]
 
@@ -142,15 +142,16 @@ class _Table:
 def _step_kinds(plan: CachePlan, analysis: Analysis) -> tuple[list[StepKind], list[_Table]]:
     spans = find_spans(plan, analysis)
     stores = [live_stores(plan, span, analysis.num_tokens) for span in spans]
-    maps = {branch: live_maps(plan, branch) for branch in _named(plan, Attended)}
-    ages = {site: live_ages(plan, site) for site in _named(plan, Stale)}
+    terms = list(dict.fromkeys(term for score in plan.scores.values() for _, term in score.terms))
+    maps = {term: live_maps(plan, term) for term in terms if isinstance(term, Mapped)}
+    ages = {term.site: live_ages(plan, term.site) for term in terms if isinstance(term, Stale)}
     kinds, tables = [], []
     for step in range(plan.num_steps):
         entries, table = _entries(plan, spans, step)
         live = {
             name for entry, kept in zip(entries, stores, strict=True) for name in slot_names(entry.slots, kept[step])
         }
-        live |= {map_slot(branch) for branch, steps in maps.items() if steps[step]}
+        live |= {map_slot(term) for term, steps in maps.items() if steps[step]}
         live |= {age_slot(site) for site, steps in ages.items() if steps[step]}
         sets = tuple(
             _choice(plan, analysis, step, tokens, table.tables)
@@ -162,12 +163,6 @@ def _step_kinds(plan: CachePlan, analysis: Analysis) -> tuple[list[StepKind], li
         kinds.append(StepKind(entries, frozenset(live), sets, analysis.num_tokens, records))
         tables.append(table)
     return _share_stores(kinds), tables
-
-
-def _named(plan: CachePlan, kind: type[Attended] | type[Stale]) -> list[str]:
-    """The branches, or the sites, that terms of a kind name, in the order of the plan."""
-    terms = (term for score in plan.scores.values() for _, term in score.terms if isinstance(term, kind))
-    return list(dict.fromkeys(term.branch if isinstance(term, Attended) else term.site for term in terms))
 
 
 def _choice(plan: CachePlan, analysis: Analysis, step: int, tokens: TopK, tables: tuple[str, ...]) -> Choice:
@@ -205,18 +200,19 @@ def _records(
     analysis: Analysis,
     step: int,
     table: _Table,
-    maps: dict[str, list[bool]],
+    maps: dict[Mapped, list[bool]],
     ages: dict[str, list[bool]],
 ) -> Records:
     """What the step notes down for scores; a plan without any live one has none."""
-    computed = [branch for branch in maps if any(maps[branch]) and plan.computes(step, branch)]
+    computed = [term for term in maps if any(maps[term]) and plan.computes(step, term.branch)]
+    where = [analysis.cross[t.branch] if isinstance(t, Entropy) else analysis.sites[kv_of(t.branch)] for t in computed]
     aged: list[tuple[str, str | None]] = []
     for site in (site for site in ages if any(ages[site])):
         action = plan.action(step, site)
         number = str(table.tokens.index(action.tokens)) if isinstance(action, Update) and action.store else ""
         aged.append((site, None if isinstance(action, Compute) else number))
     shape = (analysis.batch, analysis.num_tokens)
-    return Records(tuple((branch, analysis.sites[kv_of(branch)]) for branch in computed), tuple(aged), shape)
+    return Records(tuple(zip(computed, where, strict=True)), tuple(aged), shape)
 
 
 def _share_stores(kinds: list[StepKind]) -> list[StepKind]:

@@ -17,7 +17,7 @@ from tcc.info import ModelInfo, inspect
 from tcc.passes.sites import Analysis, Site
 from tcc.passes.tokens import Axis
 from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, Skip, TopK, Update
-from tcc.scores import Attended, Fixed, Norm, Probe, Score, Stale, Term, kv_of
+from tcc.scores import Attended, Entropy, Fixed, Mapped, Norm, Probe, Score, Stale, Term, kv_of
 
 __all__ = ["Reference"]
 
@@ -47,7 +47,7 @@ class Reference:
         """Start a new run: the next call is step 0 and nothing is stored."""
         self.step = 0
         self._stored: dict[str, list[torch.Tensor]] = {}
-        self._maps: dict[str, torch.Tensor] = {}
+        self._maps: dict[Mapped, torch.Tensor] = {}
         self._ages: dict[str, torch.Tensor] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -72,7 +72,7 @@ class Reference:
         env: dict[str, Any] = {}
         self._chosen: dict[TopK, torch.Tensor] = {}
         self._before = {slot: list(values) for slot, values in self._stored.items()}
-        maps: dict[str, torch.Tensor] = {}
+        maps: dict[Mapped, torch.Tensor] = {}
         rest = iter(inputs)
         for node in gm.graph.nodes:
             args, kwargs = self._arguments(node, actions, env)
@@ -217,7 +217,9 @@ class Reference:
         if isinstance(term, Stale):
             return self._ages[term.site]
         if isinstance(term, Attended):
-            return F.normalize(self._maps[term.branch], dim=1, eps=1e-12)
+            return F.normalize(self._maps[term], dim=1, eps=1e-12)
+        if isinstance(term, Entropy):
+            return F.normalize(1 + self._maps[term], dim=1, eps=1e-12)
         x = self._read(self._analysis.sites[term.site], env)
         if isinstance(term, Norm):
             return F.normalize(x.norm(dim=2), dim=1, eps=1e-12)
@@ -247,31 +249,35 @@ class Reference:
             for cell in rows.split(score.cell, dim=1)
         ]
 
-    def _attended(self, name: str, args: Any, kwargs: Any) -> dict[str, torch.Tensor]:
-        """How much each token is attended to in attention `name`, for the branches whose scores ask for it."""
-        found = {}
-        for branch in {t.branch for s in self._plan.scores.values() for _, t in s.terms if isinstance(t, Attended)}:
-            site = self._analysis.sites[kv_of(branch)]
-            if name == site.attention[0] and self._plan.computes(self.step, branch):
-                query, key = args[0].float(), args[1].float()
-                if query.dim() > 3:  # several query heads may share one key head
-                    key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
-                scale = kwargs.get("scale") or query.shape[-1] ** -0.5
-                logits = query @ key.transpose(-2, -1) * scale
-                given = args[3] if len(args) > 3 else kwargs.get("attn_mask")
-                sums = (logits if given is None else logits + _bias(given, logits)).softmax(-1).sum(-2, keepdim=True)
-                found[branch] = _apart(sums, site.axis.at(sums.dim() - 1), site.batch).mean(2)
+    def _attended(self, name: str, args: Any, kwargs: Any) -> dict[Mapped, torch.Tensor]:
+        """What the scores ask of the map of attention `name`: how much each token is attended to, or how widely."""
+        found: dict[Mapped, torch.Tensor] = {}
+        for term in {t for s in self._plan.scores.values() for _, t in s.terms if isinstance(t, Mapped)}:
+            if not self._plan.computes(self.step, term.branch):
+                continue
+            if isinstance(term, Attended):
+                site = self._analysis.sites[kv_of(term.branch)]
+                if name == site.attention[0]:
+                    sums = _softmax(args, kwargs).sum(-2, keepdim=True)
+                    found[term] = _apart(sums, site.axis.at(sums.dim() - 1), site.batch).mean(2)
+            elif name in self._analysis.cross[term.branch].attention:
+                cross, rows = self._analysis.cross[term.branch], _softmax(args, kwargs)
+                columns = [_apart(column, cross.axis, cross.batch).mean(2) for column in torch.split(rows, 1, -1)]
+                shares = torch.stack(columns, dim=2)  # [B, S, others]
+                if term.halves:
+                    shares = torch.stack(shares.chunk(2)).mean(0).repeat(2, 1, 1)
+                found[term] = -(shares * (shares + 1e-7).log()).sum(2)
         return found
 
-    def _columns(self, softmax: fx.Node, weights: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The same, where attention is written out and its weights are at hand."""
-        found = {}
-        for branch in {t.branch for s in self._plan.scores.values() for _, t in s.terms if isinstance(t, Attended)}:
-            site = self._analysis.sites[kv_of(branch)]
-            if softmax.name == site.attention[0] and self._plan.computes(self.step, branch):
+    def _columns(self, softmax: fx.Node, weights: torch.Tensor) -> dict[Mapped, torch.Tensor]:
+        """The same of `Attended`, where attention is written out and its weights are at hand."""
+        found: dict[Mapped, torch.Tensor] = {}
+        for term in {t for s in self._plan.scores.values() for _, t in s.terms if isinstance(t, Attended)}:
+            site = self._analysis.sites[kv_of(term.branch)]
+            if softmax.name == site.attention[0] and self._plan.computes(self.step, term.branch):
                 dim = _softmax_dim(softmax, weights)
                 columns = _apart(weights.float(), site.axis.at(dim), site.batch)
-                found[branch] = columns.sum(2) * weights.shape[dim] / columns.shape[2]  # as many queries as keys
+                found[term] = columns.sum(2) * weights.shape[dim] / columns.shape[2]  # as many queries as keys
         return found
 
     def _grow_older(self, env: dict[str, Any]) -> None:
@@ -299,6 +305,17 @@ def _softmax_dim(softmax: fx.Node, like: torch.Tensor) -> int:
     dim = softmax.args[1]
     assert isinstance(dim, int)
     return dim % like.dim()
+
+
+def _softmax(args: Any, kwargs: Any) -> torch.Tensor:
+    """The softmax map of an attention, `[..., queries, keys]`."""
+    query, key = args[0].float(), args[1].float()
+    if query.dim() > 3:  # several query heads may share one key head
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
+    logits = query @ key.transpose(-2, -1) * (kwargs.get("scale") or query.shape[-1] ** -0.5)
+    given = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+    weights: torch.Tensor = (logits if given is None else logits + _bias(given, logits)).softmax(-1)
+    return weights
 
 
 def _spread(kept: torch.Tensor, like: torch.Tensor, axis: Axis, batch: Axis | None) -> torch.Tensor:

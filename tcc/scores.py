@@ -16,7 +16,7 @@ import torch
 from tcc.errors import PlanError
 from tcc.site_name import SiteName
 
-__all__ = ["Attended", "Fixed", "Norm", "Probe", "Score", "Stale", "Term"]
+__all__ = ["Attended", "Entropy", "Fixed", "Mapped", "Norm", "Probe", "Score", "Stale", "Term"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,23 @@ class Attended:
 
 
 @dataclass(frozen=True)
+class Entropy:
+    """How widely each token attends to the tokens of another kind, such as a prompt's (ToCa, s2).
+
+    1 + the entropy of the token's row in the head-averaged softmax map, kept from the last earlier step that computed
+    the branch in full, divided by its L2 norm over the tokens; as in ToCa's code for PixArt, where high ranks first.
+
+    Attributes:
+        branch: a branch with one cross-attention, such as `transformer_blocks.0.cross`, on the main stream.
+        halves: average the maps of the two halves of the batch first, so that both guidance branches keep the same
+            tokens (ToCa's code does).
+    """
+
+    branch: str
+    halves: bool = False
+
+
+@dataclass(frozen=True)
 class Stale:
     """Steps since the token was last computed at a site (ToCa, s3).
 
@@ -89,7 +106,9 @@ class Probe:
     bias: str
 
 
-Term = Fixed | Norm | Attended | Stale | Probe
+Term = Fixed | Norm | Attended | Entropy | Stale | Probe
+#: Terms that read a map of attention, of the last earlier step that computed the branch in full.
+Mapped = Attended | Entropy
 
 
 @dataclass(frozen=True)
@@ -116,7 +135,9 @@ class Score:
             raise PlanError("a score needs at least one term")
         for weight, term in self.terms:
             if not isinstance(term, Term):
-                raise PlanError(f"Score(terms=...): {term!r} is not a term: use Fixed, Norm, Attended, Stale or Probe")
+                raise PlanError(
+                    f"Score(terms=...): {term!r} is not a term: use Fixed, Norm, Attended, Entropy, Stale or Probe"
+                )
             if not math.isfinite(weight):
                 raise PlanError(f"Score(terms=...): the weight of {term} must be finite, got {weight}")
         if not math.isfinite(self.bonus):

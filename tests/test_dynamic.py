@@ -12,7 +12,7 @@ from tcc.passes.tokens import gather_tokens
 from tcc.plan import Action, CachePlan, Compute, Reuse, TopK, Update
 from tcc.program import build_program
 from tcc.runtime import Session, lower
-from tcc.scores import Attended, Fixed, Norm, Score, Stale
+from tcc.scores import Attended, Entropy, Fixed, Norm, Score, Stale
 from tests.dynamic_plans import SCORES, STEPS, dynamic_plan
 from tests.running import CLOSE, call, session
 from tests.tiny_models import Case, case, dit, relative_error, tensor_of
@@ -165,7 +165,42 @@ def test_an_attention_map_is_the_softmax_of_the_model() -> None:
         which.model(*args)
     handle.remove()
     call(reference, which, 0)
-    torch.testing.assert_close(reference._maps["blocks.0.attn"], found[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(reference._maps[Attended("blocks.0.attn")], found[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_entropies_are_those_of_the_models_cross_attention(halves: bool) -> None:
+    """1 + entropy of each token's row of the head-averaged map, by hand from queries, keys and the prompt's mask."""
+    which, branch = case("hf_pixart"), "transformer_blocks.0.cross"
+    plan = dynamic_plan(which, Score(((1.0, Entropy(branch, halves)),)), only="mlp")
+    reference, compiled = tcc.Reference(which.model, plan, which.info), session(which, plan)
+    block = which.model.transformer_blocks[0].attn2  # type: ignore[union-attr,index]
+    seen: dict[str, torch.Tensor] = {}
+    handles = [
+        getattr(block, name).register_forward_hook(lambda _, __, out, name=name: seen.__setitem__(name, out))
+        for name in ("to_q", "to_k")
+    ]
+    args, kwargs = which.inputs(0)
+    with torch.no_grad():
+        which.model(*args, **kwargs)
+    for handle in handles:
+        handle.remove()
+    q, k = (seen[name].unflatten(2, (2, 16)).transpose(1, 2) for name in ("to_q", "to_k"))
+    hidden = (1 - kwargs["encoder_attention_mask"])[:, None, None] * -10_000.0
+    shares = (q @ k.transpose(2, 3) / 4 + hidden).softmax(-1).mean(1)
+    shares = shares.mean(0, keepdim=True).expand(2, -1, -1) if halves else shares
+    expected = -(shares * shares.clamp(min=1e-30).log()).sum(-1)
+
+    for step in range(STEPS):
+        assert relative_error(call(compiled, which, step), call(reference, which, step)) <= CLOSE
+        if step == 0:
+            torch.testing.assert_close(reference._maps[Entropy(branch, halves)], expected, rtol=1e-5, atol=1e-5)
+            ranked = (1 + expected).argsort(dim=1, descending=True)[:, :8].sort().values
+        if step == 1:
+            kept = reference._chosen[TopK("s", 8)]
+            assert [row.nonzero().flatten().tolist() for row in kept] == ranked.tolist()
+    slots = {slot.name for slot in program(plan, which).slots}
+    assert f"{branch}.{'shared_entropy' if halves else 'entropy'}" in slots
 
 
 def program(plan: CachePlan, which: Case | None = None) -> tcc.program.Program:

@@ -10,7 +10,8 @@ import torch
 
 from tcc.errors import PlanError
 from tcc.plan import Action, CachePlan, Reuse, Skip, TopK, Update
-from tcc.scores import Attended, Fixed, Norm, Probe, Score, Stale, Term, keeps_part_of
+from tcc.scores import Attended, Fixed, Norm, Probe, Score, Stale, Term
+from tcc.site_name import SiteName
 
 SITE = "b.0.mlp.out"
 TABLES = {"s": torch.zeros(4), "w": torch.zeros(8, 3), "row": torch.zeros(3)}
@@ -30,7 +31,10 @@ def plan(
 
 BAD_SCORES: dict[str, tuple[Any, str]] = {
     "no terms": (lambda: Score(()), "a score needs at least one term"),
-    "no term": (lambda: Score(((1.0, "norm"),)), "'norm' is not a term: use Fixed, Norm, Attended, Stale or Probe"),  # type: ignore[arg-type]
+    "no term": (
+        lambda: Score(((1.0, "norm"),)),
+        "'norm' is not a term: use Fixed, Norm, Attended, Entropy, Stale or Probe",
+    ),  # type: ignore[arg-type]
     "nan weight": (lambda: Score(((float("nan"), Norm(SITE)),)), "must be finite, got nan"),
     "infinite bonus": (lambda: Score(((1.0, Norm(SITE)),), cell=2, bonus=float("inf")), "the bonus must be finite"),
     "bonus without cells": (lambda: Score(((1.0, Norm(SITE)),), bonus=0.5), "needs a cell of side 1 or more"),
@@ -105,11 +109,11 @@ def test_every_term_of_a_sound_score() -> None:
 
 
 def test_what_keeps_part_of_a_branch() -> None:
-    """Its output, its change of the stream, its keys, its block's change; of every stream; and nothing else."""
-    sites = ("b.0.attn.out", "b.0.attn.delta@text", "b.0.attn.kv", "b.0.delta")
-    assert all(keeps_part_of("b.0.attn", site) for site in sites)
-    others = ("b.0.mlp.out", "b.1.delta", "b.0.stream", "b.0.attn2.out")
-    assert not any(keeps_part_of("b.0.attn", site) for site in others)
+    """Its output, its change of the stream, its keys, its block's change; of its stream alone."""
+    sites = ("b.0.attn.out", "b.0.attn.delta", "b.0.attn.kv", "b.0.delta")
+    assert all(SiteName.parse(site).keeps_part_of("b.0.attn") for site in sites)
+    others = ("b.0.mlp.out", "b.1.delta", "b.0.stream", "b.0.attn2.out", "b.0.attn.out@text")
+    assert not any(SiteName.parse(site).keeps_part_of("b.0.attn") for site in others)
 
 
 def test_a_branch_is_computed_where_no_part_of_it_is_kept() -> None:

@@ -13,7 +13,7 @@ from tcc import plans
 from tcc.errors import PlanError
 from tcc.plan import CachePlan, Compute, Hold, Reuse, TopK, Update
 from tcc.plans.toca import toca_steps
-from tcc.scores import Attended, Norm, Score, Stale
+from tcc.scores import Attended, Entropy, Norm, Score, Stale
 from tests.published import dit_xl2, tera_flops
 from tests.running import CLOSE, call, session
 from tests.tiny_models import case, relative_error
@@ -296,6 +296,43 @@ def test_cross_attention_has_a_factor_of_its_own() -> None:
     assert plan.action(1, f"{block}.mlp.out") == Update(TopK(f"{block}.mlp.out", int(0.3 * 2.5 * 16)))
 
 
+def test_the_schedule_for_pixart() -> None:
+    """Counted up from intervals N / 0.8 to N / 1.2, no sensitive window, and factors of 1.9 - 1.8 step / T."""
+    options: dict[str, Any] = {"slope": -0.2, "count": "up", "sensitive": False}
+    kinds = toca_steps(20, 3, **options)
+    current, full, first = 3, [], []
+    for step in range(20):  # the published code: every block asks anew, and the first one sets the interval
+        if step % current == 0:
+            current = round(3 / (0.8 + 0.4 * step / 20))
+            (first if step and step % current else full).append(step)
+    assert [step for step, kind in enumerate(kinds) if kind == "full"] == full == [0, 6, 9, 12, 15, 18]
+    assert [step for step, kind in enumerate(kinds) if kind == "first"] == first == [4]
+
+    published = {"score": "entropy", "halves": True, "ratio": 0.3, "layer_slope": 0.6, "step_slope": 0.9, "mlp": 1.6}
+    published |= {"cell": 4, "bonus": 0.4, "count": "up", "interval_slope": -0.2, "sensitive": False}
+    plan = plans.toca(case("hf_pixart").info, num_steps=20, interval=3, **published)
+    for step in (1, 7, 19):
+        for number, layer in enumerate((1.6, 0.4)):  # from the first of 2 blocks to the last: 1.6 - 1.2 l / (L - 1)
+            for branch, module in (("cross", 0.6), ("mlp", 1.6)):
+                count = int(min(1, 0.3 * layer * (1.9 - 1.8 * step / 20) * module) * 16)
+                name = f"transformer_blocks.{number}.{branch}.out"
+                assert plan.action(step, name) == (Update(TopK(name, count)) if count else Reuse())
+    score = plan.scores["transformer_blocks.1.mlp.out"]
+    assert (score.cell, score.bonus) == (4, 0.4)
+    assert score.terms[0] == (1.0, Entropy("transformer_blocks.1.cross", halves=True))
+
+
+@pytest.mark.parametrize("policy", ["toca", "duca"])
+def test_programs_rank_by_entropy_as_the_reference_does(policy: str) -> None:
+    """Every step of a run on a tiny PixArt."""
+    which = case("hf_pixart")
+    plan = plans.POLICIES[policy](which.info, num_steps=8, interval=4, ratio=0.3, score="entropy", halves=True)
+    assert {type(action) for action in plan.actions.values()} >= {Compute, Reuse, Update}
+    model, reference = session(which, plan), tcc.Reference(which.model, plan)
+    for step in range(plan.num_steps):
+        assert relative_error(call(model, which, step), call(reference, which, step)) < CLOSE
+
+
 # --- refusals
 
 
@@ -308,7 +345,10 @@ def test_cross_attention_has_a_factor_of_its_own() -> None:
         ({"levels": 0}, "levels=0: expected a whole number, 1 or more"),
         ({"cell": -1}, "cell=-1: expected a whole number, 0 or more"),
         ({"mlp": -1.0}, "mlp, cross, stale and bonus are at least 0"),
-        ({"score": "entropy"}, "toca(score='entropy'): use 'attention', 'norm', 'value' or 'random'"),
+        ({"score": "best"}, "toca(score='best'): use one of attention, entropy, norm, value, random"),
+        ({"score": "entropy"}, "block 'blocks.1' has no cross-attention to read"),
+        ({"count": "both"}, "toca(count='both'): use 'down' or 'up'"),
+        ({"interval_slope": 1.0}, "toca(interval_slope=1.0): intervals are finite between -1 and 1"),
         ({"cell": 3}, "cell=3: the grid is 4 x 4; the cell's side must divide both"),
     ],
 )

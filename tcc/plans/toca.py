@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -15,37 +15,51 @@ from tcc.passes.sites import Site
 from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, TopK, Update
 from tcc.plans.branches import check_share, check_whole
 from tcc.plans.tokens import grid_cells, with_others
-from tcc.scores import Attended, Fixed, Norm, Score, Stale, Term
+from tcc.scores import Attended, Entropy, Fixed, Norm, Score, Stale, Term
 
 __all__ = ["duca", "toca", "toca_steps"]
 
+Count = Literal["down", "up"]
 Kind = Literal["full", "first", "partial", "aggressive"]
-ScoreKind = Literal["attention", "norm", "value", "random"]
+ScoreKind = Literal["attention", "entropy", "norm", "value", "random"]
 #: What tokens that are not image tokens score, which are always kept: the terms of a score are of the order of 1.
 ALWAYS = 1e6
 
 
-def toca_steps(num_steps: int, interval: int, *, quirk: bool = True, aggressive: bool = False) -> tuple[Kind, ...]:
+def toca_steps(
+    num_steps: int,
+    interval: int,
+    *,
+    slope: float = 0.4,
+    sensitive: bool = True,
+    count: Count = "down",
+    quirk: bool = True,
+    aggressive: bool = False,
+) -> tuple[Kind, ...]:
     """What every step does under ToCa's schedule (Zou et al., ICLR 2025, arXiv 2410.05317, section 3.4, and its code).
 
-    Steps are counted down, i = num_steps - 1 - step. A step is full where i is a multiple of the interval
-    `N / (1.4 - 0.8 i / num_steps)`, rounded, that the last full step has set: long ones first. It is 2 in the sensitive
-    window, 0.2 <= i / num_steps < 0.4. The first step is always full.
+    Steps are counted down, i = num_steps - 1 - step, or up, i = step. A step is full where i is a multiple of the
+    interval `N / (1 + w - 2 w i / num_steps)`, rounded, that the last full step has set: long ones first. It is 2 in
+    the sensitive window, 0.2 <= i / num_steps < 0.4. The first step is always full.
 
     Args:
         num_steps: denoising steps.
         interval: N.
+        slope: w: 0.4 for DiT; -0.2 for PixArt, which counts up.
+        sensitive: whether there is a sensitive window: for DiT; not for PixArt.
+        count: how steps are counted.
         quirk: as the published code does, set the interval after the first block of a full step already. Where the step
             is no multiple of the new interval, the other blocks take it for a partial one: `first`.
         aggressive: DuCa: partial steps at an even distance from the next multiple are `aggressive`.
     """
     kinds: list[Kind] = []
     current = interval
-    for i in range(num_steps - 1, -1, -1):
-        first, offset = i == num_steps - 1, i % current
+    for step in range(num_steps):
+        i = step if count == "up" else num_steps - 1 - step
+        first, offset = step == 0, i % current
         if first or offset == 0:
-            sensitive = 0.2 * num_steps <= i < 0.4 * num_steps
-            current = 2 if sensitive else max(1, round(interval / (1.4 - 0.8 * i / num_steps)))
+            window = sensitive and 0.2 * num_steps <= i < 0.4 * num_steps
+            current = 2 if window else max(1, round(interval / (1 + slope - 2 * slope * i / num_steps)))
             kinds.append("first" if quirk and not first and i % current else "full")
         else:
             kinds.append("aggressive" if aggressive and offset % 2 == 0 else "partial")
@@ -69,6 +83,10 @@ class _Options:
     quirk: bool
     levels: int | None
     seed: int
+    halves: bool
+    count: Count
+    interval_slope: float
+    sensitive: bool
 
 
 def toca(
@@ -88,18 +106,23 @@ def toca(
     quirk: bool = True,
     levels: int | None = None,
     seed: int = 0,
+    halves: bool = False,
+    count: Count = "down",
+    interval_slope: float = 0.4,
+    sensitive: bool = True,
 ) -> CachePlan:
     """ToCa (Zou et al., ICLR 2025, arXiv 2410.05317): the MLP runs on tokens that matter, attention is reused.
 
     Between full steps (`toca_steps`), every block reuses its self-attention, and recomputes its MLP for the
     `floor(S ratio mlp layer step)` highest-scoring of S image tokens. Block l of L has
     `layer = 1 + w - 2 w l / (L - 1)`, the step i, counted down, `step = 1 + w - 2 w i / num_steps`, at least 0; no
-    token means reuse. Tokens of other kinds are recomputed with them. The score is `s1 + stale s3 / interval` (section
-    3.3), and the highest of each grid cell gets `bonus` times its score on top, s4. The published s2, the entropy of
-    cross attention, is left out: no score of tcc reads it. Here s3 also counts the steps on which no token of the
-    branch is recomputed.
+    token means reuse. Tokens of other kinds are recomputed with them. The score is s1 or s2, plus
+    `stale s3 / interval` (section 3.3), and the highest of each grid cell gets `bonus` times its score on top, s4. Here
+    s3 also counts the steps on which no token of the branch is recomputed.
 
     The defaults are those for DiT with 50 DDIM steps; for 250 DDPM steps: interval=4, layer_slope=0.8, step_slope=0.4.
+    For PixArt: score='entropy', halves=True, ratio=0.3, count='up', interval_slope=-0.2, sensitive=False,
+    layer_slope=0.6, step_slope=0.9, mlp=1.6, cell=4, bonus=0.4.
     The number of tokens differs from step to step, and each number makes a variant: `levels` bounds them.
 
     Args:
@@ -108,9 +131,11 @@ def toca(
         interval: N in the paper, see `toca_steps`.
         ratio: the share of tokens that is recomputed, before the factors.
         score: s1: `attention`, how much a token is attended to (full steps compute the map: one more product of queries
-            and keys, 1.5 % more for DiT-XL/2, which the published FLOPs leave out); `norm`, the norm of the token in
-            the stream that enters the block; `value`, the norm of its attention value (DuCa); `random`, drawn when the
-            plan is made, the same for every image: a static token set per block and step.
+            and keys, 1.5 % more for DiT-XL/2, which the published FLOPs leave out); s2: `entropy`, how widely it
+            attends to the prompt, high first as in the published code (which also takes the new maps of recomputed
+            tokens; here they are of the last full step); `norm`, the norm of the token in the stream that enters the
+            block; `value`, the norm of its attention value (DuCa); `random`, drawn when the plan is made, the same for
+            every image: a static token set per block and step.
         layer_slope: w of the layer factor; above 0, front blocks recompute more.
         step_slope: w of the step factor; above 0, late steps recompute more.
         mlp: the factor of the MLPs, and of every branch that is no attention.
@@ -122,13 +147,19 @@ def toca(
         levels: how many different step factors there may be, for fewer variants: partial steps of similar factor take
             their mean. None keeps the paper's.
         seed: seed of `random`.
+        halves: of `entropy`: average the maps of both halves of a batch doubled for guidance, which then keep the same
+            tokens; the published code does.
+        count: whether the step i is counted `down` or `up`.
+        interval_slope: w of the intervals, see `toca_steps`.
+        sensitive: whether intervals are 2 in the sensitive window, see `toca_steps`.
 
     Raises:
         PlanError: an option is out of range, or the model has no token grid or a branch that cannot be pruned.
     """
     options = _Options(
-        interval, ratio, score, layer_slope, step_slope, mlp, cross, stale, cell, bonus, quirk, levels, seed
-    )
+        interval, ratio, score, layer_slope, step_slope, mlp, cross, stale, cell, bonus, quirk, levels, seed,
+        halves, count, interval_slope, sensitive,
+    )  # fmt: skip
     return _Table("toca", info, num_steps, options, aggressive=False).plan()
 
 
@@ -149,6 +180,10 @@ def duca(
     quirk: bool = True,
     levels: int | None = None,
     seed: int = 0,
+    halves: bool = False,
+    count: Count = "down",
+    interval_slope: float = 0.4,
+    sensitive: bool = True,
 ) -> CachePlan:
     """DuCa (Zou et al. 2024, arXiv 2412.18911): ToCa's partial steps alternate with aggressive ones.
 
@@ -171,13 +206,18 @@ def duca(
         quirk: some full steps compute only the first block, see `toca_steps`.
         levels: how many different step factors there may be, see `toca`.
         seed: seed of `random`.
+        halves: of `entropy`: average the maps of both halves of the batch, see `toca`.
+        count: whether the step i is counted `down` or `up`.
+        interval_slope: w of the intervals, see `toca_steps`.
+        sensitive: whether intervals are 2 in the sensitive window, see `toca_steps`.
 
     Raises:
         PlanError: an option is out of range, or the model has no token grid or a branch that cannot be pruned.
     """
     options = _Options(
-        interval, ratio, score, layer_slope, step_slope, mlp, cross, stale, cell, bonus, quirk, levels, seed
-    )
+        interval, ratio, score, layer_slope, step_slope, mlp, cross, stale, cell, bonus, quirk, levels, seed,
+        halves, count, interval_slope, sensitive,
+    )  # fmt: skip
     return _Table("duca", info, num_steps, options, aggressive=True).plan()
 
 
@@ -187,7 +227,10 @@ class _Table:
     def __init__(self, name: str, info: ModelInfo, num_steps: int, options: _Options, *, aggressive: bool) -> None:
         _check(name, info, options)
         self.name, self.info, self.options = name, info, options
-        self.kinds = toca_steps(num_steps, options.interval, quirk=options.quirk, aggressive=aggressive)
+        self.kinds = toca_steps(
+            num_steps, options.interval, slope=options.interval_slope, sensitive=options.sensitive,
+            count=options.count, quirk=options.quirk, aggressive=aggressive,
+        )  # fmt: skip
         self.factors = _step_factors(self.kinds, options)
         self.sites = [site for site in info.sites.values() if site.kind == "out"]
         self.actions: dict[tuple[int, str], Action] = {}
@@ -251,7 +294,9 @@ class _Table:
         return Score(tuple(terms), cell=options.cell, bonus=options.bonus if options.cell else 0.0)
 
     def _term(self, site: Site) -> Term:
-        """What ranks the tokens of a branch, s1."""
+        """What ranks the tokens of a branch, s1 or s2."""
+        if self.options.score == "entropy":
+            return self._entropy(site)
         mates = [other for other in self.info.sites.values() if other.block == site.block]
         kind = {"attention": "kv", "value": "kv", "norm": "stream"}[self.options.score]
         found = next((other.name for other in mates if other.kind == kind), None)
@@ -261,6 +306,15 @@ class _Table:
                 "one self-attention to read: use score='norm' or 'random'"
             )
         return Attended(found.removesuffix(".kv")) if self.options.score == "attention" else Norm(found)
+
+    def _entropy(self, site: Site) -> Entropy:
+        block = self.info.blocks[site.block]
+        found = next((name for name in self.info.analysis.cross if name.startswith(f"{block}.")), None)
+        if found is None:
+            raise PlanError(
+                f"{self.name}(score='entropy'): block '{block}' has no cross-attention to read: use another"
+            )
+        return Entropy(found, self.options.halves)
 
     def _keep_values(self) -> None:
         """`value` reads the values of the last full step, so they are kept, as attention is."""
@@ -289,7 +343,7 @@ class _Table:
 
 def _step_factors(kinds: Sequence[Kind], options: _Options) -> np.ndarray[Any, Any]:
     """The step factor of every step, at least 0; of partial ones at most `levels` different ones above 0."""
-    i = np.arange(len(kinds))[::-1]
+    i = np.arange(len(kinds))[:: 1 if options.count == "up" else -1]
     w = options.step_slope
     factors = np.maximum(0.0, 1 + w - 2 * w * i / len(kinds))
     if options.levels is not None:
@@ -310,8 +364,12 @@ def _check(name: str, info: ModelInfo, options: _Options) -> None:
         check_whole("levels", options.levels, 1)
     if min(options.mlp, options.cross, options.stale, options.bonus) < 0:
         raise PlanError(f"{name}: mlp, cross, stale and bonus are at least 0")
-    if options.score not in ("attention", "norm", "value", "random"):
-        raise PlanError(f"{name}(score={options.score!r}): use 'attention', 'norm', 'value' or 'random'")
+    if options.score not in get_args(ScoreKind):
+        raise PlanError(f"{name}(score={options.score!r}): use one of {', '.join(get_args(ScoreKind))}")
+    if options.count not in get_args(Count):
+        raise PlanError(f"{name}(count={options.count!r}): use 'down' or 'up'")
+    if not -1 < options.interval_slope < 1:
+        raise PlanError(f"{name}(interval_slope={options.interval_slope}): intervals are finite between -1 and 1")
     if options.cell and not info.grid:
         raise PlanError(f"{name}(cell={options.cell}): the model's token grid is unknown: use cell=0")
     if options.cell:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, fx
 
 from tcc.passes.attention import find_attention
-from tcc.passes.choose_tokens import Choice, choose, older, sum_maps
+from tcc.passes.choose_tokens import Choice, choose, older, read_map
 from tcc.passes.tokens import Axis
-from tcc.scores import Fixed, Score
+from tcc.scores import Attended, Entropy, Fixed, Score
 from tests.graphs import Sketch, calls
 
 aten = torch.ops.aten
@@ -78,7 +78,7 @@ def test_weights_add_up() -> None:
 
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("mask", ["none", "bool", "float", "written out"])
-def test_maps_are_column_sums_of_the_mean_softmax(mask: str, flat: bool) -> None:
+def test_maps_are_column_sums_and_row_entropies_of_the_mean_softmax(mask: str, flat: bool) -> None:
     """By torch, head by head; samples and heads in two dimensions, or in one."""
     sketch, heads = Sketch(), 2
     sizes = (B * heads, S, D) if flat else (B, heads, S, D)
@@ -95,7 +95,10 @@ def test_maps_are_column_sums_of_the_mean_softmax(mask: str, flat: bool) -> None
     else:
         sketch.call(aten.scaled_dot_product_attention.default, q, k, k, *given)
     (attention,) = find_attention(sketch.graph).values()
-    gm = sketch.done(sum_maps(sketch.graph, attention, Axis(0, 1, heads) if flat else Axis(0), Axis(1)))
+    samples, tokens = Axis(0, 1, heads) if flat else Axis(0), Axis(len(sizes) - 2)
+    entropies = [Entropy("b.attn", halves) for halves in (False, True)] if attention.written is None else []
+    rows = [read_map(attention, term, samples, tokens) for term in entropies]
+    gm = sketch.done(read_map(attention, Attended("b.attn"), samples, Axis(1)), *rows)
     generator = torch.Generator().manual_seed(3)
     values = [torch.randn(sizes, generator=generator) for _ in range(2)]
     bias = torch.randn(S, S, generator=generator)
@@ -103,7 +106,12 @@ def test_maps_are_column_sums_of_the_mean_softmax(mask: str, flat: bool) -> None
     expected = (values[0] @ values[1].transpose(-2, -1) / D**0.5).view(B, heads, S, S)
     if given:
         expected = expected.masked_fill(bias <= -1, -torch.inf) if mask == "bool" else expected + bias
-    torch.testing.assert_close(gm(*values, *passed)[0], expected.softmax(-1).mean(1).sum(1))
+    shares, found = expected.softmax(-1).mean(1), gm(*values, *passed)
+    torch.testing.assert_close(found[0], shares.sum(1))
+    for entropy, term in zip(found[1:], entropies, strict=True):
+        each = shares.mean(0, keepdim=True).expand(B, -1, -1) if term.halves else shares
+        by_torch = torch.distributions.Categorical(probs=each).entropy()
+        torch.testing.assert_close(entropy, by_torch, rtol=1e-4, atol=1e-5)
 
 
 def test_ages() -> None:
