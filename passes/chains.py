@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from tcc.passes.dataflow import Dataflow
-from tcc.passes.graph import output_values, shape, value
+from tcc.passes.graph import output_values, shape, size, value
 from tcc.passes.macs import node_macs
 from tcc.passes.token_axis import NotTokenLocal, narrowing, operands
 from tcc.passes.tokens import Axis
@@ -371,5 +371,5 @@ def _largest(node: fx.Node) -> list[fx.Node]:
 def _elements(node: fx.Node) -> int:
     val = value(node)
     if isinstance(val, (list, tuple)):
-        return sum(v.numel() for v in val if isinstance(v, torch.Tensor))
-    return math.prod(val.shape) if isinstance(val, torch.Tensor) else 0
+        return sum(math.prod(map(size, v.shape)) for v in val if isinstance(v, torch.Tensor))
+    return math.prod(shape(node)) if isinstance(val, torch.Tensor) else 0

@@ -257,9 +257,24 @@ def _part_of(sizes: Sequence[int], axis: Axis, count: int) -> int:
 
 @rule(aten.slice_scatter.default)
 def _slice_scatter(node: fx.Node, axis: Axis, size: int) -> Narrowing:
-    """Rows of another dimension are replaced; both operands carry the tokens."""
-    _refuse_own(node, axis, {_dim(_arg(node, 2, "dim", 0), len(shape(node)))}, "replaces a part of")
-    return Narrowing({(0,): axis, (1,): axis})
+    """A part of the first operand is replaced by the second; of the token axis, all tokens or only others."""
+    dim = _dim(_arg(node, 2, "dim", 0), len(shape(node)))
+    if axis.dim != dim:
+        return Narrowing({(0,): axis, (1,): axis})
+    if not axis.plain or not axis.others or _arg(node, 5, "step", 1) != 1:
+        raise NotTokenLocal(f"{node.target} replaces a part of the token axis")
+    total, rows = shape(node)[dim], shape(node.args[1])[dim]  # type: ignore[arg-type]
+    start = slice(_arg(node, 3, "start"), None).indices(total)[0]
+    part = _part_of([start, rows, total - start - rows], axis, axis.count(shape(node)))
+    found: dict[Path, Axis] = {(0,): axis}
+    fewer = axis.count(shape(node)) - size
+    if part == 0:  # the tokens come before the rows that are replaced
+        start -= fewer
+    if part == 1:
+        found[(1,)] = replace(axis, before=axis.before - start, after=axis.after - (total - start - rows))
+        rows -= fewer
+    literals: dict[Path, Any] = {(3,): start, (4,): start + rows}
+    return Narrowing(found, {path: v for path, v in literals.items() if len(node.args) > path[0]})
 
 
 @rule(aten.view_as_complex.default, aten.view_as_real.default)
