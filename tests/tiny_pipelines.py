@@ -305,7 +305,7 @@ POLICIES: dict[str, Any] = {
     "fora": functools.partial(tcc.plans.fora, num_steps=STEPS, interval=2),
     "taylorseer": functools.partial(tcc.plans.taylorseer, num_steps=STEPS, interval=2, order=1),
     "tokens": functools.partial(
-        tcc.plans.tprr, num_steps=STEPS, k1=1, k2=1, keep=0.5, attention="cached", level="branch"
+        tcc.plans.tprr, num_steps=STEPS, k1=1, k2=1, keep=0.5, tokens="uniform", attention="cached", level="branch"
     ),
 }
 

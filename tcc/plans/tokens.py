@@ -165,7 +165,7 @@ def pruned_sites(info: ModelInfo, blocks: Sequence[int], level: Level, attention
         raise PlanError(f"attention={attention!r}: use one of {', '.join(modes)}")
     if attention == "reused" and level == "block":
         raise PlanError("attention='reused' keeps the branches of a block apart: use level='branch' or 'out'")
-    chosen = [site for site in info.sites.values() if site.block in blocks]
+    chosen = [site for site in info.sites.values() if site.block in blocks and not site.stream]
     sites = [site for site in chosen if site.kind == kind]
     for site in sites:
         if not site.prunable and not (attention == "reused" and site.attention):
