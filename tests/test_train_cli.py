@@ -23,7 +23,7 @@ from tcc.learned import Importance, Probes, Router, load_learned
 from tcc.models import save_weights
 from tcc.models.dit import DiT
 from tcc.plan import Skip
-from tests.tiny_models import fill
+from tests.tiny_models import fill, uvit
 
 Invoke = Callable[..., Any]
 SHORT = ["--model", "tiny.safetensors", "--steps", "6", "--batch", "4", "--plan-batch", "2"]
@@ -61,6 +61,23 @@ def router(path: str) -> Router:
     found = load_learned(path)
     assert isinstance(found, Router)
     return found
+
+
+def test_a_router_of_a_uvit_for_dpm_solver_2(run: Invoke) -> None:
+    """P-steps are the first evaluations of solver steps, all but one; odd runs, and pairs, are refused."""
+    save_weights(uvit().model, "uvit.safetensors", torch.float32)  # type: ignore[arg-type]
+    given = ["router", "--model", "uvit.safetensors", "--sampler", "dpm-solver-2", "--batch", "2", "--plan-batch", "2"]
+    files = ["--out", "plan.safetensors", "--learned", "scores.safetensors", "--iterations", "1", "--lambda", "100"]
+    run(*given, *files, "--steps", "6", "-o", "theta=1")
+    assert router("scores.safetensors").p_steps == (2, 4)
+    plan = tcc.CachePlan.load("plan.safetensors")
+    assert plan.schedule.letters == "IIPIPI"
+    assert plan.policy["name"] == "l2c"
+
+    result = run(*given, *files, "--steps", "7", exit_code=2)
+    assert "dpm-solver-2 evaluates twice per step: give an even number" in plain(result.output)
+    result = run(*given, *files, "--steps", "6", "--data", "photos", exit_code=2)
+    assert "pairs are steps of DDIM: use --recipe trajectory" in plain(result.output)
 
 
 @pytest.mark.parametrize("recipe", ["pairs", "trajectory"])

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 import tcc
 import tcc.data
+from tcc import plans
 from tcc.errors import PlanError, TrainError
 from tcc.learned import Importance, Router, load_learned
-from tcc.models import reference_model
+from tcc.models import UViT, reference_model
 from tcc.plan import CachePlan, Compute, Reuse, Skip, Update
-from tcc.samplers import sample
+from tcc.samplers import DPMSolver2, sample
 from tcc.train.images import MemoryImages
 from tcc.train.objective import Objective
 from tcc.train.pairs import Pairs
@@ -26,7 +27,7 @@ from tcc.train.predictors import Sizes, StreamPredictor, TablePredictor
 from tcc.train.student import Student
 from tcc.train.trajectories import Trajectories, collect_streams
 from tcc.train.weights import Budget, Choices, RouterWeights, TokenWeights, choices_of, choices_of_pairs
-from tests.tiny_models import Case, dit
+from tests.tiny_models import Case, dit, uvit
 
 NUM_STEPS = 6
 REUSE = Reuse()
@@ -190,6 +191,35 @@ def test_a_trajectory_at_weight_zero_is_a_cached_run(choices: Choices, cfg: floa
         torch.testing.assert_close(loss.error, float(expected), **CLOSE)
 
 
+def test_a_trajectory_of_a_two_stage_solver_is_its_cached_run() -> None:
+    """A U-ViT under DPM-Solver-2: fractional timesteps, and P-steps that are first evaluations of a solver step."""
+    made = uvit(batch=2)
+    case = Case(made.model, (made.args[0], torch.zeros(2), made.args[2]), {})
+    solver = DPMSolver2(clip=False, diffusion=UViT.diffusion)
+    names = tuple(name for name, site in case.info.sites.items() if site.kind == "out")
+    choices = dict.fromkeys(plans.first_evaluations({1, 3, 5}, [e.stage for e in solver.evaluations(6)]), names)
+    recipe = Trajectories(Objective(Student(case.info, names), Budget()), choices, 6, 10, sampler=solver)
+    weights = RouterWeights(6, names, choices)
+    for row in weights.logits.values():
+        nn.init.constant_(row, -math.inf)
+    losses = recipe.accumulate(weights, seeded())
+
+    assert list(choices) == [loss.step for loss in losses] == [2, 4]
+    draw = seeded()
+    noise, labels = torch.randn(2, 4, 8, 8, generator=draw), torch.randint(10, (2,), generator=draw)
+    plan = plans.shifted(case.info, plans.fora(case.info, num_steps=6, interval=2))
+    calls = Calls(tcc.Reference(case.model, plan, case.info))
+    sample(calls, noise, labels, num_steps=6, sampler=solver)
+    assert float(calls.inputs[0][1][0]) == 1000
+    for loss in losses:
+        with torch.no_grad():
+            expected = (calls.outputs[loss.step] - case.model(*calls.inputs[loss.step])).square().mean()
+        assert float(expected) > 0
+        torch.testing.assert_close(loss.error, float(expected), **CLOSE)
+    with pytest.raises(TrainError, match=r"timesteps are fractional, and the model was captured with torch\.int64"):
+        Trajectories(Objective(student(), Budget()), {2: sites()}, 6, 10, sampler=DPMSolver2())
+
+
 def test_a_trajectory_at_weight_one_has_no_error() -> None:
     """The student is its own teacher."""
     choices = choices_of_pairs(NUM_STEPS, sites())
@@ -321,7 +351,7 @@ def test_the_final_stream_can_be_compared() -> None:
 def test_streams_are_collected_along_a_run() -> None:
     """At every step the value that enters block 0, in an uncached run."""
     noise, labels = torch.randn(4, 1, 8, 8, generator=seeded()), torch.arange(4)
-    found = collect_streams(student(), "blocks.0.stream", noise, labels, num_steps=3, clip=True)
+    found = collect_streams(student(), "blocks.0.stream", noise, labels, num_steps=3)
     calls = Calls(tiny().model)
     sample(calls, noise, labels, num_steps=3)
     expected = [student().compute(*inputs).streams["blocks.0.stream"] for inputs in calls.inputs]

@@ -62,6 +62,14 @@ K1 = Annotated[
     typer.Option(min=1, help="P-steps after each I-step, first half; above 1: trajectory.", rich_help_panel=_LEARN),
 ]
 K2 = Annotated[int, typer.Option(min=1, help="Likewise, second half.", rich_help_panel=_LEARN)]
+SamplerName = Annotated[
+    Literal["ddim", "dpm-solver-2"],
+    typer.Option(
+        help="What samples the trajectories. [bold]dpm-solver-2[/] evaluates the model twice per step of its own; only "
+        "first evaluations are P-steps.",
+        rich_help_panel=_LEARN,
+    ),
+]
 SiteKind = Annotated[
     Kept,
     typer.Option(
@@ -173,6 +181,7 @@ def router(
     steps: Steps = 50,
     k1: K1 = 1,
     k2: K2 = 1,
+    sampler: SamplerName = "ddim",
     sites: SiteKind = "out",
     drop: Annotated[
         bool,
@@ -223,6 +232,7 @@ def router(
         device,
         compile,
         drop=drop,
+        sampler=sampler,
     )
     planned = Planned.of("learning_to_drop" if drop else "l2c", "router", option or [])
     settings = settings_of(iterations, minutes, lr, groups, seed)
@@ -245,6 +255,7 @@ def predictor(
     steps: Steps = 50,
     k1: K1 = 1,
     k2: K2 = 1,
+    sampler: SamplerName = "ddim",
     sites: SiteKind = "out",
     price: Price = None,
     target: TargetWeight = None,
@@ -272,7 +283,7 @@ def predictor(
     """
     run = Run(
         model, data, recipe, steps, (k1, k2), sites, price, target, compare, cfg, batch, groups, device, compile,
-        held=target is not None,
+        held=target is not None, sampler=sampler,
     )  # fmt: skip
     level = {"out": "out", "delta": "branch", "block": "block"}[sites]
     planned = Planned.of("tokencache", "importance", [f"k1={k1}", f"k2={k2}", f"level={level}", *(option or [])])

@@ -18,10 +18,11 @@ from tcc.cli.subjects import dit_inputs, load_subject, look
 from tcc.errors import ModelError
 from tcc.info import ModelInfo
 from tcc.learned import save_learned
-from tcc.models import DiT
+from tcc.models import Architecture
 from tcc.plan import CachePlan
 from tcc.plan_picture import facts
-from tcc.plans import tprr_steps
+from tcc.plans import first_evaluations, shifted, tprr_steps
+from tcc.samplers import Evaluation, Sampler, named, timestep_dtype
 from tcc.train.images import open_images
 from tcc.train.loop import Report, Settings, train
 from tcc.train.objective import Objective, Recipe, Target
@@ -57,6 +58,7 @@ class Run:
     fast: bool
     held: bool = False  # whether the weights keep to the target by themselves
     drop: bool = False
+    sampler: str = "ddim"
 
     def __post_init__(self) -> None:
         if self.batch % self.groups:
@@ -67,6 +69,10 @@ class Run:
             raise typer.BadParameter("pairs are made of noised images: give --data", param_hint="--recipe")
         if self.kind == "pairs" and self.cycle != (1, 1):
             raise typer.BadParameter("pairs have one P-step each: use --recipe trajectory", param_hint="--k1, --k2")
+        if self.sampler == "dpm-solver-2" and self.steps % 2:
+            raise typer.BadParameter("dpm-solver-2 evaluates twice per step: give an even number", param_hint="--steps")
+        if self.kind == "pairs" and self.sampler != "ddim":
+            raise typer.BadParameter("pairs are steps of DDIM: use --recipe trajectory", param_hint="--sampler")
         if self.kind == "pairs" and self.cfg != 1:
             raise typer.BadParameter("pairs are without guidance: use --recipe trajectory", param_hint="--cfg")
 
@@ -86,12 +92,16 @@ class Run:
         price = self.price if self.price is not None else (2e-6 if self.target is None else 0.0)
         return Budget(price, self.target, 0.0 if self.held else 1.0)
 
-    def choices(self, names: tuple[str, ...]) -> Choices:
+    def sampled_by(self, model: Architecture) -> Sampler:
+        """The sampler; pixels are clamped, for the latents of an encoder have no bounds."""
+        return named(self.sampler, clip=model.config.in_channels in (1, 3), diffusion=model.diffusion)
+
+    def choices(self, names: tuple[str, ...], evaluations: Sequence[Evaluation]) -> Choices:
         """The P-steps of the schedule; from the image backwards for pairs, so that an even run ends with a P-step."""
         if self.kind == "pairs":
             return choices_of_pairs(self.steps, names)
-        i_steps = tprr_steps(self.steps, *self.cycle, 0.5)
-        return {step: names for step in range(self.steps) if step not in i_steps}
+        p_steps = set(range(self.steps)) - set(tprr_steps(self.steps, *self.cycle, 0.5))
+        return dict.fromkeys(first_evaluations(p_steps, [at.stage for at in evaluations]), names)
 
 
 @dataclass(frozen=True)
@@ -159,58 +169,62 @@ def run_training(
 ) -> None:
     """Train, and write what came out, in one process or several."""
     with join_world(run.device) as world:
-        dit = _dit(run.model).to(run.device)
-        info = look(dit, _inputs(dit, run.rows, run.device), {}, run.model)
+        model = _model(run.model).to(run.device)
+        evaluations = run.sampled_by(model).evaluations(run.steps)
+        info = look(model, _inputs(model, run.rows, run.device, evaluations), {}, run.model)
         names = tuple(name for name, site in info.sites.items() if site.kind == run.sites)
-        choices = run.choices(names)
+        choices = run.choices(names, evaluations)
         weights = make(info, names, choices)
         streams = [*(["out.stream"] if run.compare == "stream" else []), *([weights.reads] if weights.reads else [])]
         student = Student(info, names, streams=streams, fast=run.fast)
-        recipe = _recipe(run, dit, Objective(student, run.budget, run.compare, run.drop), choices)
+        recipe = _recipe(run, model, Objective(student, run.budget, run.compare, run.drop), choices)
         report = _follow(weights, recipe, settings, files.state, world, planned.theta)
         if world.speaks:
-            _calibrate(weights, student, dit, run)
+            _calibrate(weights, student, model, run)
             if files.learned is not None:  # before the plan, which the policy may refuse to make
                 save_learned(weights.learned(), files.learned)
                 screen.note(f"wrote {files.learned}")
-            target = look(dit, _inputs(dit, plan_batch, run.device), {}, run.model)
-            _write(run, settings, report, weights, planned.make(target, run.steps, weights), files, planned.theta)
+            target = look(model, _inputs(model, plan_batch, run.device, evaluations), {}, run.model)
+            plan = planned.make(target, run.steps, weights)
+            stages = [at.stage for at in evaluations]
+            plan = shifted(target, plan, stages=stages) if any(stages) else plan
+            _write(run, settings, report, weights, plan, files, planned.theta)
 
 
-def _dit(name: str) -> DiT:
+def _model(name: str) -> Architecture:
     model = load_subject(name, batch=1, input_size=32).model
-    if not isinstance(model, DiT):
+    if not isinstance(model, Architecture) or not model.config.num_classes:
         raise ModelError(
-            f"{name} is not a DiT, and training samples by calling model(x, t, y): use tcc.train from Python"
+            f"{name} is not a class-conditional model of tcc.models, and training samples by calling model(x, t, y): "
+            "use tcc.train from Python"
         )
     return model
 
 
-def _inputs(dit: DiT, rows: int, device: str) -> tuple[torch.Tensor, ...]:
-    return tuple(tensor.to(device) for tensor in dit_inputs(dit.config, rows))
+def _inputs(model: Architecture, rows: int, device: str, evaluations: Sequence[Evaluation]) -> tuple[torch.Tensor, ...]:
+    x, t, y = dit_inputs(model.config, rows)
+    return x.to(device), t.to(device, timestep_dtype(evaluations)), y.to(device)
 
 
-def _recipe(run: Run, dit: DiT, objective: Objective, choices: Choices) -> Recipe:
-    config, null = dit.config, dit.config.null_class
+def _recipe(run: Run, model: Architecture, objective: Objective, choices: Choices) -> Recipe:
+    config, null = model.config, model.config.null_class
     if run.kind == "pairs":
         assert run.data is not None
         images = open_images(
             run.data, size=config.input_size, channels=config.in_channels, num_classes=config.num_classes
         )
-        return Pairs(objective, images, run.steps, null)
-    clip = config.in_channels in (1, 3)  # pixels; the latents of an encoder have no bounds
-    return Trajectories(objective, choices, run.steps, config.num_classes, null, run.cfg, clip)
+        return Pairs(objective, images, run.steps, null, diffusion=model.diffusion)
+    return Trajectories(objective, choices, run.steps, config.num_classes, null, run.cfg, run.sampled_by(model))
 
 
-def _calibrate(weights: Weights, student: Student, dit: DiT, run: Run) -> None:
+def _calibrate(weights: Weights, student: Student, model: Architecture, run: Run) -> None:
     """Mean importances of a predictor that depends on the stream."""
     if isinstance(weights, TokenWeights) and isinstance(weights.predictor, StreamPredictor) and weights.reads:
-        draw = torch.Generator().manual_seed(0)
-        shape = (student.info.batch, dit.config.in_channels, *dit.config.input_size)
-        x = torch.randn(shape, generator=draw).to(run.device)
-        y = torch.randint(dit.config.num_classes, (len(x),), generator=draw).to(run.device)
-        clip = dit.config.in_channels in (1, 3)
-        streams = collect_streams(student, weights.reads, x, y, num_steps=run.steps, clip=clip)
+        config, draw = model.config, torch.Generator().manual_seed(0)
+        x = torch.randn(student.info.batch, config.in_channels, *config.input_size, generator=draw).to(run.device)
+        y = torch.randint(config.num_classes, (len(x),), generator=draw).to(run.device)
+        sampler = run.sampled_by(model)
+        streams = collect_streams(student, weights.reads, x, y, num_steps=run.steps, sampler=sampler)
         weights.predictor.calibrate(streams)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tcc.errors import ModelError
 from tcc.models.config import ModelConfig
+from tcc.samplers.diffusion import Diffusion
 
 __all__ = ["Architecture", "count_blocks", "square"]
 
@@ -27,6 +28,7 @@ class Architecture(nn.Module):
         patches: their patch sizes.
         mark: a tensor that all its state dicts have and those of the families before it in a search have not.
         training_only: prefixes of public tensors that sampling does not need; weight files may hold them.
+        diffusion: the noising process that its published weights were trained on.
         exact: fixed tensors that are stored in float32, whatever the others are stored in.
         config: the configuration.
     """
@@ -38,6 +40,7 @@ class Architecture(nn.Module):
     mark: ClassVar[str]
     training_only: ClassVar[tuple[str, ...]] = ()
     exact: ClassVar[tuple[str, ...]] = ()
+    diffusion: ClassVar[Diffusion] = Diffusion()
     config: Any
 
     @classmethod

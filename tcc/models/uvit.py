@@ -21,6 +21,7 @@ from tcc.errors import ModelError
 from tcc.models.architecture import Architecture, count_blocks, square
 from tcc.models.config import ModelConfig
 from tcc.models.dit import Attention, Mlp, PatchEmbed, timestep_features, unpatchify
+from tcc.samplers.diffusion import Diffusion
 
 __all__ = ["UViT", "UViTConfig"]
 
@@ -118,6 +119,7 @@ class UViT(Architecture):
     config_type = UViTConfig
     sizes = SIZES
     patches = PATCHES
+    diffusion = Diffusion(schedule="scaled-linear", beta_start=0.00085, beta_end=0.012, first_timestep=1)
     mark = "mid_block.attn.qkv.weight"
 
     def __init__(

@@ -10,7 +10,7 @@ from tcc.plans.forecast import forecast
 from tcc.plans.heuristics import bottom_up, metric, random_units, time_cut, top_down
 from tcc.plans.holds import deepcache, delta_dit, faster_diffusion
 from tcc.plans.l2c import l2c
-from tcc.plans.placement import percentile_steps, tprr_steps
+from tcc.plans.placement import first_evaluations, percentile_steps, tprr_steps
 from tcc.plans.routers import read_published_router
 from tcc.plans.shifted import shifted
 from tcc.plans.smoothcache import smoothcache
@@ -29,6 +29,7 @@ __all__ = [
     "delta_dit",
     "duca",
     "faster_diffusion",
+    "first_evaluations",
     "fora",
     "forecast",
     "full",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from tcc.errors import PlanError
 from tcc.plans.branches import check_share, check_whole
 
-__all__ = ["Cycle", "percentile_steps", "tprr_steps"]
+__all__ = ["Cycle", "first_evaluations", "percentile_steps", "tprr_steps"]
 
 Cycle = Literal["p_steps", "length"]
 
@@ -67,3 +68,17 @@ def percentile_steps(importance: torch.Tensor, count: int) -> tuple[int, ...]:
         free = max(first, chosen[-1] + 1 if chosen else 0)
         chosen.append(min(free, steps - count + j))
     return tuple(chosen)
+
+
+def first_evaluations(p_steps: Collection[int], stages: Sequence[int]) -> tuple[int, ...]:
+    """The P-steps of a solver that takes several evaluations per step (Learning-to-Cache, appendix B.1): see `shifted`.
+
+    Args:
+        p_steps: the P-steps, as of a solver of one evaluation per step.
+        stages: which evaluation of its solver step each evaluation is, 0 the first.
+    """
+    return tuple(
+        step
+        for step in range(1, len(stages))
+        if stages[step] == 0 and (step in p_steps or (stages[step - 1] > 0 and step - 1 in p_steps))
+    )

@@ -8,6 +8,7 @@ from dataclasses import replace
 from tcc.errors import PlanError
 from tcc.info import ModelInfo
 from tcc.plan import COMPUTE, Action, CachePlan, Reuse
+from tcc.plans.placement import first_evaluations
 
 __all__ = ["shifted"]
 
@@ -32,12 +33,13 @@ def shifted(info: ModelInfo, plan: CachePlan, *, stages: Sequence[int] | None = 
     counts = list(stages) if stages is not None else [step % 2 for step in range(plan.num_steps)]
     if len(counts) != plan.num_steps:
         raise PlanError(f"the plan has {plan.num_steps} steps, and the solver {len(counts)} evaluations")
-    kinds = plan.schedule.letters
-    actions: dict[tuple[int, str], Action] = {(0, site): COMPUTE for site in plan.sites}
-    for step in range(1, plan.num_steps):
-        moved = kinds[step] == "I" and counts[step - 1] > 0
-        for site in plan.sites:
-            actions[step, site] = COMPUTE if counts[step] else plan.action(step - moved, site)
+    before = set(range(plan.num_steps)) - set(plan.schedule.i_steps)
+    actions: dict[tuple[int, str], Action] = dict.fromkeys(
+        ((step, site) for step in range(plan.num_steps) for site in plan.sites), COMPUTE
+    )
+    for step in first_evaluations(before, counts):
+        source = step if step in before else step - 1
+        actions |= {(step, site): plan.action(source, site) for site in plan.sites}
     for (step, site), action in actions.items():
         if isinstance(action, Reuse) and action.order:
             raise PlanError(

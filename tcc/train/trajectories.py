@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from tcc.errors import TrainError
-from tcc.samplers import Diffusion, ddim_step, guide
+from tcc.samplers import DDIM, Evaluation, Sampler, denoise, guide, timestep_dtype
 from tcc.train.objective import Objective, StepLoss
 from tcc.train.student import Student
 from tcc.train.weights import Choices, Weights
@@ -18,7 +19,7 @@ __all__ = ["Trajectories", "collect_streams"]
 
 @dataclass(frozen=True)
 class Trajectories:
-    """Roll the schedule from noise with DDIM; no images are needed (HarmoniCa, Huang et al. 2024, does so for routers).
+    """Roll the schedule from noise; no images are needed (HarmoniCa, Huang et al. 2024, does so for routers).
 
     At an I-step everything is computed and stored. At a P-step the teacher runs on the student's own input, and the
     student's own output and mixed values go on: what is stale by several steps is seen as such. Gradients do not pass
@@ -32,11 +33,11 @@ class Trajectories:
         num_classes: labels are drawn from 0..num_classes - 1.
         null_class: the label of the unconditional half.
         cfg_scale: guidance scale of the sampler; at 1 the batch is not doubled.
-        clip: clamp the implied image to [-1, 1] at every step; right for pixels.
-        diffusion: the noising process.
+        sampler: what rolls it; its evaluations are the steps.
 
     Raises:
-        TrainError: no step is a P-step, the first is one, or guidance lacks a null class or an even batch.
+        TrainError: no step is a P-step, the first is one, guidance lacks a null class or an even batch, or the model
+            was captured with whole timesteps and the sampler's are fractional.
     """
 
     objective: Objective
@@ -45,8 +46,7 @@ class Trajectories:
     num_classes: int
     null_class: int | None = None
     cfg_scale: float = 1.0
-    clip: bool = True
-    diffusion: Diffusion = field(default_factory=Diffusion)
+    sampler: Sampler = field(default_factory=DDIM)
 
     def __post_init__(self) -> None:
         if not self.choices:
@@ -57,6 +57,16 @@ class Trajectories:
             raise TrainError(f"the schedule has a P-step {max(self.choices)}, and the run has {self.num_steps} steps")
         if self.guided and (self.null_class is None or self.objective.student.info.batch % 2):
             raise TrainError("guidance needs a model with a null class, and twice as many rows as images")
+        wanted = timestep_dtype(self.sampler.evaluations(self.num_steps))
+        if wanted.is_floating_point and not self.time_dtype.is_floating_point:
+            raise TrainError(
+                f"the sampler's timesteps are fractional, and the model was captured with {self.time_dtype}"
+            )
+
+    @property
+    def time_dtype(self) -> torch.dtype:
+        """What the model takes timesteps in."""
+        return self.objective.student.info.captured.inputs[1].dtype
 
     @property
     def guided(self) -> bool:
@@ -74,19 +84,22 @@ class Trajectories:
             y = torch.cat([y, torch.full_like(y, self.null_class or 0)])
         losses: list[StepLoss] = []
         stored: dict[str, Tensor] = {}
-        for number, step in enumerate(self.diffusion.steps(self.num_steps)):
-            t = torch.full((len(y),), step.timestep, dtype=torch.int64, device=spec.device)
-            inputs = (torch.cat([x, x]) if self.guided else x, t, y)
+        steps = itertools.count()
+
+        def evaluate(x: Tensor, evaluation: Evaluation) -> Tensor:
+            nonlocal stored
+            t = torch.full((len(y),), evaluation.timestep, dtype=self.time_dtype, device=spec.device)
+            inputs, number = (torch.cat([x, x]) if self.guided else x, t, y), next(steps)
             if number in self.choices:
-                share = 1 / len(self.choices)
-                loss, values = self.objective.backward(weights, number, stored, inputs, share)
+                loss, values = self.objective.backward(weights, number, stored, inputs, 1 / len(self.choices))
                 losses.append(loss)
             else:
                 values = student.compute(*inputs)
-            stored, output = values.stored, values.output
-            if self.guided:
-                output = guide(output, self.cfg_scale, x.shape[1])
-            x = ddim_step(x, output[:, : x.shape[1]], step, noise=None, eta=0.0, clip=self.clip)
+            stored = values.stored
+            return guide(values.output, self.cfg_scale, x.shape[1]) if self.guided else values.output
+
+        for _ in denoise(self.sampler, evaluate, x, self.num_steps, generator):
+            pass
         return losses
 
     def describe(self) -> dict[str, object]:
@@ -96,14 +109,14 @@ class Trajectories:
             "steps": self.num_steps,
             "p_steps": list(self.choices),
             "guidance": self.cfg_scale,
-            "clip": self.clip,
+            "sampler": repr(self.sampler),
         }
 
 
 def collect_streams(
-    student: Student, site: str, x: Tensor, y: Tensor, *, num_steps: int, clip: bool, diffusion: Diffusion | None = None
+    student: Student, site: str, x: Tensor, y: Tensor, *, num_steps: int, sampler: Sampler | None = None
 ) -> list[Tensor]:
-    """The values of a `stream` site in an uncached DDIM run, step by step.
+    """The values of a `stream` site in an uncached run, step by step.
 
     Args:
         student: a student that returns the site.
@@ -111,12 +124,16 @@ def collect_streams(
         x: unit Gaussian noise `[B, C, H, W]`.
         y: labels `[B]`.
         num_steps: denoising steps.
-        clip: clamp the implied image to [-1, 1] at every step.
-        diffusion: the noising process.
+        sampler: by default DDIM, clamped.
     """
     found = []
-    for step in (diffusion or Diffusion()).steps(num_steps):
-        values = student.compute(x, torch.full((len(y),), step.timestep, dtype=torch.int64, device=x.device), y)
+    dtype = student.info.captured.inputs[1].dtype
+
+    def evaluate(x: Tensor, evaluation: Evaluation) -> Tensor:
+        values = student.compute(x, torch.full((len(y),), evaluation.timestep, dtype=dtype, device=x.device), y)
         found.append(values.streams[site])
-        x = ddim_step(x, values.output[:, : x.shape[1]], step, noise=None, eta=0.0, clip=clip)
+        return values.output
+
+    for _ in denoise(sampler or DDIM(), evaluate, x, num_steps):
+        pass
     return found
