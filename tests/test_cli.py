@@ -186,6 +186,18 @@ def test_sample_through_a_plan(run: Invoke, weights: str) -> None:
     assert Path("samples.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_sample_with_another_solver(run: Invoke, weights: str) -> None:
+    """A shifted plan under DPM-Solver-2; a count that the solver has no run of is refused."""
+    given = ["--model", weights, "--steps", "4"]
+    made = run("plan", *given, "--batch", "2", "-p", "fora", "-o", "interval=2", "--shifted", "--out", "p.safetensors")
+    assert "schedule IIPI" in made.output
+    options = ["--sampler", "dpm-solver-2", "--backend", "eager"]
+    run("sample", "--model", weights, "--plan", "p.safetensors", "--classes", "1", "--out", "out.png", *options)
+    assert Path("out.png").read_bytes().startswith(b"\x89PNG")
+    result = run("sample", "--model", weights, "--steps", "5", "--classes", "1", *options, exit_code=2)
+    assert "two evaluations per step: an even number of them, got 5" in plain(result.stderr)
+
+
 def test_sample_without_a_plan_and_without_guidance(run: Invoke, weights: str) -> None:
     """No plan: every step computed. Guidance 1: the batch is not doubled."""
     result = run(

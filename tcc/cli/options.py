@@ -16,6 +16,7 @@ __all__ = [
     "Json",
     "ModelName",
     "Seed",
+    "TrainedName",
     "WeightsName",
     "in_a_folder",
     "numbers",
@@ -45,6 +46,14 @@ _MODEL = (
 _WEIGHTS = "[bold]reference[/] (the trained model that comes with tcc), or a weights file of a DiT on pixels."
 
 ModelName = Annotated[str, typer.Option("--model", "-m", help=_MODEL)]
+TrainedName = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="[bold]reference[/] (the trained model that comes with tcc), or a weights file of a DiT, U-ViT or MDT.",
+    ),
+]
 WeightsName = Annotated[str, typer.Option("--model", "-m", help=_WEIGHTS)]
 InputSize = Annotated[
     int, typer.Option(min=1, help="Side of the input, in pixels or latent pixels, of a DiT with random weights.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import typer
@@ -19,6 +19,7 @@ from tcc.errors import PlanError
 from tcc.models import DiT
 from tcc.plan import CachePlan
 from tcc.runtime import Session
+from tcc.samplers import Sampler, named
 from tcc.samplers import sample as run_sampler
 
 __all__ = ["class_names", "sample", "seeded_noise"]
@@ -27,7 +28,17 @@ PlanFile = Annotated[
     Path | None, typer.Option("--plan", metavar="FILE", help="A plan from tcc plan. Without: compute every step.")
 ]
 Steps = Annotated[
-    int | None, typer.Option(min=1, max=1000, help="DDIM steps. [dim]default: the plan's, or 50[/]", show_default=False)
+    int | None,
+    typer.Option(
+        min=1, max=1000, help="Evaluations of the model. [dim]default: the plan's, or 50[/]", show_default=False
+    ),
+]
+SamplerName = Annotated[
+    Literal["ddim", "dpm-solver-2", "dpm-solver++2m", "dpm-solver++2s"],
+    typer.Option(
+        help="The solver; those of DPM-Solver++ are diffusers'. [bold]dpm-solver-2[/] evaluates twice per step: "
+        "[bold]tcc plan --shifted[/] makes plans for it."
+    ),
 ]
 Out = Annotated[Path, typer.Option(metavar="FILE", callback=options.in_a_folder, help="The picture to write.")]
 
@@ -36,6 +47,7 @@ def sample(
     plan: PlanFile = None,
     classes: options.Classes = "0-9",
     steps: Steps = None,
+    sampler: SamplerName = "ddim",
     cfg: options.Cfg = 1.5,
     seed: options.Seed = 0,
     out: Out = Path("samples.png"),
@@ -53,6 +65,7 @@ def sample(
       tcc sample --classes 7,7,7,9 --seed 1 --backend eager
       tcc plan --batch 6 -o keep=0.5 --out plan.safetensors
       tcc sample --plan plan.safetensors --classes 0,1,2
+      tcc sample --sampler dpm-solver++2m --steps 12
     """
     dit, labels = load_pixel_dit(model), torch.tensor(options.numbers(classes, "--classes"))
     _check_labels(dit, labels)
@@ -62,12 +75,13 @@ def sample(
         _check_plan(loaded, plan, rows, steps)
     info = look(dit, dit_inputs(dit.config, rows), {}, model)
     chosen = loaded or plans.full(info, num_steps=steps or 50)
+    solver = _solver(sampler, chosen.num_steps)
     session = Session(executables(info, {"plan": chosen}, backend)["plan"])
     start = time.perf_counter()
     with screen.bar("sampling") as bar:
         images = run_sampler(
             session, seeded_noise(dit, len(labels), seed), labels,
-            num_steps=chosen.num_steps, cfg_scale=cfg, null_class=dit.config.null_class, progress=bar,
+            num_steps=chosen.num_steps, sampler=solver, cfg_scale=cfg, null_class=dit.config.null_class, progress=bar,
         )  # fmt: skip
     seconds = time.perf_counter() - start
     draw_sheet(out, [SheetRow("", "", images)], class_names(dit, labels), "")
@@ -84,6 +98,20 @@ def class_names(model: DiT, labels: torch.Tensor) -> list[str]:
     """Headings for the images: names for the ten classes of the reference model, else numbers."""
     known = model.config.num_classes == len(CLASS_NAMES)
     return [CLASS_NAMES[label] if known else str(label) for label in labels.tolist()]
+
+
+def _solver(name: str, num_steps: int) -> Sampler:
+    """The sampler, at whole timesteps, as the model is captured.
+
+    Raises:
+        typer.BadParameter: it has no run of so many evaluations.
+    """
+    made = named(name, **({"whole": True} if name == "dpm-solver-2" else {}))
+    try:
+        made.evaluations(num_steps)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--sampler") from error
+    return made
 
 
 def _check_labels(model: DiT, labels: torch.Tensor) -> None:

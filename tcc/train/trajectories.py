@@ -132,7 +132,8 @@ def collect_streams(
     def evaluate(x: Tensor, evaluation: Evaluation) -> Tensor:
         values = student.compute(x, torch.full((len(y),), evaluation.timestep, dtype=dtype, device=x.device), y)
         found.append(values.streams[site])
-        return values.output
+        output: Tensor = values.output
+        return output
 
     for _ in denoise(sampler or DDIM(), evaluate, x, num_steps):
         pass
