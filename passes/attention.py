@@ -134,7 +134,7 @@ def _is_softmax(node: fx.Node, axis: Axis) -> bool:
 def _to_softmax(last: fx.Node, path: Path, axis: Axis) -> tuple[Rows, tuple[Any, ...]] | None:
     """The softmax above a factor of `last`, and the way down from it."""
     way: list[tuple[fx.Node, Path, Axis | None]] = [(last, path, None)]
-    node = at(last, path)  # type: ignore[arg-type]
+    node = at(last, path)
     while node.op == "call_function":
         if _is_softmax(node, axis):
             return Rows(node, axis), tuple(reversed(way))

@@ -54,7 +54,8 @@ def _cuts(user: fx.Node, source: fx.Node) -> Iterable[Cut]:
         start, stop, _ = slice(args[1], args[2]).indices(shape(source)[dim])
         yield Cut(user, source, dim, start, stop)
     elif user.target in _SPLITS:
-        dim = (args[1] if args[1] is not None else user.kwargs.get("dim", 0)) % rank
+        along: Any = args[1] if args[1] is not None else user.kwargs.get("dim", 0)
+        dim = int(along) % rank
         starts = [0]
         for part in user.meta["val"]:
             starts.append(starts[-1] + int(part.shape[dim]))

@@ -57,8 +57,9 @@ def _matmul(node: fx.Node, first: int) -> Product:
     left = _leading(ranks[0] - len(rows) - 1) + rows + "k"
     right = _leading(ranks[1] - len(columns) - 1) + "k" + columns
     result = _leading(len(shape(node)) - len(rows + columns)) + rows + columns
-    addend = {(0,): result[len(result) - len(shape(node.args[0])) :]} if first else {}  # type: ignore[arg-type]
-    return Product({(first,): left, (first + 1,): right}, result, addend)
+    addend: dict[Path, str] = {(0,): result[len(result) - len(shape(node.args[0])) :]} if first else {}  # type: ignore[arg-type]
+    factors: dict[Path, str] = {(first,): left, (first + 1,): right}
+    return Product(factors, result, addend)
 
 
 def _leading(count: int) -> str:

@@ -108,7 +108,8 @@ def _parts(base: fx.Node) -> list[_Part] | None:
                 return None
             unbinds = user.target is aten.unbind.int
             at = 1 if unbinds else 2
-            dim = (user.args[at] if len(user.args) > at else user.kwargs.get("dim", 0)) % rank  # type: ignore[operator]
+            along: Any = user.args[at] if len(user.args) > at else user.kwargs.get("dim", 0)
+            dim = int(along) % rank
             counts = [1] * len(user.meta["val"]) if unbinds else [int(v.shape[dim]) for v in user.meta["val"]]
             items: list[Any] = list(user.users)
             parts += [_Part(i, dim, sum(counts[: i.args[1]]), counts[i.args[1]], unbinds) for i in items]

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from tcc.passes.graph import UNKNOWN, shape
+from tcc.passes.graph import UNKNOWN, shape, value
 from tcc.passes.paths import Path, at, operands
 from tcc.passes.products import product
 from tcc.passes.tokens import Axis
@@ -162,14 +162,16 @@ def _along_dim(node: fx.Node, axis: Axis, size: int) -> Narrowing:
 
 
 @rule(aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.var.correction,
-      aten.linalg_vector_norm.default)  # fmt: skip
+      aten.linalg_vector_norm.default, aten.std.correction, aten.logsumexp.default, aten.prod.dim_int,
+      aten.max.dim, aten.min.dim, aten.argmax.default, aten.argmin.default)  # fmt: skip
 def _reduce(node: fx.Node, axis: Axis, size: int) -> Narrowing:
     rank = len(shape(node.args[0]))  # type: ignore[arg-type]
     dims = _arg(node, 2 if node.target == aten.linalg_vector_norm.default else 1, "dim")
     if dims is None or dims == []:
         raise NotTokenLocal(f"{node.target} reduces over all dimensions")
     gone = {_dim(d, rank) for d in ([dims] if isinstance(dims, int) else dims)}
-    if len(shape(node)) == rank:
+    result = value(node)
+    if (result[0] if isinstance(result, tuple) else result).dim() == rank:
         _refuse_own(node, axis, gone, "reduces over")
         return Narrowing({(0,): axis})
     kept = [d for d in range(rank) if d not in gone]
@@ -188,7 +190,8 @@ def _permute(node: fx.Node, axis: Axis, size: int) -> Narrowing:
     return Narrowing({(0,): axis.at(order[axis.dim])})
 
 
-@rule(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.select.int, aten.unbind.int)
+@rule(aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.select.int,
+      aten.unbind.int)  # fmt: skip
 def _add_or_drop_dims(node: fx.Node, axis: Axis, size: int) -> Narrowing:
     rank = len(shape(node.args[0]))  # type: ignore[arg-type]
     where = _arg(node, 1, "dim", 0)
@@ -197,24 +200,29 @@ def _add_or_drop_dims(node: fx.Node, axis: Axis, size: int) -> Narrowing:
         _refuse_own(node, axis, {new}, "makes")
         dim = axis.dim - (axis.dim > new)
     else:
-        dims = {_dim(d, rank) for d in ([where] if isinstance(where, int) else where)}
-        if node.target in (aten.squeeze.dim, aten.squeeze.dims):
-            dims = {d for d in dims if shape(node.args[0])[d] == 1}  # type: ignore[arg-type]
+        named = set(range(rank))
+        if node.target != aten.squeeze.default:
+            named = {_dim(d, rank) for d in ([where] if isinstance(where, int) else where)}
+        squeezes = node.target in (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
+        dims = {d for d in named if not squeezes or shape(node.args[0])[d] == 1}  # type: ignore[arg-type]
         dim = [d for d in range(rank) if d not in dims][axis.dim]
+        if dim in named and axis.size(size) == 1:
+            raise NotTokenLocal(f"{node.target} would drop the token axis of a single token")
     return Narrowing({(0,): axis.at(dim)})
 
 
 @rule(aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default,
-      aten.index_select.default, aten.constant_pad_nd.default)  # fmt: skip
+      aten.index_select.default, aten.constant_pad_nd.default, aten.pad.default, aten.unsafe_split.Tensor,
+      aten.glu.default)  # fmt: skip
 def _cut(node: fx.Node, axis: Axis, size: int) -> Narrowing:
     """Operators that cut along one dimension and leave the others alone."""
     rank = len(shape(node.args[0]))  # type: ignore[arg-type]
-    if node.target == aten.constant_pad_nd.default:
+    if node.target in (aten.constant_pad_nd.default, aten.pad.default):
         pads = list(node.args[1])  # type: ignore[arg-type]
         cut = {rank - 1 - i // 2 for i, pad in enumerate(pads) if pad}
     else:
-        at = 1 if node.target in (aten.slice.Tensor, aten.index_select.default) else 2
-        cut = {_dim(_arg(node, at, "dim", 0), rank)}
+        at = 1 if node.target in (aten.slice.Tensor, aten.index_select.default, aten.glu.default) else 2
+        cut = {_dim(_arg(node, at, "dim", -1 if node.target == aten.glu.default else 0), rank)}
     if axis.dim in cut and axis.plain and node.target == aten.slice.Tensor and _arg(node, 4, "step", 1) == 1:
         return _cut_off(node, axis, size)
     if axis.dim in cut and axis.plain and node.target == aten.split_with_sizes.default:
@@ -229,8 +237,8 @@ def _cut_off(node: fx.Node, axis: Axis, size: int) -> Narrowing:
     rows = shape(node)[axis.dim]
     start = slice(_arg(node, 2, "start"), None).indices(total)[0]
     source = replace(axis, before=axis.before + start, after=axis.after + total - start - rows)
-    literals: dict[Path, Any] = {(2,): start, (3,): start + axis.size(size)}
-    return Narrowing({(0,): source}, {path: v for path, v in literals.items() if len(node.args) > path[0]})
+    bounds = {2: start, 3: start + axis.size(size)}
+    return Narrowing({(0,): source}, {(at,): bound for at, bound in bounds.items() if len(node.args) > at})
 
 
 def _split_off(node: fx.Node, axis: Axis, size: int) -> Narrowing:
@@ -273,8 +281,35 @@ def _slice_scatter(node: fx.Node, axis: Axis, size: int) -> Narrowing:
     if part == 1:
         found[(1,)] = replace(axis, before=axis.before - start, after=axis.after - (total - start - rows))
         rows -= fewer
-    literals: dict[Path, Any] = {(3,): start, (4,): start + rows}
-    return Narrowing(found, {path: v for path, v in literals.items() if len(node.args) > path[0]})
+    bounds = {3: start, 4: start + rows}
+    return Narrowing(found, {(at,): bound for at, bound in bounds.items() if len(node.args) > at})
+
+
+@rule(aten.select_scatter.default)
+def _select_scatter(node: fx.Node, axis: Axis, size: int) -> Narrowing:
+    """One entry of another dimension is replaced, by a value without that dimension."""
+    dim = _dim(_arg(node, 2, "dim", 0), len(shape(node)))
+    _refuse_own(node, axis, {dim}, "replaces a part of")
+    return Narrowing({(0,): axis, (1,): axis.at(axis.dim - (dim < axis.dim))})
+
+
+@rule(aten.index.Tensor)
+def _index(node: fx.Node, axis: Axis, size: int) -> Narrowing:
+    """One dimension is looked up by a table of positions, which takes its place."""
+    tables = [(i, table) for i, table in enumerate(node.args[1]) if table is not None]  # type: ignore[arg-type]
+    if len(tables) != 1:
+        raise NotTokenLocal(f"{node.target} looks up {len(tables)} dimensions at once")
+    dim, table = tables[0]
+    extra = len(shape(table))
+    _refuse_own(node, axis, set(range(dim, dim + extra)), "looks up")
+    return Narrowing({(0,): axis if axis.dim < dim else axis.at(axis.dim - extra + 1)})
+
+
+@rule(aten.group_norm.default)
+def _group_norm(node: fx.Node, axis: Axis, size: int) -> Narrowing:
+    """Every sample is normalised by itself."""
+    _refuse_own(node, axis, set(range(1, len(shape(node)))), "normalises over")
+    return Narrowing({(0,): axis})
 
 
 @rule(aten.view_as_complex.default, aten.view_as_real.default)
@@ -342,13 +377,12 @@ def _view(node: fx.Node, axis: Axis, size: int) -> Narrowing:
     raise NotTokenLocal(f"{node.target} {list(source)} -> {list(sizes)} merges or splits the token axis")
 
 
-@rule(aten.repeat.default)
+@rule(aten.repeat.default, aten.tile.default)
 def _repeat(node: fx.Node, axis: Axis, size: int) -> Narrowing:
-    times = list(node.args[1])  # type: ignore[arg-type]
-    if times[axis.dim] != 1:
+    rank, times = len(shape(node)), list(node.args[1])  # type: ignore[arg-type]
+    if ([1] * (rank - len(times)) + times)[axis.dim] != 1:
         raise NotTokenLocal(f"{node.target} repeats the token axis")
-    dim = axis.dim - (len(times) - len(shape(node.args[0])))  # type: ignore[arg-type]
-    return Narrowing({(0,): axis.at(dim)})
+    return Narrowing({(0,): axis.at(axis.dim - rank + len(shape(node.args[0])))})  # type: ignore[arg-type]
 
 
 @rule(aten.repeat_interleave.self_int)
