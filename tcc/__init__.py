@@ -1,7 +1,8 @@
 """tcc: a token-caching compiler for diffusion transformers."""
 
-from tcc import errors, plans
+from tcc import errors, export, plans
 from tcc.driver import CompiledModel, compile
+from tcc.export import load
 from tcc.info import ModelInfo, inspect
 from tcc.plan import CachePlan, Compute, Hold, Reuse, Schedule, Skip, TopK, Update
 from tcc.reference import Reference
@@ -20,7 +21,9 @@ __all__ = [
     "Update",
     "compile",
     "errors",
+    "export",
     "inspect",
+    "load",
     "plans",
 ]
 

@@ -298,6 +298,7 @@ def _unlift(program: ExportedProgram) -> tuple[fx.GraphModule, dict[int, Any]]:
         if node.op == "placeholder":
             if specs[node.name].kind != InputKind.USER_INPUT:
                 names[node] = _weight(root, graph, node, _tensor_of(program, specs[node.name]))
+                names[node].meta["weight"] = specs[node.name].target
             continue
         if node.op == "get_attr":
             node.meta["val"] = getattr(program.graph_module, str(node.target))  # the graph of an inner function

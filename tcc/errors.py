@@ -4,8 +4,10 @@ from __future__ import annotations
 
 __all__ = [
     "AnalysisError",
+    "BundleError",
     "CallError",
     "CaptureError",
+    "ExportError",
     "ModelError",
     "PassError",
     "PlanError",
@@ -54,3 +56,11 @@ class VerificationError(TccError, RuntimeError):
 
 class TrainError(TccError, RuntimeError):
     """Training cannot start or go on: no images, a loss that is no number, or a state of another run."""
+
+
+class ExportError(TccError, RuntimeError):
+    """A program cannot be exported to a target, or the target's library is missing; says what to install."""
+
+
+class BundleError(TccError, ValueError):
+    """A bundle is incomplete, altered, malformed, or of an unknown version; names the file or the field."""

@@ -1,4 +1,4 @@
-"""The command line: `tcc demo | inspect | plan | train | sample`, one file each."""
+"""The command line: `tcc demo | inspect | plan | train | sample | export | run`, one file each."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typer.core import TyperGroup
 import tcc
 from tcc.cli import screen
 from tcc.cli.demo import demo
+from tcc.cli.export import export
 from tcc.cli.inspect import inspect
 from tcc.cli.plan import plan
+from tcc.cli.run import run
 from tcc.cli.sample import sample
 from tcc.cli.train import app as train
 from tcc.errors import TccError
@@ -71,15 +73,19 @@ def start(
       tcc plan -o keep=0.5 --out plan.safetensors  make a plan
       tcc sample --plan plan.safetensors           draw images with it
       tcc train router --out plan.safetensors      learn a plan
+      tcc export --plan plan.safetensors --out b   a bundle that needs no model code
+      tcc run b --null-class 10                    draw images with the bundle
     """
     if not debug:
         warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")  # torch.export, of its own code
 
 
 app.command()(demo)
+app.command()(export)
 app.command()(inspect)
 app.command()(plan)
 app.add_typer(train, name="train")
+app.command()(run)
 app.command()(sample)
 
 

@@ -1,21 +1,27 @@
-"""`tcc inspect`: what tcc sees in a model, or what a plan file says."""
+"""`tcc inspect`: what tcc sees in a model, or what a plan file or a bundle says."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from safetensors import SafetensorError, safe_open
 
 from tcc.cli import options, screen
+from tcc.cli.bundles import bundle_tables
 from tcc.cli.subjects import load_subject, look
+from tcc.export.manifest import MANIFEST, read
 from tcc.plan import CachePlan
 from tcc.plan_file import FORMAT
 from tcc.plan_picture import facts
 
 __all__ = ["inspect"]
 
-What = Annotated[str | None, typer.Argument(help="A plan file, or a model as for --model.", show_default=False)]
+What = Annotated[
+    str | None, typer.Argument(help="A plan file, a bundle, or a model as for --model.", show_default=False)
+]
 
 
 def inspect(
@@ -30,7 +36,8 @@ def inspect(
     A site is a value that can be kept from one denoising step to the next.
     The table gives its shape, the MACs of computing it for one image, the size
     of its slot, and whether single tokens of it can be updated, or why not.
-    Given a plan file, the command prints that plan's summary instead.
+    Given a plan file, the command prints that plan's summary instead; given the
+    folder of a bundle, what is in it, after checking every file.
 
     [bold]Examples[/]
 
@@ -38,12 +45,19 @@ def inspect(
       tcc inspect DiT-XL/2 --json sites.json   a published size, no weights made
       tcc inspect mine.models:small            your own (model, args, kwargs)
       tcc inspect plan.safetensors             a plan written by tcc plan
+      tcc inspect bundle                       a folder written by tcc export
     """
     name = what or model
     if _is_plan(name):
         plan = CachePlan.load(name)
         screen.out().print(plan.summary(), soft_wrap=True, markup=False)
         screen.write_json(json, facts(plan))
+        return
+    if Path(name, MANIFEST).exists():
+        manifest = read(Path(name))
+        for table in bundle_tables(name, manifest):
+            screen.out().print(table)
+        screen.write_json(json, asdict(manifest))
         return
     subject = load_subject(name, batch=batch, input_size=input_size, device="meta")
     info = look(subject.model, subject.args, subject.kwargs, subject.label)

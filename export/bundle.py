@@ -1,0 +1,249 @@
+"""Writing a bundle: a compiled program as a folder that runs without the model's Python code."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.export import ExportedProgram
+
+from tcc.checks import check_model
+from tcc.driver import CompiledModel, Policy
+from tcc.errors import ExportError
+from tcc.export import manifest as manifests
+from tcc.export.aoti import compile_aoti, package_aoti
+from tcc.export.graphs import input_names, output_names
+from tcc.export.manifest import PLAN, TENSORS, WEIGHTS, Graph, Manifest, Step, TensorSpec, dtype_name, file_entry
+from tcc.export.onnx import write_onnx
+from tcc.export.weights import Weights, collect, places
+from tcc.info import inspect
+from tcc.passes.graph import output_values, value
+from tcc.plan import CachePlan
+from tcc.program import Program, Variant, build_program
+
+__all__ = ["Written", "bundle"]
+
+_MEANINGS = {
+    "kept": "token set: the positions of the kept tokens",
+    "place": "token set: where each token stands among the kept ones, -1 for dropped ones",
+    "coefficients": "forecast: the weights of the last values, newest first",
+    "table": "scores: a table that they are computed from",
+}
+
+
+@dataclass(frozen=True)
+class Written:
+    """What exporting made.
+
+    Attributes:
+        folder: the bundle.
+        manifest: its manifest.
+        seconds: what each graph took.
+    """
+
+    folder: Path
+    manifest: Manifest
+    seconds: tuple[float, ...]
+
+
+def bundle(
+    model: nn.Module | ExportedProgram | CompiledModel,
+    plan: CachePlan | Policy | None,
+    example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None,
+    out: str | os.PathLike[str],
+    *,
+    target: str = "onnx",
+    progress: Callable[[str], None] | None = None,
+) -> Written:
+    """Export `model` under `plan` as a bundle: a manifest, the plan, the weights once, and a graph per variant.
+
+    Args:
+        model: a diffusion transformer in eval mode, an `ExportedProgram` of one, or what `tcc.compile` returned and was
+            called once (then the plan and the inputs are its own, and None here).
+        plan: a plan, or a policy.
+        example_inputs: `(args, kwargs)` of a call; the bundle runs these shapes, dtypes and this device.
+        out: the folder to make; it must not exist, or be empty.
+        target: `onnx` or `aoti`.
+        progress: called with a line of text before each graph.
+
+    Raises:
+        ExportError: the target is not known, a library is missing, an operator has no form in the target, or there is
+            something at `out`.
+        CaptureError, AnalysisError, PlanError: see `tcc.compile`.
+    """
+    if target not in _WRITERS:
+        raise ExportError(f"target={target!r}: use one of {', '.join(_WRITERS)}")
+    folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ExportError(f"{folder} exists: name a new folder, or remove it first")
+    program, chosen = _program(model, plan, example_inputs, progress)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))  # a bundle is whole, or is not there
+    try:
+        made, seconds = _write(program, chosen, draft, target, progress or (lambda _: None))
+        if folder.exists():
+            folder.rmdir()
+        draft.chmod(0o755)
+        draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return Written(folder, made, seconds)
+
+
+def _program(
+    model: nn.Module | ExportedProgram | CompiledModel,
+    plan: CachePlan | Policy | None,
+    example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None,
+    progress: Callable[[str], None] | None,
+) -> tuple[Program, CachePlan]:
+    if isinstance(model, CompiledModel):
+        if plan is not None or example_inputs is not None:
+            raise ExportError("a compiled model has its own plan and inputs: pass None for both")
+        if model.program is None:
+            raise ExportError("nothing is compiled yet: call the model once, or pass example_inputs to tcc.compile")
+        return model.program, model.plan
+    if plan is None or example_inputs is None:
+        raise ExportError("exporting a model needs a plan and example_inputs, ((x, t, y), {})")
+    info = inspect(model, *example_inputs[0], **example_inputs[1])
+    chosen = plan if isinstance(plan, CachePlan) else plan(info)
+    check_model(chosen, info.key)
+    return build_program(info.captured, info.analysis, chosen, progress=progress), chosen
+
+
+def _write(
+    program: Program, plan: CachePlan, folder: Path, target: str, progress: Callable[[str], None]
+) -> tuple[Manifest, tuple[float, ...]]:
+    plan.save(str(folder / PLAN))
+    weights = collect(program.variants)
+    weights.save(folder / WEIGHTS)
+    tensors, steps = _tensors(program)
+    save_file(tensors or {"none": torch.zeros(0)}, folder / TENSORS)
+    graphs, seconds = _WRITERS[target](program, weights, folder, progress)
+    for path in folder.iterdir():
+        path.chmod(0o644)
+    files = {path.name: file_entry(path) for path in sorted(folder.iterdir())}
+    captured = program.captured
+    made = Manifest(
+        target=target,
+        device=captured.inputs[0].device.type,
+        inputs=tuple(
+            TensorSpec(i.name, i.shape, dtype_name(i.dtype), "input of the model's forward") for i in captured.inputs
+        ),
+        outputs=_outputs(program),
+        slots=tuple(
+            TensorSpec(f"slot:{s.name}", s.shape, dtype_name(s.dtype), f"kept from step to step: {s.name}")
+            for s in program.slots
+        ),
+        tensors=tuple(
+            TensorSpec(name, tuple(t.shape), dtype_name(t.dtype), _MEANINGS[name.rpartition(".")[0]])
+            for name, t in tensors.items()
+        ),
+        graphs=graphs,
+        steps=steps,
+        files=files,
+        hashes={"plan": files[PLAN].sha256, "graph": captured.hash, "weights": files[WEIGHTS].sha256},
+        tools=_tools(target),
+    )
+    manifests.write(made, folder)
+    manifests.read(folder)  # what cannot be read must not leave this function
+    return made, seconds
+
+
+def _tensors(program: Program) -> tuple[dict[str, torch.Tensor], tuple[Step, ...]]:
+    """The tensors that steps give their graphs, each once, and the step table."""
+    names: dict[str, str] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    steps = []
+    for binding in program.bindings:
+        used = {}
+        for name, tensor in binding.tensors.items():
+            kind, content = name.rpartition("_")[0], tensor.detach().cpu().contiguous()
+            key = kind + hashlib.sha256(content.numpy().tobytes() + str(tuple(content.shape)).encode()).hexdigest()
+            if key not in names:
+                names[key] = f"{kind}.{len(names)}"
+                tensors[names[key]] = content.clone()
+            used[name] = names[key]
+        steps.append(Step(binding.variant, used))
+    return tensors, tuple(steps)
+
+
+def _outputs(program: Program) -> tuple[TensorSpec, ...]:
+    first = program.variants[0]
+    values = output_values(first.gm.graph)
+    own = values[: len(values) - len(first.stores)]
+    if not all(hasattr(node, "meta") for node in own):
+        raise ExportError("the model returns values that are not tensors: export one that returns tensors alone")
+    names = output_names(first)[: len(own)]
+    return tuple(
+        TensorSpec(name, tuple(value(node).shape), dtype_name(value(node).dtype), "output of the model's forward")
+        for name, node in zip(names, own, strict=True)
+    )
+
+
+def _tools(target: str) -> dict[str, str]:
+    packages = {"onnx": ("torch", "onnx", "onnxscript", "onnxruntime"), "aoti": ("torch",)}[target]
+    tools = {"python": platform.python_version()}
+    for name in ("tcc", *packages):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            tools[name] = metadata.version(name)
+    return tools
+
+
+def _used(variant: Variant, weights: Weights) -> tuple[str, ...]:
+    """The names of the weights that a graph reads."""
+    nodes = (node for node in variant.gm.graph.nodes if node.op == "get_attr")
+    return tuple(dict.fromkeys(weights.names[str(node.target)] for node in nodes))
+
+
+def _operators(variant: Variant) -> int:
+    return sum(node.op == "call_function" for node in variant.gm.graph.nodes)
+
+
+_Graphs = tuple[tuple[Graph, ...], tuple[float, ...]]
+
+
+def _write_onnx(program: Program, weights: Weights, folder: Path, progress: Callable[[str], None]) -> _Graphs:
+    graphs, seconds, where = [], [], places(folder / WEIGHTS)
+    for number, variant in enumerate(program.variants):
+        progress(f"writing graph {number + 1}/{len(program.variants)}")
+        began, name = time.perf_counter(), f"step{number}.onnx"
+        operators = write_onnx(variant, weights, where, folder / name)
+        stores = tuple(f"slot:{slot}" for slot in variant.stores)
+        used = _used(variant, weights)
+        graphs.append(Graph(name, "", input_names(variant), stores, used, variant.macs, operators))
+        seconds.append(time.perf_counter() - began)
+    return tuple(graphs), tuple(seconds)
+
+
+def _write_aoti(program: Program, weights: Weights, folder: Path, progress: Callable[[str], None]) -> _Graphs:
+    made, seconds = [], []
+    for number, variant in enumerate(program.variants):
+        progress(f"compiling graph {number + 1}/{len(program.variants)}")
+        began = time.perf_counter()
+        made.append(compile_aoti(variant, weights))
+        seconds.append(time.perf_counter() - began)
+    entries = package_aoti([files for files, _ in made], folder / "steps.pt2")
+    graphs = [
+        Graph(
+            "steps.pt2", entry, inputs, tuple(f"slot:{slot}" for slot in variant.stores), _used(variant, weights),
+            variant.macs, _operators(variant),
+        )
+        for entry, (_, inputs), variant in zip(entries, made, program.variants, strict=True)
+    ]  # fmt: skip
+    return tuple(graphs), tuple(seconds)
+
+
+_WRITERS = {"onnx": _write_onnx, "aoti": _write_aoti}

@@ -1,0 +1,88 @@
+"""A variant's graph in the forms that exporters take: weights as inputs, or weights under their own names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import fx, nn
+
+from tcc.export.weights import Weights
+from tcc.passes.graph import output_values, value
+from tcc.program import Variant
+
+__all__ = ["example", "input_names", "output_names", "with_weight_inputs", "with_weights"]
+
+
+def input_names(variant: Variant) -> tuple[str, ...]:
+    """The names of a graph's inputs: the model's by name, then slots and the others, as a program names them."""
+    inputs = (node for node in variant.gm.graph.nodes if node.op == "placeholder")
+    return tuple(str(node.meta.get("input", node.target)) for node in inputs)
+
+
+def output_names(variant: Variant) -> tuple[str, ...]:
+    """The names of a graph's outputs: the model's, then `next:<slot>` for every slot that it stores."""
+    own = len(output_values(variant.gm.graph)) - len(variant.stores)
+    model = ["output"] if own == 1 else [f"output_{number}" for number in range(own)]
+    return (*model, *(f"next:{slot}" for slot in variant.stores))
+
+
+def with_weight_inputs(variant: Variant, weights: Weights) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    """The graph with its weights as inputs after all others, and their names.
+
+    An exporter then neither copies a weight nor folds it into a new constant.
+    """
+    used: dict[str, fx.Node] = {}
+
+    def weight(graph: fx.Graph, name: str, node: fx.Node) -> fx.Node:
+        if name not in used:
+            last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+            with graph.inserting_after(last):
+                used[name] = graph.placeholder("weight_" + "".join(c if c.isalnum() else "_" for c in name))
+            used[name].meta["val"] = value(node)
+        return used[name]
+
+    graph = _copy(variant, weights, weight)
+    return fx.GraphModule(nn.Module(), graph), tuple(used)
+
+
+def with_weights(variant: Variant, weights: Weights) -> fx.GraphModule:
+    """The graph in a module that holds its weights under their parameter names, contiguous."""
+    root = fx.GraphModule(nn.Module(), fx.Graph())
+
+    def weight(graph: fx.Graph, name: str, node: fx.Node) -> fx.Node:
+        path, _, leaf = name.rpartition(".")
+        if path:
+            root.add_submodule(path, _existing(root, path))
+        _existing(root, path).register_buffer(leaf, weights.tensors[name])
+        new = graph.get_attr(name)
+        new.meta["val"] = value(node)
+        return new
+
+    return fx.GraphModule(root, _copy(variant, weights, weight))
+
+
+def example(node: fx.Node) -> torch.Tensor:
+    """Zeros like the value of an input."""
+    val = value(node)
+    return torch.zeros(tuple(val.shape), dtype=val.dtype, device=val.device)
+
+
+def _copy(variant: Variant, weights: Weights, weight: Callable[[fx.Graph, str, fx.Node], fx.Node]) -> fx.Graph:
+    """A copy of the graph in which `weight(graph, name, node)` makes what stands for a weight."""
+    graph, new = fx.Graph(), {}
+    for node in variant.gm.graph.nodes:
+        if node.op == "get_attr":
+            new[node] = weight(graph, weights.names[str(node.target)], node)
+        elif node.op == "output":
+            graph.output(tuple(fx.map_arg(output_values(variant.gm.graph), new.__getitem__)))
+        else:
+            new[node] = graph.node_copy(node, new.__getitem__)
+    return graph
+
+
+def _existing(root: nn.Module, path: str) -> nn.Module:
+    """The module at `path`; a new one where there is none."""
+    for name in path.split(".") if path else ():
+        root = getattr(root, name, None) or nn.Module()
+    return root

@@ -1,0 +1,314 @@
+"""The manifest of a bundle: what is in the folder, what every input means, and which step runs which graph.
+
+`manifest.json` is data from outside: every field is checked for its type and against the others before a file is
+opened, and every file against its size and SHA-256 before it is used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tcc.errors import BundleError
+
+__all__ = ["MANIFEST", "PLAN", "TENSORS", "WEIGHTS", "FileEntry", "Graph", "Manifest", "Step", "TensorSpec"]
+__all__ += ["dtype_name", "file_entry", "read", "write"]
+
+FORMAT, VERSION = "tcc-bundle", 1
+MANIFEST, PLAN, WEIGHTS, TENSORS = "manifest.json", "plan.safetensors", "weights.safetensors", "tensors.safetensors"
+#: A manifest is a table, not data: 50 steps of 28 blocks take some 100 KiB.
+MAX_MANIFEST_BYTES = 64 * 2**20
+#: No dimension and no tensor is larger than this; what a runner allocates is also held against the graphs' inputs.
+MAX_DIM, MAX_DIMS, MAX_TENSOR_BYTES = 2**31 - 1, 16, 2**40
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float64, torch.float32, torch.float16, torch.bfloat16,
+        torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor that goes into or comes out of the graphs.
+
+    Attributes:
+        name: its name in the graphs.
+        shape: its shape.
+        dtype: its dtype, as torch names it.
+        meaning: what it is, for people.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    meaning: str = ""
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Its dtype."""
+        return _DTYPES[self.dtype]
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * self.torch_dtype.itemsize
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file of the bundle: its size, and the SHA-256 of its content."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The graph of one variant.
+
+    Attributes:
+        file: the file that holds it.
+        entry: its name in that file, where the file holds several; else "".
+        inputs: the names of its inputs, in order: the model's, then slots, token sets, coefficients and tables.
+        stores: the slots whose new values it returns after the model's outputs, or writes in place.
+        weights: the names of the weights that it reads.
+        macs: its MACs, for the captured batch.
+        operators: how many operators it has.
+    """
+
+    file: str
+    entry: str
+    inputs: tuple[str, ...]
+    stores: tuple[str, ...]
+    weights: tuple[str, ...]
+    macs: int
+    operators: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step runs: the number of a graph, and by input name the tensor of `tensors.safetensors` that goes in."""
+
+    graph: int
+    tensors: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A bundle's table of contents.
+
+    Attributes:
+        target: what the graphs are for: `onnx`, `aoti`, ...
+        device: the type of device they were made for.
+        inputs: what a call takes, in order.
+        outputs: what it returns.
+        slots: what is kept from step to step.
+        tensors: what the steps' token, coefficient and table inputs are.
+        graphs: one per variant.
+        steps: one per denoising step.
+        files: every file by name, but this one.
+        hashes: SHA-256 of what the bundle was made from: `plan`, `graph`, `weights`.
+        tools: the versions that made it.
+    """
+
+    target: str
+    device: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    slots: tuple[TensorSpec, ...]
+    tensors: tuple[TensorSpec, ...]
+    graphs: tuple[Graph, ...]
+    steps: tuple[Step, ...]
+    files: dict[str, FileEntry]
+    hashes: dict[str, str]
+    tools: dict[str, str]
+
+    @property
+    def slot_bytes(self) -> int:
+        """The bytes of one session's slots."""
+        return sum(slot.bytes for slot in self.slots)
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of all files but the manifest."""
+        return sum(file.bytes for file in self.files.values())
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype's name in manifests.
+
+    Raises:
+        BundleError: bundles do not hold tensors of that dtype.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise BundleError(f"bundles do not hold tensors of {dtype}: cast it to one of {', '.join(_DTYPES)}")
+    return name
+
+
+def file_entry(path: Path) -> FileEntry:
+    """Size and SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+        return FileEntry(file.tell(), digest.hexdigest())
+
+
+def write(manifest: Manifest, folder: Path) -> None:
+    """Write `manifest.json` into `folder`."""
+    body = dataclasses.asdict(manifest)
+    document = {"format": FORMAT, "version": VERSION, "sha256": _digest(body), **body}
+    (folder / MANIFEST).write_text(json.dumps(document, indent=1) + "\n")
+
+
+def read(folder: Path) -> Manifest:
+    """Read the manifest in `folder` and check it, and every file that it names, before anything is used.
+
+    Raises:
+        BundleError: a file is missing, altered or not a plain file; or the manifest is not one of this version, does
+            not match its checksum, or contradicts itself.
+    """
+    path = folder / MANIFEST
+    _plain_file(path, at_most=MAX_MANIFEST_BYTES)
+    try:
+        document = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path}: not JSON ({error}): the file was altered; export the bundle anew") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise BundleError(f'{path}: not the manifest of a bundle (no "format": "{FORMAT}")')
+    if document.get("version") != VERSION or isinstance(document["version"], bool):
+        raise BundleError(
+            f"{path}: version {document.get('version')!r} of the format, and this tcc reads version {VERSION}: "
+            "export the bundle anew, or use the tcc that made it"
+        )
+    body = {key: document[key] for key in document if key not in ("format", "version", "sha256")}
+    if _digest(body) != document.get("sha256"):
+        raise BundleError(f"{path}: the content does not match its checksum: it was altered; export the bundle anew")
+    try:
+        manifest = _decode(Manifest, body, "manifest")
+        _check(manifest)
+    except _Malformed as error:
+        raise BundleError(f"{path}: {error}") from error
+    for name, entry in manifest.files.items():
+        _check_file(folder / name, entry)
+    return typing.cast(Manifest, manifest)
+
+
+class _Malformed(Exception):  # noqa: N818 # becomes a BundleError that names the file
+    """What is wrong with a manifest."""
+
+
+def _digest(body: dict[str, Any]) -> str:
+    try:
+        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    except (ValueError, RecursionError, UnicodeEncodeError):
+        return "cannot be counted"
+
+
+def _decode(kind: Any, data: Any, where: str) -> Any:
+    """`data` from JSON as a value of type `kind`: a dataclass, a tuple, a dict, an int or a str.
+
+    Raises:
+        _Malformed: it is something else.
+    """
+    origin = typing.get_origin(kind)
+    if origin is tuple:
+        if not isinstance(data, list):
+            raise _Malformed(f"{where} is not a list")
+        return tuple(_decode(typing.get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(data))
+    if not dataclasses.is_dataclass(kind) and origin is not dict:
+        if type(data) is not kind:
+            raise _Malformed(f"{where} is {data!r:.60}, not of type {kind.__name__}")
+        return data
+    if not isinstance(data, dict):
+        raise _Malformed(f"{where} is not an object")
+    if origin is dict:
+        return {key: _decode(typing.get_args(kind)[1], item, f"{where}[{key!r:.60}]") for key, item in data.items()}
+    hints = typing.get_type_hints(kind, localns=vars(types))
+    if missing := hints.keys() ^ data.keys():
+        raise _Malformed(f"{where} lacks fields, or has unknown ones: {', '.join(sorted(missing))[:200]}")
+    return kind(**{name: _decode(hint, data[name], f"{where}.{name}") for name, hint in hints.items()})
+
+
+def _check(manifest: Manifest) -> None:
+    """Raise `_Malformed` where the manifest contradicts itself."""
+    for what, specs in (("input", manifest.inputs), ("slot", manifest.slots), ("tensor", manifest.tensors)):
+        if len({spec.name for spec in specs}) != len(specs):
+            raise _Malformed(f"two {what}s have one name")
+    for spec in (*manifest.inputs, *manifest.outputs, *manifest.slots, *manifest.tensors):
+        _check_spec(spec)
+    for name in manifest.files:
+        if not _FILE_NAME.fullmatch(name) or name == MANIFEST:
+            raise _Malformed(f"{name!r:.80} is no file of a bundle: file names are letters, digits, '.', '_' and '-'")
+    for name in (PLAN, WEIGHTS, TENSORS, *(graph.file for graph in manifest.graphs)):
+        if name not in manifest.files:
+            raise _Malformed(f"the file {name!r:.80} is not listed")
+    _check_graphs(manifest)
+    _check_steps(manifest)
+
+
+def _check_graphs(manifest: Manifest) -> None:
+    slots, inputs = {s.name for s in manifest.slots}, tuple(spec.name for spec in manifest.inputs)
+    for number, graph in enumerate(manifest.graphs):
+        if graph.inputs[: len(inputs)] != inputs:
+            raise _Malformed(f"graph {number} does not begin with the model's inputs")
+        if unknown := set(graph.stores) - slots:
+            raise _Malformed(f"graph {number} stores {min(unknown)!r:.80}, which is no slot")
+
+
+def _check_steps(manifest: Manifest) -> None:
+    if not manifest.steps:
+        raise _Malformed("there are no steps")
+    slots, tensors = {s.name for s in manifest.slots}, {t.name for t in manifest.tensors}
+    for number, step in enumerate(manifest.steps):
+        if not 0 <= step.graph < len(manifest.graphs):
+            raise _Malformed(f"step {number} runs graph {step.graph}, and there are {len(manifest.graphs)}")
+        for name in manifest.graphs[step.graph].inputs[len(manifest.inputs) :]:
+            if name not in slots and step.tensors.get(name) not in tensors:
+                raise _Malformed(f"step {number}: nothing is given for the input {name!r:.80} of graph {step.graph}")
+
+
+def _check_spec(spec: TensorSpec) -> None:
+    if spec.dtype not in _DTYPES:
+        raise _Malformed(f"{spec.name!r:.80} has the unknown dtype {spec.dtype!r:.40}")
+    if len(spec.shape) > MAX_DIMS or any(not 0 <= size <= MAX_DIM for size in spec.shape):
+        raise _Malformed(f"{spec.name!r:.80} has an impossible shape")
+    if spec.bytes > MAX_TENSOR_BYTES:
+        raise _Malformed(f"{spec.name!r:.80} has {spec.bytes} bytes, more than the {MAX_TENSOR_BYTES} of any tensor")
+
+
+def _check_file(path: Path, entry: FileEntry) -> None:
+    size = _plain_file(path)
+    if size != entry.bytes:
+        raise BundleError(f"{path}: {size} bytes, and the manifest says {entry.bytes}: the file was cut or altered")
+    if file_entry(path) != entry:
+        raise BundleError(f"{path}: the content does not match the manifest: the file was altered")
+
+
+def _plain_file(path: Path, at_most: int | None = None) -> int:
+    """The size of a file that is neither a link nor a device."""
+    try:
+        found = os.lstat(path)
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path}: the bundle lacks this file ({error})") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise BundleError(f"{path}: not a plain file: a bundle holds files alone, no links or folders")
+    if at_most is not None and found.st_size > at_most:
+        raise BundleError(f"{path}: {found.st_size} bytes; a manifest has at most {at_most}")
+    return found.st_size

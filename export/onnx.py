@@ -1,0 +1,97 @@
+"""ONNX: one small graph per variant, whose weights lie in the bundle's safetensors file.
+
+A safetensors file holds plain little-endian tensors, which is what ONNX calls external data: the graphs refer to
+offsets in it, so that any number of them shares one file.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tcc.errors import ExportError
+from tcc.export.graphs import example, input_names, output_names, with_weight_inputs
+from tcc.export.manifest import WEIGHTS
+from tcc.export.weights import Place, Weights
+from tcc.program import Variant
+
+__all__ = ["OPSET", "write_onnx"]
+
+#: The newest that ONNX Runtime, TensorRT 10 and TensorRT-RTX all read whole.
+OPSET = 20
+
+
+def write_onnx(variant: Variant, weights: Weights, places: dict[str, Place], path: Path) -> int:
+    """Write the graph of one variant as ONNX.
+
+    Args:
+        variant: the variant.
+        weights: the weights of all variants.
+        places: where they lie in the file `WEIGHTS` beside `path`.
+        path: the file to write.
+
+    Returns:
+        How many operators the graph has.
+
+    Raises:
+        ExportError: the ONNX packages are missing, or an operator has no ONNX form.
+    """
+    try:
+        import onnx_ir as ir
+        import onnxscript  # noqa: F401 # the exporter needs it
+    except ImportError as error:
+        raise ExportError(f"ONNX export needs the package {error.name}: pip install 'tcc[onnx]'") from error
+    gm, names = with_weight_inputs(variant, weights)
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    count = len(inputs) - len(names)
+    examples = [*map(example, inputs[:count]), *(weights.tensors[name] for name in names)]
+    model = _converted(gm, tuple(examples), [*input_names(variant), *names], list(output_names(variant)))
+    by_name = {value.name: value for value in model.graph.inputs}
+    for name in names:
+        value, place, tensor = by_name[name], places[name], weights.tensors[name]
+        value.const_value = ir.ExternalTensor(
+            WEIGHTS, place.offset, place.length, value.dtype, shape=ir.Shape(tensor.shape), name=name
+        )
+        model.graph.inputs.remove(value)
+        model.graph.register_initializer(value)
+    for node in model.graph:
+        node.metadata_props.clear()  # stack traces, longer than the graph
+    path.write_bytes(ir.serde.serialize_model(model).SerializeToString())
+    return len(list(model.graph))
+
+
+def _converted(gm: torch.fx.GraphModule, examples: tuple[Any, ...], inputs: list[str], outputs: list[str]) -> Any:
+    """`gm` as an optimised ONNX model."""
+    try:
+        with torch.no_grad(), _quiet():
+            exported = torch.export.export(gm, examples, strict=False)
+            program = torch.onnx.export(
+                exported, input_names=inputs, output_names=outputs, opset_version=OPSET, dynamo=True, verbose=False
+            )
+            assert program is not None
+            program.optimize()
+    except torch.onnx.errors.OnnxExporterError as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ExportError(f"the graph has no ONNX form: {reason}") from error
+    return program.model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporter says about packages that tcc does not use, and about torch's own tree specs."""
+    exporter = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = exporter.level
+    exporter.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+            warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch|onnx|onnxscript")
+            yield
+    finally:
+        exporter.setLevel(level)

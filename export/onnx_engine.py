@@ -1,0 +1,139 @@
+"""Running the ONNX graphs of a bundle with ONNX Runtime, on the caller's own memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from tcc.errors import BundleError, ExportError
+from tcc.export.manifest import WEIGHTS, Graph, Manifest, TensorSpec
+from tcc.export.slots import Slots
+
+__all__ = ["OnnxEngine", "open_onnx"]
+
+#: ONNX's numbers for dtypes (onnx.TensorProto.DataType), and ONNX Runtime's names for them.
+_DTYPES = {
+    torch.float32: (1, "float"), torch.uint8: (2, "uint8"), torch.int8: (3, "int8"), torch.int16: (5, "int16"),
+    torch.int32: (6, "int32"), torch.int64: (7, "int64"), torch.bool: (9, "bool"), torch.float16: (10, "float16"),
+    torch.float64: (11, "double"), torch.bfloat16: (16, "bfloat16"),
+}  # fmt: skip
+
+
+def open_onnx(folder: Path, manifest: Manifest, device: torch.device) -> list[OnnxEngine]:
+    """A session of ONNX Runtime for every graph; all read one copy of the weights.
+
+    Raises:
+        ExportError: ONNX Runtime is missing, or has no provider for the device.
+        BundleError: a graph cannot be read, or is not the one that the manifest describes.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ExportError(
+            "running an ONNX bundle needs ONNX Runtime: pip install onnxruntime (or onnxruntime-gpu)"
+        ) from error
+    provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
+    if provider not in onnxruntime.get_available_providers():
+        raise ExportError(
+            f"device {device}: this ONNX Runtime has no {provider}: pip install onnxruntime-gpu, or load on the CPU"
+        )
+    weights = load_file(folder / WEIGHTS)
+    values = {name: _shared(onnxruntime, tensor) for name, tensor in weights.items()}
+    engines = []
+    for graph in manifest.graphs:
+        try:
+            shared = {name: values[name] for name in graph.weights}
+            session = _session(onnxruntime, folder / graph.file, shared, provider, device)
+        except Exception as error:  # ONNX Runtime has a dozen exception types without a common base
+            raise BundleError(f"{folder / graph.file}: ONNX Runtime cannot read the graph ({error})") from error
+        engines.append(OnnxEngine(session, graph, manifest, device, keep=weights))
+    return engines
+
+
+class OnnxEngine:
+    """One graph; called with the values of its inputs by name, and the slots.
+
+    Args:
+        session: an `onnxruntime.InferenceSession`.
+        graph: what the manifest says about it.
+        manifest: the manifest.
+        device: where all tensors live.
+        keep: what must live as long as the session: the memory of the weights.
+
+    Raises:
+        BundleError: inputs or outputs are not as the manifest says.
+    """
+
+    def __init__(self, session: Any, graph: Graph, manifest: Manifest, device: torch.device, *, keep: object) -> None:
+        self._session, self._graph, self._device, self._keep = session, graph, device, keep
+        self._outputs = manifest.outputs
+        specs = {spec.name: spec for spec in (*manifest.inputs, *manifest.slots)}
+        self._slots = frozenset(spec.name for spec in manifest.slots)
+        tensors = {spec.name: spec for spec in manifest.tensors}
+        steps = [step for step in manifest.steps if manifest.graphs[step.graph] is graph]
+        wanted = [specs.get(name) or tensors[steps[0].tensors[name]] for name in graph.inputs if steps or name in specs]
+        stores = [specs[name] for name in graph.stores]
+        _check(graph.file, "input", session.get_inputs(), graph.inputs, wanted)
+        names = (*(spec.name for spec in manifest.outputs), *map(_next, graph.stores))
+        _check(graph.file, "output", session.get_outputs(), names, [*manifest.outputs, *stores])
+
+    def __call__(self, feeds: Mapping[str, torch.Tensor], slots: Slots) -> list[torch.Tensor]:
+        """Run the graph: read `feeds` and the slots, write new buffers for the outputs and the spare ones of the slots.
+
+        Args:
+            feeds: contiguous tensors on the device, for all inputs but the slots.
+            slots: the slots; those that the graph stores are swapped.
+        """
+        binding = self._session.io_binding()
+        for name in self._graph.inputs:
+            self._bind(binding.bind_input, name, slots.current[name] if name in self._slots else feeds[name])
+        outputs = [torch.empty(spec.shape, dtype=spec.torch_dtype, device=self._device) for spec in self._outputs]
+        for spec, tensor in zip(self._outputs, outputs, strict=True):
+            self._bind(binding.bind_output, spec.name, tensor)
+        for name in self._graph.stores:
+            self._bind(binding.bind_output, _next(name), slots.spare(name))
+        self._session.run_with_iobinding(binding)
+        for name in self._graph.stores:
+            slots.swap(name)
+        return outputs
+
+    def _bind(self, bind: Any, name: str, tensor: torch.Tensor) -> None:
+        kind = _DTYPES[tensor.dtype][0]
+        bind(name, tensor.device.type, tensor.device.index or 0, kind, tuple(tensor.shape), tensor.data_ptr())
+
+
+def _shared(onnxruntime: Any, tensor: torch.Tensor) -> Any:
+    """A weight as a value of ONNX Runtime on the same memory."""
+    if tensor.dtype == torch.bfloat16:
+        kind = _DTYPES[tensor.dtype][0]
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(tensor.view(torch.int16).numpy(), kind)
+    return onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy())
+
+
+def _session(onnxruntime: Any, path: Path, weights: dict[str, Any], provider: str, device: torch.device) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors: warnings are about what its optimiser did not use
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_external_initializers(list(weights), list(weights.values()))
+    settings = {"device_id": device.index or 0} if device.type == "cuda" else {}
+    return onnxruntime.InferenceSession(str(path), options, providers=[(provider, settings)])
+
+
+def _check(file: str, what: str, found: Sequence[Any], names: Sequence[str], specs: Sequence[TensorSpec]) -> None:
+    """Raise where a graph's inputs or outputs are not what the manifest says."""
+    described = {value.name: (tuple(value.shape), value.type) for value in found}
+    for name, spec in zip(names, specs, strict=True):
+        expected = (spec.shape, f"tensor({_DTYPES[spec.torch_dtype][1]})")
+        if described.get(name) != expected:
+            raise BundleError(f"{file}: the {what} {name!r} is {described.get(name)}, and the manifest says {expected}")
+    if len(described) != len(names):
+        raise BundleError(f"{file}: {len(described)} {what}s, and the manifest says {len(names)}")
+
+
+def _next(slot: str) -> str:
+    """The output that holds the next value of a slot."""
+    return slot.replace("slot:", "next:", 1)

@@ -1,0 +1,163 @@
+"""Running a bundle: `tcc.load`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from tcc.capture import InputSpec
+from tcc.errors import BundleError, CallError
+from tcc.export.aoti_engine import open_aoti
+from tcc.export.manifest import TENSORS, Manifest, read
+from tcc.export.onnx_engine import open_onnx
+from tcc.export.slots import Slots
+from tcc.plan import CachePlan
+
+__all__ = ["Engine", "Runner", "load"]
+
+
+class Engine(Protocol):
+    """A graph that can run; called with its inputs by name and the slots, which it updates; returns the outputs."""
+
+    def __call__(self, feeds: Mapping[str, torch.Tensor], slots: Slots) -> list[torch.Tensor]:
+        """Run the graph."""
+
+
+_OPEN: dict[str, Callable[[Path, Manifest, torch.device], Any]] = {"onnx": open_onnx, "aoti": open_aoti}
+
+
+def load(path: str | os.PathLike[str], *, device: str | torch.device | None = None) -> Runner:
+    """Load a bundle, to run it without the model's Python code.
+
+    Args:
+        path: the bundle's folder.
+        device: where to run; the device that it was exported for if not given.
+
+    Returns:
+        A runner: call it like the model, once per denoising step.
+
+    Raises:
+        BundleError: the bundle is incomplete, altered or malformed; nothing of it has been run then.
+        ExportError: the library that runs it is missing, or has no such device.
+    """
+    folder = Path(path)
+    manifest = read(folder)
+    if manifest.target not in _OPEN:
+        raise BundleError(f"{folder}: made for the target {manifest.target!r:.40}; known: {', '.join(_OPEN)}")
+    where = torch.device(device or manifest.device)
+    try:
+        tensors = load_file(folder / TENSORS, device=str(where))
+    except (SafetensorError, OSError) as error:
+        raise BundleError(f"{folder / TENSORS}: cannot be read ({error})") from error
+    for spec in manifest.tensors:
+        found = tensors.get(spec.name)
+        if found is None or (tuple(found.shape), found.dtype) != (spec.shape, spec.torch_dtype):
+            raise BundleError(f"{folder / TENSORS}: {spec.name!r:.80} is not as the manifest says")
+    return Runner(folder, manifest, _OPEN[manifest.target](folder, manifest, where), tensors, where)
+
+
+class Runner:
+    """One run at a time through a bundle: its own slots and its own step counter.
+
+    Call it like the model, once per step, with positional or named tensors. After the last step it starts again by
+    itself. It returns the model's output tensor, or a tuple where the model has several.
+
+    Attributes:
+        manifest: what the bundle holds.
+        step: the next step.
+        copied_bytes: what has been copied since the start, because a caller's tensor was not contiguous.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        engines: list[Engine],
+        tensors: dict[str, torch.Tensor],
+        device: torch.device,
+    ) -> None:
+        self.manifest, self.step, self.copied_bytes = manifest, 0, 0
+        self._shared = (folder, manifest, engines, tensors, device)
+        self._slots = Slots(manifest.slots, device)
+        self._inputs = [InputSpec(s.name, s.shape, s.torch_dtype, device) for s in manifest.inputs]
+        self._steps = [
+            (engines[step.graph], {name: tensors[key] for name, key in step.tensors.items()}) for step in manifest.steps
+        ]
+
+    @property
+    def num_steps(self) -> int:
+        """The steps of one run."""
+        return len(self._steps)
+
+    @property
+    def slot_bytes(self) -> int:
+        """The bytes of the buffers that are kept from step to step."""
+        return self._slots.bytes
+
+    @property
+    def plan(self) -> CachePlan:
+        """The plan that the bundle was made from.
+
+        Raises:
+            PlanError: the file cannot be read as one.
+        """
+        return CachePlan.load(str(self._shared[0] / "plan.safetensors"))
+
+    def new_session(self) -> Runner:
+        """Own slots and own step counter, for another image or guidance branch at the same time; the rest is shared."""
+        return Runner(*self._shared)
+
+    def reset(self) -> None:
+        """Start a new run: the next call is step 0."""
+        self.step = 0
+
+    def run_step(self, step: int, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
+        """Run step `step`, which must be the next one (or 0, which starts a new run).
+
+        Raises:
+            CallError: it is not the next one, the plan has no such step, or the call is not as the manifest says.
+        """
+        if step not in (0, self.step) or step >= self.num_steps:
+            raise CallError(
+                f"step {step} was called but the next step is {self.step} of {self.num_steps}: a plan's steps run in "
+                "order. Call reset() to start a new run, and new_session() for a second run at the same time"
+            )
+        feeds = self._feeds(args, kwargs)  # before the step changes: a refused call changes nothing
+        self.step = step
+        return self._run(feeds)
+
+    def __call__(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
+        """Run the next step.
+
+        Raises:
+            CallError: a tensor is missing, unknown, or of another shape, dtype or device than the manifest says.
+        """
+        return self._run(self._feeds(args, kwargs))
+
+    def _run(self, feeds: dict[str, torch.Tensor]) -> Any:
+        engine, tensors = self._steps[self.step]
+        outputs = engine(feeds | tensors, self._slots)
+        self.step = (self.step + 1) % len(self._steps)
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def _feeds(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        names = [spec.name for spec in self._inputs]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if len(args) > len(names) or given.keys() != set(names) or len(given) != len(args) + len(kwargs):
+            raise CallError(
+                f"called with {len(args)} tensors and {sorted(kwargs)}; the bundle takes {', '.join(names)}"
+            )
+        feeds = {}
+        for spec in self._inputs:
+            tensor = given[spec.name]
+            if problem := spec.differs(tensor):
+                raise CallError(f"input '{spec.name}' {problem}: a bundle runs the shapes it was exported with")
+            feeds[spec.name] = tensor.detach().contiguous()
+            self.copied_bytes += 0 if feeds[spec.name].data_ptr() == tensor.data_ptr() else tensor.nbytes
+        return feeds

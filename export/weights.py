@@ -1,0 +1,76 @@
+"""The weights of a program in one safetensors file that the graphs of all variants refer to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from tcc.program import Variant
+
+__all__ = ["Place", "Weights", "collect", "places"]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Every weight of some graphs once.
+
+    Attributes:
+        tensors: contiguous tensors by parameter name.
+        names: the parameter name of each graph attribute; several attributes may share a tensor.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    names: dict[str, str]
+
+    def save(self, path: Path) -> None:
+        """Write them as safetensors."""
+        save_file({name: tensor.detach().cpu() for name, tensor in self.tensors.items()}, path)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor's bytes lie in a file."""
+
+    offset: int
+    length: int
+
+
+def collect(variants: Sequence[Variant]) -> Weights:
+    """The weights that the graphs read; tensors that share all their memory are one."""
+    found: dict[tuple[object, ...], str] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    names: dict[str, str] = {}
+    for variant in variants:
+        for node in variant.gm.graph.nodes:
+            if node.op != "get_attr" or str(node.target) in names:
+                continue
+            tensor: torch.Tensor = getattr(variant.gm, str(node.target))
+            name = str(node.meta.get("weight", node.target))
+            key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()) if tensor.numel() else (name,)
+            if key not in found:
+                found[key] = name
+                tensors[name] = _alone(tensor.detach().contiguous())
+            names[str(node.target)] = found[key]
+    return Weights(tensors, names)
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, copied if it is a part of another: safetensors refuses tensors that share memory."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def places(path: Path) -> dict[str, Place]:
+    """Where each tensor of a safetensors file lies in it."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: Place(8 + length + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0])
+        for name, entry in header.items()
+    }

@@ -1,0 +1,50 @@
+"""A bundle's manifest as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+
+from rich.table import Table
+
+from tcc.export.manifest import Manifest, TensorSpec
+
+__all__ = ["bundle_tables"]
+
+
+def bundle_tables(name: str, manifest: Manifest) -> Iterator[Table]:
+    """What a bundle takes, returns and keeps; its graphs; which step runs which."""
+    tools = ", ".join(f"{tool} {version}" for tool, version in manifest.tools.items())
+    yield _tensors(
+        f"{name}: {manifest.target} for {manifest.device}, {manifest.bytes / 2**20:.1f} MiB ({tools})",
+        [("input", manifest.inputs), ("output", manifest.outputs), ("slot", manifest.slots)],
+    )
+    table = Table(title=f"{len(manifest.graphs)} graphs for {len(manifest.steps)} steps")
+    for column in ("graph", "file", "operators", "GMAC", "reads", "stores", "steps"):
+        table.add_column(column, justify="left" if column in ("file", "steps") else "right")
+    slots = {spec.name for spec in manifest.slots}
+    for number, graph in enumerate(manifest.graphs):
+        steps = [index for index, step in enumerate(manifest.steps) if step.graph == number]
+        file = f"{graph.file}:{graph.entry}" if graph.entry else graph.file
+        counts = (f"{graph.macs / 1e9:.4g}", str(len(slots & set(graph.inputs))), str(len(graph.stores)))
+        table.add_row(str(number), file, str(graph.operators), *counts, ranges(steps))
+    yield table
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """`0-2, 5` for 0, 1, 2, 5."""
+    parts = []
+    for _, group in groupby(enumerate(sorted(numbers)), key=lambda pair: pair[1] - pair[0]):
+        run = [number for _, number in group]
+        parts.append(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}")
+    return ", ".join(parts)
+
+
+def _tensors(title: str, groups: list[tuple[str, tuple[TensorSpec, ...]]]) -> Table:
+    table = Table(title=title)
+    for column in ("what", "name", "shape", "dtype", "KiB"):
+        table.add_column(column, justify="right" if column == "KiB" else "left")
+    for what, specs in groups:
+        for spec in specs:
+            table.add_row(what, spec.name, " x ".join(map(str, spec.shape)), spec.dtype, f"{spec.bytes / 1024:.1f}")
+    return table
