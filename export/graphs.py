@@ -14,6 +14,11 @@ from tcc.program import Variant
 __all__ = ["example", "input_names", "output_names", "with_weight_inputs", "with_weights"]
 
 
+aten = torch.ops.aten
+#: Where a dimension is not 1, torch leaves it alone, and ONNX's operator fails.
+_SQUEEZES = {aten.squeeze.dim, aten.squeeze.dims}
+
+
 def input_names(variant: Variant) -> tuple[str, ...]:
     """The names of a graph's inputs: the model's by name, then slots and the others, as a program names them."""
     inputs = (node for node in variant.gm.graph.nodes if node.op == "placeholder")
@@ -72,7 +77,9 @@ def _copy(variant: Variant, weights: Weights, weight: Callable[[fx.Graph, str, f
     """A copy of the graph in which `weight(graph, name, node)` makes what stands for a weight."""
     graph, new = fx.Graph(), {}
     for node in variant.gm.graph.nodes:
-        if node.op == "get_attr":
+        if node.target in _SQUEEZES and value(node).shape == value(node.args[0]).shape:
+            new[node] = new[node.args[0]]
+        elif node.op == "get_attr":
             new[node] = weight(graph, weights.names[str(node.target)], node)
         elif node.op == "output":
             graph.output(tuple(fx.map_arg(output_values(variant.gm.graph), new.__getitem__)))

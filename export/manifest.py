@@ -217,7 +217,7 @@ class _Malformed(Exception):  # noqa: N818 # becomes a BundleError that names th
 def _digest(body: dict[str, Any]) -> str:
     try:
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-    except (ValueError, RecursionError, UnicodeEncodeError):
+    except (ValueError, RecursionError):
         return "cannot be counted"
 
 
@@ -265,11 +265,15 @@ def _check(manifest: Manifest) -> None:
 
 def _check_graphs(manifest: Manifest) -> None:
     slots, inputs = {s.name for s in manifest.slots}, tuple(spec.name for spec in manifest.inputs)
+    used: set[str] = set()
     for number, graph in enumerate(manifest.graphs):
         if graph.inputs[: len(inputs)] != inputs:
             raise _Malformed(f"graph {number} does not begin with the model's inputs")
         if unknown := set(graph.stores) - slots:
             raise _Malformed(f"graph {number} stores {min(unknown)!r:.80}, which is no slot")
+        used |= {*graph.inputs, *graph.stores}
+    if idle := slots - used:
+        raise _Malformed(f"no graph has the slot {min(idle)!r:.80}")
 
 
 def _check_steps(manifest: Manifest) -> None:

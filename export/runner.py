@@ -32,12 +32,15 @@ class Engine(Protocol):
 _OPEN: dict[str, Callable[[Path, Manifest, torch.device], Any]] = {"onnx": open_onnx, "aoti": open_aoti}
 
 
-def load(path: str | os.PathLike[str], *, device: str | torch.device | None = None) -> Runner:
+def load(
+    path: str | os.PathLike[str], *, device: str | torch.device | None = None, max_slot_bytes: int = 2**36
+) -> Runner:
     """Load a bundle, to run it without the model's Python code.
 
     Args:
         path: the bundle's folder.
         device: where to run; the device that it was exported for if not given.
+        max_slot_bytes: refuse a bundle whose slots are larger than this.
 
     Returns:
         A runner: call it like the model, once per denoising step.
@@ -50,7 +53,12 @@ def load(path: str | os.PathLike[str], *, device: str | torch.device | None = No
     manifest = read(folder)
     if manifest.target not in _OPEN:
         raise BundleError(f"{folder}: made for the target {manifest.target!r:.40}; known: {', '.join(_OPEN)}")
-    where = torch.device(device or manifest.device)
+    if manifest.slot_bytes > max_slot_bytes:
+        raise BundleError(
+            f"{folder}: slots of {manifest.slot_bytes / 2**30:.1f} GiB; at most {max_slot_bytes / 2**30:.1f} GiB: pass "
+            "max_slot_bytes if that is meant"
+        )
+    where = _device(device or manifest.device)
     try:
         tensors = load_file(folder / TENSORS, device=str(where))
     except (SafetensorError, OSError) as error:
@@ -60,6 +68,13 @@ def load(path: str | os.PathLike[str], *, device: str | torch.device | None = No
         if found is None or (tuple(found.shape), found.dtype) != (spec.shape, spec.torch_dtype):
             raise BundleError(f"{folder / TENSORS}: {spec.name!r:.80} is not as the manifest says")
     return Runner(folder, manifest, _OPEN[manifest.target](folder, manifest, where), tensors, where)
+
+
+def _device(name: str | torch.device) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise BundleError(f"unknown device {str(name)!r:.40}: use cpu or cuda") from error
 
 
 class Runner:

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.status import Status
 
 __all__ = ["Bar", "bar", "err", "fail", "note", "out", "status", "write_json"]
 
@@ -40,12 +41,11 @@ def note(message: str) -> None:
 
 
 @contextlib.contextmanager
-def status(text: str) -> Iterator[None]:
-    """A spinner while the block runs; for work whose length is not known."""
-    with Console(file=sys.stderr, highlight=False).status(
-        escape(text)
-    ):  # this stderr, wherever the block sends its own
-        yield
+def status(text: str) -> Iterator[Status]:
+    """A spinner while the block runs; for work whose length is not known. Its `update` changes the text."""
+    # this stderr, wherever the block sends its own
+    with Console(file=sys.stderr, highlight=False).status(escape(text)) as shown:
+        yield shown
 
 
 class Bar:

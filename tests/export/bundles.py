@@ -1,0 +1,49 @@
+"""Plans and bundles for the tests of exporting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import tcc
+from tcc.info import ModelInfo
+from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, Skip, Update
+from tests.tiny_models import Case
+
+__all__ = ["STEPS", "flat_inputs", "mixed", "session"]
+
+STEPS = 6
+
+
+def mixed(info: ModelInfo) -> CachePlan:
+    """Every kind of action in four kinds of steps: reuse, a forecast, a drop, a hold, pruned tokens in each mode.
+
+    The attention of two blocks is pruned, with keys of the kept tokens, of all tokens, and kept ones.
+    """
+    first, last = info.blocks[0], info.blocks[-1]
+    one, two, kv = f"{first}.attn.delta", f"{last}.attn.delta", f"{first}.attn.kv"
+    mlp, end = f"{last}.mlp.out", "out.stream"
+    start, stop = info.image_tokens
+    others = [i for i in range(info.num_tokens) if not start <= i < stop]
+    kept = torch.tensor(sorted([*others, *range(start, stop, 2)]))
+    actions: dict[tuple[int, str], Action] = {(step, site): Compute() for step in (0, 4) for site in (one, two, kv)}
+    actions |= {(step, site): Compute() for step in (0, 1, 4) for site in (mlp, end)}
+    actions |= {
+        (1, one): Update("even", "kept"), (1, two): Update("even", "current"), (1, f"{first}.mlp.delta"): Skip(),
+        (2, one): Update("even", "cached"), (2, kv): Update("even"), (2, two): Reuse(), (2, mlp): Reuse(1, (1.5, -0.5)),
+        (3, end): Hold(), (5, end): Hold(),
+    }  # fmt: skip
+    return info.count(CachePlan(num_steps=STEPS, actions=actions, tokens={"even": kept}))
+
+
+def flat_inputs(which: Case, step: int) -> list[torch.Tensor]:
+    """The tensors of a call, in the order of the graph's inputs."""
+    args, kwargs = which.inputs(step)
+    return which.info.captured.flatten(args, kwargs)
+
+
+def session(which: Case) -> Any:
+    """The compiled model under the mixed plan, called with flat tensors."""
+    model = tcc.compile(which.model, mixed, example_inputs=(which.args, which.kwargs), backend="eager")
+    return lambda *tensors: model.session._run(list(tensors))

@@ -1,0 +1,174 @@
+"""ONNX bundles: equal to the compiled model, one copy of the weights, graphs that TensorRT can take, no copies."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tcc
+from tcc.errors import CallError, ExportError
+from tcc.export import Runner, Written, bundle, load
+from tcc.export.verify import verify
+from tests.export.bundles import STEPS, flat_inputs, mixed, session
+from tests.running import CLOSE
+from tests.tiny_models import Case, case, dit, relative_error, tensor_of
+
+onnx = pytest.importorskip("onnx", reason="needs the ONNX packages: pip install 'tcc[onnx]'")
+
+MODELS = ("dit", "uvit", "hf_pixart")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A function: the bundle of the tiny model of that name under the mixed plan, made once."""
+    folder = tmp_path_factory.mktemp("onnx")
+
+    @functools.cache
+    def make(name: str) -> Written:
+        which = case(name)
+        return bundle(which.model, mixed, (which.args, which.kwargs), folder / name)
+
+    return make
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_bundle_computes_what_the_compiled_model_computes(name: str, written: Any) -> None:
+    """At every step of two runs, to the rounding of re-ordered sums."""
+    which, runner = case(name), load(written(name).folder)
+    compiled = session(which)
+    for _ in range(2):
+        errors = list(verify(runner, compiled, functools.partial(flat_inputs, which)))
+        assert [error.step for error in errors] == list(range(STEPS))
+        assert max(error.relative for error in errors) < CLOSE
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_all_graphs_share_one_file_of_weights(name: str, written: Any) -> None:
+    """The weights file holds each parameter once; beside it a graph takes less than 2 MB, and has no weight in it."""
+    manifest, model = written(name).manifest, case(name).model
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    header = 150 * len(list(model.state_dict()))  # names, shapes and offsets
+    assert manifest.files["weights.safetensors"].bytes <= 1.05 * weights + header
+    for graph in manifest.graphs:
+        path = written(name).folder / graph.file
+        assert manifest.files[graph.file].bytes < 2**21
+        proto = onnx.load(path, load_external_data=False)
+        outside = [t for t in proto.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+        places = {entry.value for t in outside for entry in t.external_data if entry.key == "location"}
+        assert places == {"weights.safetensors"}
+        assert {t.name for t in outside} == set(graph.weights)
+        onnx.checker.check_model(str(path))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_graphs_hold_what_tensorrt_takes(name: str, written: Any) -> None:
+    """Standard operators of one opset; no control flow, no sequences, no shape that depends on data."""
+    for graph in written(name).manifest.graphs:
+        proto = onnx.load(written(name).folder / graph.file, load_external_data=False)
+        assert [(o.domain, o.version) for o in proto.opset_import] == [("", 20)]
+        kinds = {node.op_type for node in proto.graph.node}
+        assert not kinds & {"If", "Loop", "Scan", "NonZero", "Unique", "Compress", "Shape"}
+        assert not any("Sequence" in kind for kind in kinds)
+        for value in (*proto.graph.input, *proto.graph.output):
+            assert all(dim.HasField("dim_value") for dim in value.type.tensor_type.shape.dim)
+        assert b"/site-packages/" not in proto.SerializeToString()  # nothing of the machine that made it
+
+
+def test_names_are_those_of_the_model(written: Any) -> None:
+    """Inputs, slots and weights have the names that people know."""
+    manifest = written("dit").manifest
+    assert [spec.name for spec in manifest.inputs] == ["x", "t", "y"]
+    assert "slot:blocks.0.attn.delta" in {spec.name for spec in manifest.slots}
+    proto = onnx.load(written("dit").folder / manifest.graphs[1].file, load_external_data=False)
+    assert {"x", "kept_0", "slot:blocks.0.attn.delta"} <= {value.name for value in proto.graph.input}
+    assert "next:blocks.0.attn.delta" in {value.name for value in proto.graph.output}
+    assert "blocks.0.attn.qkv.weight" in {tensor.name for tensor in proto.graph.initializer}
+
+
+def test_no_step_copies(written: Any) -> None:
+    """The runner reads the caller's tensors and writes its slots; only a tensor that is not contiguous is copied."""
+    which, runner = case("dit"), load(written("dit").folder)
+    buffers = {tensor.data_ptr() for tensor in runner._slots.current.values()}
+    for step in range(2 * STEPS):
+        runner(*flat_inputs(which, step))
+    assert runner.copied_bytes == 0
+    now = {tensor.data_ptr() for tensor in (*runner._slots.current.values(), *runner._slots._spare.values())}
+    assert buffers <= now
+    assert len(now) <= 2 * len(buffers)
+    x, t, y = flat_inputs(which, 0)
+    runner.reset()
+    runner(x.transpose(2, 3).contiguous().transpose(2, 3), t, y)
+    assert runner.copied_bytes == x.nbytes
+
+
+def test_sessions_have_slots_of_their_own(written: Any) -> None:
+    """Two runs at the same time do not disturb each other."""
+    which = case("dit")
+    alone = load(written("dit").folder)
+    expected = [alone(*flat_inputs(which, step)) for step in range(STEPS)]
+    first, second = alone, alone.new_session()
+    for step in range(STEPS):
+        found = first(*flat_inputs(which, step))
+        second(*flat_inputs(which, step + 50))
+        assert torch.equal(found, expected[step])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Weights, slots and inputs have the model's dtype; what the CPU can run differs by rounding."""
+    which = dit()
+    half = Case(which.model.to(dtype), (which.args[0].to(dtype), *which.args[1:]), {})
+    made = bundle(half.model, mixed, (half.args, {}), tmp_path / "half").manifest
+    assert {spec.torch_dtype for spec in (*made.slots, *made.outputs)} == {dtype}
+    for graph in made.graphs:
+        onnx.checker.check_model(str(tmp_path / "half" / graph.file), full_check=True)
+    if dtype == torch.float16:  # ONNX Runtime has no bfloat16 on CPUs; it computes some float16 operators in float32
+        runner, compiled = load(tmp_path / "half"), session(half)
+        for step in range(STEPS):
+            tensors = [x.half() if x.is_floating_point() else x for x in flat_inputs(case("dit"), step)]
+            assert relative_error(runner(*tensors).float(), tensor_of(compiled(*tensors)).float()) < 5e-3
+
+
+def test_a_call_is_checked(written: Any) -> None:
+    """Missing, unknown and misshapen tensors, and steps out of order, are refused; nothing changes then."""
+    runner: Runner = load(written("dit").folder)
+    x, t, y = flat_inputs(case("dit"), 0)
+    with pytest.raises(CallError, match=r"called with 2 tensors and \[\]; the bundle takes x, t, y"):
+        runner(x, t)
+    with pytest.raises(CallError, match=r"called with 3 tensors and \['y'\]"):
+        runner(x, t, y, y=y)
+    with pytest.raises(CallError, match=r"input 'x' has shape \[2, 4, 4, 4\], expected \[2, 4, 8, 8\]"):
+        runner(x[:, :, :4, :4], t, y)
+    with pytest.raises(CallError, match=r"input 't' has dtype torch.float32, expected torch.int64"):
+        runner(x, t=t.float(), y=y)
+    with pytest.raises(CallError, match=r"step 3 was called but the next step is 0 of 6"):
+        runner.run_step(3, x, t, y)
+    assert runner.step == 0
+    assert torch.equal(runner.run_step(0, x, t=t, y=y), load(written("dit").folder)(x, t, y))
+
+
+def test_the_plan_comes_with_the_bundle(written: Any) -> None:
+    """The plan is the one that was exported."""
+    assert load(written("dit").folder).plan.summary() == mixed(case("dit").info).summary()
+
+
+def test_what_cannot_be_exported_is_refused(tmp_path: Path, model: tcc.CompiledModel) -> None:
+    """An unknown target, a folder in use, a missing plan, a model without a call, and one with two plans."""
+    which = case("dit")
+    (tmp_path / "file").write_text("mine")
+    example = (which.args, which.kwargs)
+    with pytest.raises(ExportError, match=r"target='tflite': use one of onnx, aoti"):
+        bundle(which.model, mixed, example, tmp_path / "new", target="tflite")
+    with pytest.raises(ExportError, match=r"exists: name a new folder"):
+        bundle(which.model, mixed, example, tmp_path)
+    with pytest.raises(ExportError, match=r"needs a plan and example_inputs"):
+        bundle(which.model, None, None, tmp_path / "new")
+    with pytest.raises(ExportError, match=r"a compiled model has its own plan and inputs"):
+        bundle(model, mixed, example, tmp_path / "new")
+    with pytest.raises(ExportError, match=r"nothing is compiled yet"):
+        bundle(tcc.compile(which.model, mixed), None, None, tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
