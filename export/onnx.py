@@ -23,8 +23,8 @@ from tcc.program import Variant
 
 __all__ = ["OPSET", "write_onnx"]
 
-#: The newest that ONNX Runtime, TensorRT 10 and TensorRT-RTX all read whole.
-OPSET = 20
+#: The first whose operators all take bfloat16.
+OPSET = 22
 
 
 def write_onnx(variant: Variant, weights: Weights, places: dict[str, Place], path: Path) -> int:
