@@ -47,5 +47,5 @@ clean:
 	@echo "installing into .venv: some minutes the first time"
 	@$(PIP) torch
 	@$(PIP) 'setuptools>=77'
-	@$(PIP) --no-build-isolation --editable '.[test,diffusers]'
+	@$(PIP) --no-build-isolation --editable '.[test,diffusers,onnx]'
 	@touch $@
