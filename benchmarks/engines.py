@@ -27,6 +27,7 @@ from rich.progress import track
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the tests' models and plan
 
+from tcc import timing  # noqa: E402
 from tcc.export import Manifest, bundle  # noqa: E402
 from tests.export.bundles import mixed  # noqa: E402
 from tests.tiny_models import BUILDERS  # noqa: E402
@@ -116,7 +117,13 @@ def main(arguments: list[str] | None = None) -> int:
             Console(stderr=True).print(f"{engine.model} {engine.dtype} {engine.graph} {engine.target}: {engine.said}")
     if args.results:
         (args.results / "engines.md").write_text(table(engines))
-        content = {"engines": [asdict(engine) for engine in engines]}
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+        content = {
+            "command": " ".join(["python benchmarks/engines.py", *sys.argv[1:]]),
+            "commit": commit.stdout.strip(),
+            "machine": timing.machine(),
+            "engines": [asdict(engine) for engine in engines],
+        }
         (args.results / "engines.json").write_text(json.dumps(content, indent=1) + "\n")
     return 0 if all(engine.single for engine in engines) else 1
 
