@@ -79,6 +79,9 @@ def _copy(variant: Variant, weights: Weights, weight: Callable[[fx.Graph, str, f
     for node in variant.gm.graph.nodes:
         if node.target in _SQUEEZES and value(node).shape == value(node.args[0]).shape:
             new[node] = new[node.args[0]]
+        elif node.target is aten.einsum.default and (order := _permutation(*node.args[:2])):
+            new[node] = graph.call_function(aten.permute.default, (new[node.args[1][0]], order))
+            new[node].meta = dict(node.meta)
         elif node.op == "get_attr":
             new[node] = weight(graph, weights.names[str(node.target)], node)
         elif node.op == "output":
@@ -86,6 +89,14 @@ def _copy(variant: Variant, weights: Weights, weight: Callable[[fx.Graph, str, f
         else:
             new[node] = graph.node_copy(node, new.__getitem__)
     return graph
+
+
+def _permutation(equation: str, operands: list[fx.Node]) -> list[int]:
+    """The order of dimensions, [] where it is no permutation. ONNX's Einsum is for few dtypes."""
+    source, _, target = equation.replace(" ", "").partition("->")
+    if len(operands) > 1 or len(set(source)) != len(source) or sorted(source) != sorted(target) or "." in source:
+        return []
+    return [source.index(letter) for letter in target]
 
 
 def _existing(root: nn.Module, path: str) -> nn.Module:

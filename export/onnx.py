@@ -25,8 +25,6 @@ __all__ = ["OPSET", "write_onnx"]
 
 #: The first whose operators all take bfloat16.
 OPSET = 22
-#: Operators written in simpler ones first: ONNX's own form of them does not take all dtypes.
-_WITHOUT = {torch.ops.aten.einsum.default: torch.ops.aten.einsum.default.decompose}
 
 
 def write_onnx(variant: Variant, weights: Weights, places: dict[str, Place], path: Path) -> int:
@@ -72,7 +70,7 @@ def _converted(gm: torch.fx.GraphModule, examples: tuple[Any, ...], inputs: list
     """`gm` as an optimised ONNX model."""
     try:
         with torch.no_grad(), _quiet():
-            exported = torch.export.export(gm, examples, strict=False).run_decompositions(_WITHOUT)
+            exported = torch.export.export(gm, examples, strict=False)
             program = torch.onnx.export(
                 exported, input_names=inputs, output_names=outputs, opset_version=OPSET, dynamo=True, verbose=False
             )
