@@ -57,11 +57,11 @@ def compile_aoti(variant: Variant, weights: Weights) -> tuple[list[str], tuple[s
 
 def package_aoti(variants: Sequence[list[str]], path: Path) -> tuple[str, ...]:
     """Write compiled variants as one package; returns their names in it."""
-    from torch._inductor.package import package_aoti as package
+    from torch._inductor.package.package import package_aoti as package
 
     names = tuple(f"step{number}" for number in range(len(variants)))
     with tempfile.TemporaryDirectory() as folder:
-        kept = {}
+        kept: dict[str, Any] = {}
         for name, files in zip(names, variants, strict=True):
             # the generated sources are not needed to run, and hold paths of this machine
             kept[name] = [_stripped(file, Path(folder)) for file in files if not file.endswith(".cpp")]

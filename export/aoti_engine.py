@@ -22,7 +22,7 @@ def open_aoti(folder: Path, manifest: Manifest, device: torch.device) -> list[Ao
     Raises:
         BundleError: a variant is not in the package, or reads other weights than the manifest says.
     """
-    from torch._inductor.package import load_package  # imported here: it is slow
+    from torch._inductor.package.package import load_package  # imported here: it is slow
 
     weights = load_file(folder / WEIGHTS, device=str(device))
     engines = []

@@ -75,7 +75,8 @@ def example(node: fx.Node) -> torch.Tensor:
 
 def _copy(variant: Variant, weights: Weights, weight: Callable[[fx.Graph, str, fx.Node], fx.Node]) -> fx.Graph:
     """A copy of the graph in which `weight(graph, name, node)` makes what stands for a weight."""
-    graph, new = fx.Graph(), {}
+    graph = fx.Graph()
+    new: dict[fx.Node, fx.Node] = {}
     for node in variant.gm.graph.nodes:
         if node.target in _SQUEEZES and value(node).shape == value(node.args[0]).shape:
             new[node] = new[node.args[0]]

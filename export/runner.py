@@ -11,10 +11,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from tcc.capture import InputSpec
 from tcc.errors import BundleError, CallError
 from tcc.export.aoti_engine import open_aoti
-from tcc.export.manifest import TENSORS, Manifest, read
+from tcc.export.manifest import TENSORS, Manifest, TensorSpec, read
 from tcc.export.onnx_engine import open_onnx
 from tcc.export.slots import Slots
 from tcc.plan import CachePlan
@@ -77,6 +76,22 @@ def _device(name: str | torch.device) -> torch.device:
         raise BundleError(f"unknown device {str(name)!r:.40}: use cpu or cuda") from error
 
 
+def _check(spec: TensorSpec, tensor: Any, device: torch.device) -> None:
+    """Raise where a call does not give what the manifest says."""
+    found = (tensor.dtype, tuple(tensor.shape), tensor.device) if isinstance(tensor, torch.Tensor) else type(tensor)
+    if found != (spec.torch_dtype, spec.shape, device):
+        raise CallError(
+            f"input '{spec.name}' is {_described(tensor)}, expected {spec.dtype} {list(spec.shape)} on {device}: a "
+            "bundle runs what it was exported with"
+        )
+
+
+def _described(tensor: Any) -> str:
+    if not isinstance(tensor, torch.Tensor):
+        return f"{tensor!r:.60}"
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
+
+
 class Runner:
     """One run at a time through a bundle: its own slots and its own step counter.
 
@@ -100,7 +115,7 @@ class Runner:
         self.manifest, self.step, self.copied_bytes = manifest, 0, 0
         self._shared = (folder, manifest, engines, tensors, device)
         self._slots = Slots(manifest.slots, device)
-        self._inputs = [InputSpec(s.name, s.shape, s.torch_dtype, device) for s in manifest.inputs]
+        self._device = device
         self._steps = [
             (engines[step.graph], {name: tensors[key] for name, key in step.tensors.items()}) for step in manifest.steps
         ]
@@ -162,17 +177,16 @@ class Runner:
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def _feeds(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
-        names = [spec.name for spec in self._inputs]
+        names = [spec.name for spec in self.manifest.inputs]
         given = dict(zip(names, args, strict=False)) | kwargs
         if len(args) > len(names) or given.keys() != set(names) or len(given) != len(args) + len(kwargs):
             raise CallError(
                 f"called with {len(args)} tensors and {sorted(kwargs)}; the bundle takes {', '.join(names)}"
             )
         feeds = {}
-        for spec in self._inputs:
+        for spec in self.manifest.inputs:
             tensor = given[spec.name]
-            if problem := spec.differs(tensor):
-                raise CallError(f"input '{spec.name}' {problem}: a bundle runs the shapes it was exported with")
+            _check(spec, tensor, self._device)
             feeds[spec.name] = tensor.detach().contiguous()
             self.copied_bytes += 0 if feeds[spec.name].data_ptr() == tensor.data_ptr() else tensor.nbytes
         return feeds

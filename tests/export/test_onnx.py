@@ -141,10 +141,14 @@ def test_a_call_is_checked(written: Any) -> None:
         runner(x, t)
     with pytest.raises(CallError, match=r"called with 3 tensors and \['y'\]"):
         runner(x, t, y, y=y)
-    with pytest.raises(CallError, match=r"input 'x' has shape \[2, 4, 4, 4\], expected \[2, 4, 8, 8\]"):
+    with pytest.raises(
+        CallError, match=r"input 'x' is float32 \[2, 4, 4, 4\] on cpu, expected float32 \[2, 4, 8, 8\] on cpu"
+    ):
         runner(x[:, :, :4, :4], t, y)
-    with pytest.raises(CallError, match=r"input 't' has dtype torch.float32, expected torch.int64"):
+    with pytest.raises(CallError, match=r"input 't' is float32 \[2\] on cpu, expected int64"):
         runner(x, t=t.float(), y=y)
+    with pytest.raises(CallError, match=r"input 'y' is None, expected int64 \[2\] on cpu"):
+        runner(x, t, None)
     with pytest.raises(CallError, match=r"step 3 was called but the next step is 0 of 6"):
         runner.run_step(3, x, t, y)
     assert runner.step == 0
