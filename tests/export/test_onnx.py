@@ -141,9 +141,7 @@ def test_a_call_is_checked(written: Any) -> None:
         runner(x, t)
     with pytest.raises(CallError, match=r"called with 3 tensors and \['y'\]"):
         runner(x, t, y, y=y)
-    with pytest.raises(
-        CallError, match=r"input 'x' is float32 \[2, 4, 4, 4\] on cpu, expected float32 \[2, 4, 8, 8\] on cpu"
-    ):
+    with pytest.raises(CallError, match=r"input 'x' is float32 \[2, 4, 4, 4\] on cpu, expected float32 \[2, 4, 8, 8\]"):
         runner(x[:, :, :4, :4], t, y)
     with pytest.raises(CallError, match=r"input 't' is float32 \[2\] on cpu, expected int64"):
         runner(x, t=t.float(), y=y)
