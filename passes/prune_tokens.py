@@ -18,7 +18,7 @@ from tcc.passes.paths import Path, operands, substitute
 from tcc.passes.token_axis import NotTokenLocal, narrowing
 from tcc.passes.tokens import Axis, gather_tokens, scatter_tokens
 
-__all__ = ["PruneTokens", "Whole"]
+__all__ = ["PruneTokens", "Whole", "rows_beside"]
 
 aten = torch.ops.aten
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class PruneTokens(Pass):
 
     def run(self, gm: fx.GraphModule) -> int:
         """Edit `gm`; see the class."""
-        beside = _rows_beside(gm.graph)
+        beside = rows_beside(gm.graph)
         whole = Whole(gm.graph, {cut.node for cut in beside})
         runs: dict[fx.Node, _Narrower] = {}
         todo = [node for node in gm.graph.nodes if node.target is gather_tokens]
@@ -68,7 +68,7 @@ class PruneTokens(Pass):
         return edits
 
 
-def _rows_beside(graph: fx.Graph) -> list[Cut]:
+def rows_beside(graph: fx.Graph) -> list[Cut]:
     """Rows that are needed whole, of values whose other rows are only needed through gathers."""
     whole, found = Whole(graph), []
     for cuts in find_cuts(graph).values():

@@ -13,7 +13,7 @@ from tcc.passes.attention import find_attention
 from tcc.passes.base import Pass
 from tcc.passes.graph import emit, shape
 from tcc.passes.paths import substitute
-from tcc.passes.prune_tokens import Whole
+from tcc.passes.prune_tokens import Whole, rows_beside
 from tcc.passes.token_axis import NotTokenLocal, narrowing
 from tcc.passes.tokens import Axis, gather_tokens, scatter_tokens
 
@@ -34,19 +34,19 @@ class SplitProjections(Pass):
 
     1. It applies to attention whose output is only read through gathers and whose keys are not gathered or scattered.
     2. The parts are rows of the weight, contiguous or not; any views and permutations between stay.
-    3. A part that is split again is split first.
+    3. A part that is split again is split first. In joint attention every stream's projection is split.
     """
 
     def run(self, gm: fx.GraphModule) -> int:
         """Edit `gm`; see the class."""
-        whole = Whole(gm.graph)
+        whole = Whole(gm.graph, {cut.node for cut in rows_beside(gm.graph)})
         edits = 0
         for node, attention in find_attention(gm.graph).items():
             query, keys = attention.query.node, attention.key.node
             if node in whole.nodes or keys.target in (gather_tokens, scatter_tokens):
                 continue
             common = _bases_above(query) & _bases_above(keys)
-            edits += _split(gm.graph, max(common)) if common else 0
+            edits += sum(_split(gm.graph, base) for base in sorted(common, reverse=True))
         return edits
 
 
@@ -82,6 +82,8 @@ def _split(graph: fx.Graph, base: fx.Node) -> int:
     parts = _parts(base)
     edits, way = _way_to_linear(graph, base)
     if parts is None or way is None or len({part.dim for part in parts}) != 1:
+        return edits
+    if not any(part.node.users for part in parts):  # split already, as a part of another value's way
         return edits
     (linear, *turns), axes = way, [Axis(parts[0].dim)]
     try:

@@ -15,6 +15,19 @@ BATCH, IMAGE, TEXT = 2, 12, 5
 Join = Callable[[Tensor, Tensor, int], Tensor]
 
 
+class Fused(nn.Module):
+    """The same from one product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Project the normed stream."""
+        parts = self.qkv(self.norm(x)).chunk(3, dim=-1)
+        return [part.unflatten(-1, (HEADS, HEAD)).transpose(1, 2) for part in parts]
+
+
 class Projections(nn.Module):
     """Queries, keys and values of one stream, `[B, H, S, d]`."""
 
@@ -41,9 +54,18 @@ def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class Dual(nn.Module):
     """Two streams, each with weights of its own, and one attention over both."""
 
-    def __init__(self, text_first: bool, attend: Callable[..., Tensor], *, split: bool = False, rotary: bool = False):
+    def __init__(
+        self,
+        text_first: bool,
+        attend: Callable[..., Tensor],
+        *,
+        split: bool = False,
+        rotary: bool = False,
+        fused: bool = False,
+    ) -> None:
         super().__init__()
-        self.image, self.text = Projections(), Projections()
+        project = Fused if fused else Projections
+        self.image, self.text = project(), project()
         self.proj, self.text_proj = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
         self.mlp, self.text_mlp = (
             nn.Sequential(nn.LayerNorm(WIDTH), Mlp(WIDTH)),
@@ -115,6 +137,7 @@ def costs(attention: str, kept: int) -> int:
 
 JOINT: dict[str, Callable[[], Case]] = {
     "image first": lambda: joint(*(Dual(False, by_torch) for _ in range(2))),
+    "fused projections": lambda: joint(*(Dual(False, by_torch, fused=True) for _ in range(2))),
     "text first, split, rotary": lambda: joint(*(Dual(True, by_torch, split=True, rotary=True) for _ in range(2))),
     "written out": lambda: joint(*(Dual(True, written_out) for _ in range(2))),
     "one sequence": lambda: joint(*(Single() for _ in range(2))),
