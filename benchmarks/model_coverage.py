@@ -6,7 +6,8 @@
 Each class is built small, with random weights (`coverage_models*.py`), and goes through four columns:
 
 - captured: one graph by `torch.export`, and the uncached plan gives the very bits of the model;
-- sites: blocks found in the graph / blocks that the model ran (modules of its lists with at least two layers);
+- sites: blocks found in the graph / blocks that the model ran (modules of its lists with at least two layers), at least
+  half of them;
 - plan: `coverage_plan.py` mixes reuse, hold and pruned tokens; compiled; in brackets the MACs of the step that prunes
   all that can be pruned and computes the rest, over those of the full step;
 - matches: every output of every step against the reference interpreter, relative to its largest magnitude, at most
@@ -43,6 +44,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import tcc
+from tcc.passes.graph import module_path
 from tcc.program import build_program
 from tcc.runtime import Session, lower
 
@@ -142,8 +144,11 @@ def _examine(row: Row, backend: str) -> None:
 
 
 def _count_sites(row: Row, info: tcc.ModelInfo, paths: Sequence[str]) -> None:
-    blocks = (*info.blocks, *info.analysis.side_blocks)
-    missing = [path for path in paths if not any(_same(path, block) for block in blocks)]
+    nodes = {node.name: node for node in info.captured.gm.graph.nodes}
+    parts = [site for site in info.sites.values() if site.attention or site.kind in ("out", "delta")]
+    found = {module_path(nodes[name]) for site in parts for name in site.values}
+    found |= {*info.blocks, *info.analysis.side_blocks}  # whose adds may stand outside of the module, or inside
+    missing = [path for path in paths if not any(_same(path, other) for other in found)]
     branches = [s for s in info.sites.values() if s.kind == "delta"]
     row.details |= {"blocks": len(paths), "found": len(paths) - len(missing), "missing": missing}
     row.details |= {"branches": len(branches), "prunable": sum(s.prunable for s in branches)}
@@ -153,8 +158,10 @@ def _count_sites(row: Row, info: tcc.ModelInfo, paths: Sequence[str]) -> None:
         row.why = row.why or f"sites: not found: {', '.join(missing)}"
 
 
-def _same(path: str, block: str) -> bool:
-    return block == path or block.startswith(f"{path}.") or path.startswith(f"{block}.")
+def _same(path: str, found: str) -> bool:
+    """Whether a path lies in the module `path`, or is a block that the module is a part of."""
+    numbered = found.rsplit(".", 1)[-1].isdigit()
+    return found == path or found.startswith(f"{path}.") or (numbered and path.startswith(f"{found}."))
 
 
 def _reason(info: tcc.ModelInfo) -> str:

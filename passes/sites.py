@@ -360,7 +360,7 @@ class _View:
     def _kv_site(self, name: SiteName, index: int, node: fx.Node, branch: Branch, keys: _Keys) -> Site:
         key, val = self.flow.attention[node].key.node, self.flow.attention[node].value.node
         macs = count(self.flow.between(branch.origin, [key, val]))
-        reason = _not_the_main(name.stream) or keys.reason
+        reason = self._unnamed(name.stream, branch) or keys.reason
         return Site(
             name.but("kv"), "kv", index, (key.name, val.name), "", "", (node.name,), shape(key), value(key).dtype,
             keys.axis, macs, reason, batch=keys.batch, key_batch=(keys.batch,), key_axes=(keys.axis,),
@@ -385,12 +385,17 @@ class _View:
             key_axes=tuple(k.axis for ks in keys for k in ks), beside=beside or (), guarded=guarded,
         )  # fmt: skip
 
+    def _unnamed(self, stream: str, branch: Branch) -> str:
+        """Why a plan cannot even name single tokens of a branch; "" if it can."""
+        if stream:
+            return f"token sets are of the main stream, not of '{stream}': compute or reuse it as a whole"
+        known = self.axis(stream, branch) is not None
+        return "" if known else "its tokens are not in the order that they have in other blocks"
+
     def _why_not(self, stream: str, branch: Branch, axis: Axis, origin: fx.Node, keys: Sequence[_Keys]) -> str:
         """Why the tokens of a branch cannot be computed alone, from `origin`; "" if they can."""
-        if stream or self.axis(stream, branch) is None:
-            return _not_the_main(stream) or "its tokens are not in the order that they have in other blocks"
         axes, reason = follow(branch.delta, axis, origin, self.flow)
-        reason = reason or next((k.reason for k in keys if k.reason), "")
+        reason = self._unnamed(stream, branch) or reason or next((k.reason for k in keys if k.reason), "")
         if reason or axes - {axis}:
             return reason or "the tokens change their order on the way from the stream"
         return "" if axis.plain else "the stream's tokens share their dimension with something else"
@@ -416,10 +421,6 @@ class _View:
                 return None
             todo += node.users
         return tuple(dict.fromkeys(found))
-
-
-def _not_the_main(stream: str) -> str:
-    return stream and f"token sets are of the main stream, not of '{stream}': compute or reuse it as a whole"
 
 
 @dataclass(frozen=True)

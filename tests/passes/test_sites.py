@@ -263,3 +263,28 @@ def test_sites_have_the_dtype_of_their_values(dtype: torch.dtype) -> None:
     model = Tokens([Block(16), Block(16)]).eval().to(dtype)
     site = tcc.inspect(model, noise(2, 12, 16).to(dtype)).sites["blocks.0.delta"]
     assert (site.dtype, site.bytes) == (dtype, 2 * 12 * 16 * dtype.itemsize)
+
+
+class JoinedOneByOne(nn.Module):
+    """Blocks on image tokens, then on image and text tokens, which are joined sample by sample."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.early, self.late = Tokens([Block(width), Block(width)], head=False), Tokens([Block(width), Block(width)])
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        """Map `[B, S, D]` and `[B, T, D]`."""
+        rows = [torch.cat([image, words]) for image, words in zip(self.early(x), text, strict=True)]
+        out: Tensor = self.late(nn.utils.rnn.pad_sequence(rows, batch_first=True))[:, : x.shape[1]]
+        return out
+
+
+def test_tokens_that_nobody_can_name_are_not_pruned() -> None:
+    """Where the rows come out of an operator without a rule, their keys are not pruned either."""
+    torch.manual_seed(0)
+    model, inputs = JoinedOneByOne().eval(), (noise(2, 6, 16), noise(2, 3, 16, seed=8))
+    info = tcc.inspect(model, *inputs)
+    late = [s for s in info.sites.values() if s.name.startswith("late") and s.kind != "stream"]
+    assert {s.shape[s.axis.dim] for s in late} == {9}
+    assert {s.kind for s in late} == {"out", "delta", "kv", "block"}
+    assert {s.reason for s in late} == {"its tokens are not in the order that they have in other blocks"}
