@@ -249,9 +249,9 @@ def _mochi() -> Parts:
     return config, inputs | dict(encoder_attention_mask=ones(2, 7).bool())
 
 
-@entry("MotifVideoTransformer3DModel")
+@entry("MotifVideoTransformer3DModel", note="no decoder blocks (the default): rows of two streams are one there")
 def _motif() -> Parts:
-    config = dict(in_channels=4, out_channels=4, num_layers=2, num_single_layers=4, num_decoder_layers=2, **HEADS)
+    config = dict(in_channels=4, out_channels=4, num_layers=2, num_single_layers=2, **HEADS)
     config |= dict(mlp_ratio=2.0, text_embed_dim=24, rope_axes_dim=(4, 6, 6), enable_text_cross_attention_dual=True)
     config |= dict(enable_text_cross_attention_single=True)
     inputs = dict(hidden_states=noise(*VIDEO), timestep=times(), encoder_hidden_states=noise(2, 7, 24))

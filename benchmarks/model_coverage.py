@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import re
 import sys
 import time
 import traceback
@@ -166,7 +167,7 @@ def _same(path: str, found: str) -> bool:
 
 def _reason(info: tcc.ModelInfo) -> str:
     reasons = [s.reason for s in info.sites.values() if s.kind in ("delta", "block") and s.reason]
-    return max(reasons, key=reasons.count, default="no MACs are saved").splitlines()[0]
+    return without_folders(max(reasons, key=reasons.count, default="no MACs are saved").splitlines()[0])
 
 
 def ran(built: Built) -> list[str]:
@@ -222,7 +223,12 @@ def _distance(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 def _one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else ""
+    return without_folders(lines[0])[:300] if lines else ""
+
+
+def without_folders(text: str) -> str:
+    """`text` with the paths of files cut to what is the same on every machine."""
+    return re.sub(r"[^\s\"(]*/site-packages/", "", text).replace(f"{Path(__file__).parents[1]}/", "")
 
 
 def _worker(connection: Connection, backend: str, threads: int) -> None:
@@ -328,7 +334,8 @@ def as_json(rows: Sequence[Row], backend: str) -> str:
     import diffusers
 
     versions = {"diffusers": diffusers.__version__, "torch": torch.__version__, "backend": backend}
-    return json.dumps({**versions, "summary": summary(rows), "rows": [asdict(row) for row in rows]}, indent=1)
+    found = {**versions, "summary": summary(rows), "rows": [asdict(row) for row in rows]}
+    return without_folders(json.dumps(found, indent=1))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -20,6 +20,7 @@ __all__ = [
     "output_values",
     "shape",
     "size",
+    "sized_by_data",
     "source_line",
     "value",
 ]
@@ -44,6 +45,12 @@ def size(found: int | torch.SymInt) -> int:
     """`found`, or `UNKNOWN` where it depends on the data."""
     known = isinstance(found, int) or found.node.expr.is_number
     return int(found) if known else UNKNOWN
+
+
+def sized_by_data(node: fx.Node) -> bool:
+    """Whether a size of the value, of what it is computed from, or in the call itself depends on the data."""
+    around = (node, *node.all_input_nodes)
+    return any(UNKNOWN in shape(n) or isinstance(n.meta.get("val"), torch.SymInt) for n in around)
 
 
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from tcc.passes.graph import emit, shape
+from tcc.passes.graph import emit, shape, sized_by_data
 from tcc.passes.tokens import Axis
 
 __all__ = ["Cut", "find_cuts", "move_cut"]
@@ -47,6 +47,8 @@ def find_cuts(graph: fx.Graph) -> dict[fx.Node, list[Cut]]:
 
 
 def _cuts(user: fx.Node, source: fx.Node) -> Iterable[Cut]:
+    if sized_by_data(user):
+        return
     args: list[Any] = [*user.args[1:], *[None] * 4]
     rank = len(shape(source))
     if user.target is aten.slice.Tensor and user.args[0] is source and args[3] in (None, 1):

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from tcc.passes.graph import UNKNOWN, shape, value
+from tcc.passes.graph import shape, sized_by_data, value
 from tcc.passes.paths import Path, at, operands
 from tcc.passes.products import product
 from tcc.passes.tokens import Axis
@@ -79,7 +79,7 @@ def narrowing(node: fx.Node, axis: Axis, size: int) -> Narrowing:
     Raises:
         NotTokenLocal: the node mixes tokens, or no rule is known for its operator.
     """
-    if any(UNKNOWN in shape(n) for n in (node, *node.all_input_nodes)):
+    if sized_by_data(node):
         raise NotTokenLocal(f"{node.target} has a size that depends on the data")
     found = _RULES.get(node.target)
     if found is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
