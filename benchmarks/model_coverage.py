@@ -223,7 +223,7 @@ def _distance(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 def _one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return without_folders(lines[0])[:300] if lines else ""
+    return without_folders(lines[0]).partition(". The forward must not")[0][:300] if lines else ""
 
 
 def without_folders(text: str) -> str:
