@@ -54,7 +54,7 @@ class Diffusion:
         """`alpha_bar` at any time from the first timestep to the last: in between, its logarithm is linear."""
         place = timestep - self.first_timestep
         below = min(int(place), self.num_train_steps - 2)
-        low, high = self.log_alpha_bar[below : below + 2].tolist()
+        low, high = map(float, self.log_alpha_bar[below : below + 2])
         return math.exp(low + (place - below) * (high - low))
 
     def timestep_at(self, log_snr: float) -> float:
@@ -62,7 +62,7 @@ class Diffusion:
         wanted = -math.log1p(math.exp(-2 * log_snr))  # log of alpha_bar
         below = int((self.log_alpha_bar > wanted).sum()) - 1
         below = min(max(below, 0), self.num_train_steps - 2)
-        low, high = self.log_alpha_bar[below : below + 2].tolist()
+        low, high = map(float, self.log_alpha_bar[below : below + 2])
         return self.first_timestep + below + (wanted - low) / (high - low)
 
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
