@@ -11,19 +11,19 @@ from __future__ import annotations
 import heapq
 import math
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
 
 from tcc.passes.dataflow import Dataflow
-from tcc.passes.graph import output_values, shape, size, value
+from tcc.passes.graph import cat_dim, output_values, shape, size, value
 from tcc.passes.macs import node_macs
 from tcc.passes.token_axis import NotTokenLocal, narrowing, operands
 from tcc.passes.tokens import Axis
 
-__all__ = ["Add", "Chain", "Link", "base_of", "cat_dim", "find_chains", "guess_axis"]
+__all__ = ["Add", "Chain", "Link", "base_of", "find_chains", "guess_axis"]
 
 aten = torch.ops.aten
 _COPIES = {aten._to_copy.default, aten.clone.default, aten.contiguous.default, aten.alias.default}
@@ -79,11 +79,13 @@ class Chain:
         adds: the adds.
         others: for every add, how many rows before and after the stream's tokens belong to others; None where the
             tokens could not be followed.
+        roots: the graph's inputs that the tokens of its first value come from.
         rows_out: the rows of the last add that the output is made of; None where it is made of all, or is not reached.
     """
 
     adds: tuple[Add, ...]
     others: tuple[tuple[int, int] | None, ...]
+    roots: tuple[fx.Node, ...] = ()
     rows_out: tuple[int, int] | None = None
 
 
@@ -177,6 +179,21 @@ class _At:
         return self.axis.count(shape(self.node)) if self.axis else 0
 
 
+@dataclass(frozen=True)
+class _Step:
+    """An add of a path.
+
+    Attributes:
+        number: the add.
+        stretch: the adds of one stretch have their rows in one order.
+        offset: where its rows begin, counted from those of the last add of the stretch.
+    """
+
+    number: int
+    stretch: int
+    offset: int
+
+
 @dataclass
 class _Search:
     flow: Dataflow
@@ -196,13 +213,16 @@ class _Search:
     def chains(self, outputs: Sequence[object]) -> list[Chain]:
         """Every chain: the output's, then the longest among the adds that are left, and so on."""
         found: list[Chain] = []
-        used: set[int] = set()
+        used: dict[int, range] = {}
         top, rows = self._top(outputs)
         while top is not None:
             path = self._path(top, rows, used)
-            used |= {number for number, _ in path}
+            chain = self._chain(path, rows)
+            for step, others in zip(path, chain.others, strict=True):
+                before, after = others or (0, 0)
+                used[step.number] = range(before, self.adds[step.number].rows - after)
             if len(path) > 1:
-                found.append(self._chain(path, rows))
+                found.append(chain)
             left = [i for i in range(len(self.adds)) if i not in used]
             top, rows = max(left, key=lambda i: (self.adds[i].depth, i), default=None), None
         return found
@@ -278,46 +298,71 @@ class _Search:
                     todo.append(user)
         return None
 
-    def _path(self, top: int, rows: tuple[int, int] | None, used: set[int]) -> list[tuple[int, int | None]]:
-        """The adds below `top`, each with where its rows begin, counted from `top`'s; None where that is not known."""
-        path: list[tuple[int, int | None]] = [(top, 0)]
-        here: int = top
-        offset: int | None = 0
+    def _path(self, top: int, rows: tuple[int, int] | None, used: Mapping[int, range]) -> list[_Step]:
+        """The adds from the beginning of a stream up to `top`.
+
+        Adds of another chain, `used` with the rows that it owns, are passed where the rows are none of its own.
+        """
+        path = [_Step(top, 0, 0)]
+        here, stretch, offset = top, 0, 0
         lane = rows or (0, self.adds[top].rows)
         while self.adds[here].links:
-            link = self._choose(self.adds[here].links, lane, used)
-            if link is None:
+            links = self.adds[here].links
+            link = self._choose(links, lane, used)
+            if link is None or (link.source not in used and any(self._owned(other, used) for other in links)):
                 break
             low, high = max(lane[0], link.rows[0]), min(lane[1], link.rows[1])
-            if link.start is None or offset is None:
-                offset, lane = None, (0, self.adds[link.source].rows)
+            if link.start is None:
+                stretch, offset, lane = stretch + 1, 0, (0, self.adds[link.source].rows)
             else:
                 offset += link.rows[0] - link.start
                 lane = (low - link.rows[0] + link.start, high - link.rows[0] + link.start)
             here = link.source
             if here not in used:
-                path.append((here, offset))
+                path.append(_Step(here, stretch, offset))
+            elif lane[0] < used[here].stop and used[here].start < lane[1]:
+                break
         return path[::-1]
 
-    def _choose(self, links: Iterable[Link], lane: tuple[int, int], used: set[int]) -> Link | None:
+    def _owned(self, link: Link, used: Mapping[int, range]) -> bool:
+        """Whether rows that come by a link are another chain's own."""
+        if link.source not in used or link.start is None:
+            return link.source in used
+        stop, rows = link.start + link.rows[1] - link.rows[0], used[link.source]
+        return link.start < rows.stop and rows.start < stop
+
+    def _choose(self, links: Iterable[Link], lane: tuple[int, int], used: Mapping[int, range]) -> Link | None:
         """The link that the rows of a lane come by; where they come by several, the one to the longest chain."""
         found = [link for link in links if link.rows[0] < lane[1] and lane[0] < link.rows[1]]
         return max(found, key=lambda link: (link.source not in used, self.adds[link.source].depth), default=None)
 
-    def _chain(self, path: list[tuple[int, int | None]], rows_out: tuple[int, int] | None) -> Chain:
-        """The chain of a path, with the rows that belong to others: all but those of its narrowest adds."""
-        adds = [self.adds[number] for number, _ in path]
-        known = [(add.rows, offset) for add, (_, offset) in zip(adds, path, strict=True) if offset is not None]
+    def _chain(self, path: Sequence[_Step], rows_out: tuple[int, int] | None) -> Chain:
+        """The chain of a path, with the rows that belong to others: all but those of its narrowest adds.
+
+        Rows are compared where they are known to be the same; where they are re-arranged on the way, that is on the
+        stretch with the most adds, and on others of the same shapes.
+        """
+        adds = [self.adds[step.number] for step in path]
+        shapes: dict[int, set[tuple[int, ...]]] = {}
+        for add, step in zip(adds, path, strict=True):
+            shapes.setdefault(step.stretch, set()).add(shape(add.add))
+        weights = {stretch: sum(shape(add.add) in found for add in adds) for stretch, found in shapes.items()}
+        best = max(weights, key=lambda stretch: (weights[stretch], -stretch))
+        known = [(add.rows, step.offset) for add, step in zip(adds, path, strict=True) if step.stretch == best]
         least, first = min(known)
-        others: list[tuple[int, int] | None] = []
-        for add, (_, offset) in zip(adds, path, strict=True):
-            before = None if offset is None else first - offset
-            after = None if before is None else add.rows - before - least
-            fits = before is not None and after is not None and before >= 0 <= after
-            others.append((before, after) if fits else None)  # type: ignore[arg-type]
-        same = {shape(add.add): found for add, found in zip(adds, others, strict=True) if found is not None}
-        others = [found or same.get(shape(add.add)) for add, found in zip(adds, others, strict=True)]
-        return Chain(tuple(adds), tuple(others), rows_out)
+        others: dict[tuple[int, ...], tuple[int, int]] = {}
+        for add, step in zip(adds, path, strict=True):
+            before = first - step.offset
+            after = add.rows - before - least
+            if step.stretch == best and before >= 0 <= after:
+                others[shape(add.add)] = (before, after)
+        found = tuple(others.get(shape(add.add)) for add in adds)
+        return Chain(tuple(adds), found, self._roots(adds[0], found[0] or (0, 0)), rows_out)
+
+    def _roots(self, first: Add, others: tuple[int, int]) -> tuple[fx.Node, ...]:
+        axis = replace(guess_axis(first.add), before=others[0], after=others[1])
+        ways = self._walk(first.stream_in, axis)
+        return tuple(dict.fromkeys(at.node for at in ways if at.node.op == "placeholder"))
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
@@ -354,13 +399,6 @@ def _parts(node: fx.Node, axis: Axis, start: int) -> list[tuple[fx.Node, Axis | 
     return found
 
 
-def cat_dim(node: fx.Node) -> int:
-    """The dimension that a concatenation joins."""
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    assert isinstance(dim, int)
-    return dim % len(shape(node))
-
-
 def _largest(node: fx.Node) -> list[fx.Node]:
     """The operands with the most elements, parameters left out; what else a call takes is beside the tokens."""
     found = [operand for _, operand in operands(node) if operand.op != "get_attr"]
@@ -370,6 +408,5 @@ def _largest(node: fx.Node) -> list[fx.Node]:
 
 def _elements(node: fx.Node) -> int:
     val = value(node)
-    if isinstance(val, (list, tuple)):
-        return sum(math.prod(map(size, v.shape)) for v in val if isinstance(v, torch.Tensor))
-    return math.prod(shape(node)) if isinstance(val, torch.Tensor) else 0
+    found = [v for v in (val if isinstance(val, (list, tuple)) else [val]) if isinstance(v, torch.Tensor)]
+    return sum(math.prod(map(size, v.shape)) for v in found)

@@ -121,6 +121,13 @@ def source_line(node: fx.Node) -> str:
     return f"module {module_path(node) or '(top)'}"
 
 
+def cat_dim(node: fx.Node) -> int:
+    """The dimension that a concatenation joins."""
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    assert isinstance(dim, int)
+    return dim % len(shape(node))
+
+
 def module_path(node: fx.Node) -> str:
     """The dotted path of the module whose forward made `node`."""
     stack = node.meta.get("nn_module_stack") or {}

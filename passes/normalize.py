@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import fx
 
 from tcc.passes.base import Pass
-from tcc.passes.graph import emit, shape, value
+from tcc.passes.graph import cat_dim, emit, shape, value
 
 __all__ = ["Normalize"]
 
@@ -34,6 +35,11 @@ class Normalize(Pass):
 
     1. What reads another value for its dtype or shape alone no longer reads it: `type_as(x, y)` and `copy(y, x)` become
        casts, `expand_as(x, y)` an expansion, so that nobody seems to need all of `y`.
+
+    So is a value that is cut in parts and joined again, as streams are between two blocks:
+
+    Before: `cat([slice(x, 1, 0, 5), slice(x, 1, 5, 21)], 1)` with `x` of shape `[2, 21, 32]`
+    After:  `x`
     """
 
     def run(self, gm: fx.GraphModule) -> int:
@@ -44,8 +50,8 @@ class Normalize(Pass):
                 gm.graph.erase_node(node)
             elif node.target in _LIKE:
                 _replace(gm.graph, node)
-            elif _is_identity(node):
-                node.replace_all_uses_with(node.args[0])
+            elif (same := _same(node)) is not None:
+                node.replace_all_uses_with(same)
                 gm.graph.erase_node(node)
             else:
                 continue
@@ -67,6 +73,44 @@ def _replace(graph: fx.Graph, node: fx.Node) -> None:
             new = emit(graph, aten._to_copy.default, (new,), kinds, like=node)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
+
+
+def _same(node: fx.Node) -> fx.Node | None:
+    """The operand that `node` is equal to."""
+    if node.target is aten.cat.default:
+        return _whole(node)
+    return node.args[0] if _is_identity(node) else None  # type: ignore[return-value]
+
+
+def _whole(node: fx.Node) -> fx.Node | None:
+    """The value whose consecutive parts `node` joins."""
+    dim = cat_dim(node)
+    parts = [_part(part, dim) for part in node.args[0]]  # type: ignore[union-attr, arg-type]
+    source, at = parts[0][0], 0
+    for found, start, stop in parts:
+        if found is None or found is not source or start != at:
+            return None
+        at = stop
+    if source is None or at != shape(source)[dim] or not _same_tensor(value(source), value(node)):
+        return None
+    return source
+
+
+def _part(node: fx.Node, dim: int) -> tuple[fx.Node | None, int, int]:
+    """The value that `node` is a stretch of along `dim`, from and up to but not including."""
+    cut = node.args[0] if node.target is operator.getitem else node
+    if not isinstance(cut, fx.Node) or cut.target not in (aten.slice.Tensor, aten.split_with_sizes.default):
+        return None, 0, 0
+    source: Any = cut.args[0]
+    if cut.target is aten.slice.Tensor:
+        along, start, _, step = (*cut.args[1:], *(0, None, None, 1)[len(cut.args) - 1 :])
+        first = slice(start, None).indices(shape(source)[dim])[0]  # type: ignore[misc]
+        fits = along % len(shape(source)) == dim and step == 1  # type: ignore[operator]
+        return (source if fits else None), first, first + shape(node)[dim]
+    sizes, number = cut.args[1], node.args[1]
+    fits = (cut.args[2] if len(cut.args) > 2 else 0) % len(shape(source)) == dim  # type: ignore[operator]
+    first = sum(sizes[:number])  # type: ignore[index, arg-type, misc]
+    return (source if fits else None), first, first + sizes[number]  # type: ignore[index, operator]
 
 
 def _is_identity(node: fx.Node) -> bool:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
-from tcc.passes.chains import cat_dim, guess_axis
+from tcc.passes.chains import guess_axis
 from tcc.passes.dataflow import Dataflow
-from tcc.passes.graph import shape, source_line, value
+from tcc.passes.graph import cat_dim, shape, source_line, value
 from tcc.passes.grid import find_grid
 from tcc.passes.macs import count
 from tcc.passes.paths import operands

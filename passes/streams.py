@@ -17,9 +17,9 @@ import torch
 from torch import fx
 
 from tcc.errors import AnalysisError
-from tcc.passes.chains import Add, Chain, base_of, cat_dim, find_chains, guess_axis
+from tcc.passes.chains import Add, Chain, base_of, find_chains, guess_axis
 from tcc.passes.dataflow import Dataflow
-from tcc.passes.graph import module_path, shape
+from tcc.passes.graph import cat_dim, module_path, shape
 
 __all__ = ["Block", "Branch", "Skip", "Stream", "find_streams"]
 
@@ -126,8 +126,9 @@ class Stream:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its shape where it holds its own tokens alone, or where it holds the fewest others, `[B, S, D]`."""
-        return shape(min((branch.add for branch in self.branches), key=lambda add: shape(add)[guess_axis(add).dim]))
+        """Its shape where it holds its own tokens alone, `[B, S, D]`."""
+        alone = [branch.add for branch in self.branches if branch.others == (0, 0)]
+        return shape(min(alone or [self.branches[-1].add], key=lambda add: shape(add)[guess_axis(add).dim]))
 
 
 def find_streams(graph: fx.Graph, flow: Dataflow) -> tuple[Stream, ...]:
@@ -143,9 +144,10 @@ def find_streams(graph: fx.Graph, flow: Dataflow) -> tuple[Stream, ...]:
             f"width throughout, and found {total} such add(s) in {len(flow.nodes)} graph nodes. "
             "Check that the whole model was captured and that its blocks add to their input"
         )
-    parts = _attending([_branches(chain, flow) for chain in chains])
+    found = _attending([(chain, _branches(chain, flow)) for chain in chains])
+    parts = [branches for _, branches in found]
     rows = chains[0].rows_out if parts[0][-1].add is chains[0].adds[-1].add else None
-    names = _stream_names([branches[0].stream_in for branches in parts], flow)
+    names = _stream_names([chain.roots for chain, _ in found])
     order = sorted((branch.add, number) for number, branches in enumerate(parts) for branch in branches)
     blocks = _block_names(order, {branch.add: branch for branches in parts for branch in branches})
     return tuple(
@@ -186,15 +188,15 @@ def _before_gate(delta: fx.Node, origin: fx.Node, flow: Dataflow) -> fx.Node:
     return delta
 
 
-def _attending(parts: Sequence[list[Branch]]) -> list[list[Branch]]:
+def _attending(parts: Sequence[tuple[Chain, list[Branch]]]) -> list[tuple[Chain, list[Branch]]]:
     """The streams with attention, and of each the stretches of one shape with attention; where there is any at all."""
     found = []
-    for branches in parts:
+    for chain, branches in parts:
         stretches = [list(stretch) for _, stretch in groupby(branches, key=lambda branch: shape(branch.add))]
         kept = [branch for stretch in stretches if any(b.attention for b in stretch) for branch in stretch]
         if kept:
-            found.append(kept)
-    return found or [list(parts[0])]
+            found.append((chain, kept))
+    return found or [parts[0]]
 
 
 def _block_names(order: Sequence[tuple[fx.Node, int]], branches: dict[fx.Node, Branch]) -> dict[fx.Node, str]:
@@ -276,17 +278,14 @@ def _named(parts: Sequence[Branch]) -> tuple[tuple[str, Branch], ...]:
 #: Words of a model input's name that do not tell one stream from another, and words for what they are.
 _WORDS = {"encoder": "text", "prompt": "text", "caption": "text", "txt": "text", "img": "image"}
 _FILLERS = {"hidden", "states", "state", "embeds", "embed", "embedding", "embeddings", "latents", "features", "input",
-            "tokens", "cond", "x"}  # fmt: skip
+            "tokens", "x"}  # fmt: skip
 
 
-def _stream_names(starts: Sequence[fx.Node], flow: Dataflow) -> list[str]:
-    """Empty for the main stream, then the names of the inputs that the others begin with."""
-    inputs = [node for node in flow.nodes if node.op == "placeholder"]
-    main = {node for node in inputs if node is starts[0] or flow.depends(starts[0], node)}
+def _stream_names(roots: Sequence[Sequence[fx.Node]]) -> list[str]:
+    """Empty for the main stream, then the names of the inputs that the others begin with, and `stream2` without one."""
     names = [""]
-    for start in starts[1:]:
-        own = [node for node in inputs if node is start or flow.depends(start, node)]
-        alone = [node for node in own if node not in main]
+    for own in roots[1:]:
+        alone = [node for node in own if node not in roots[0]]
         name = _short(max(alone, key=lambda node: len(shape(node))).name) if alone else ""
         names.append(_free(name or "stream", names))
     return names

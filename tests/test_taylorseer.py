@@ -158,7 +158,7 @@ def test_programs_compute_what_the_reference_computes(order: int) -> None:
         ({"interval": 0}, "interval=0: expected a whole number, 1 or more"),
         ({"order": -1}, "order=-1: expected a whole number, 0 or more"),
         ({"first_full": 0}, "first_full=0: expected a whole number, 1 or more"),
-        ({"sites": "kv"}, "taylorseer(sites='kv'): use 'out' or 'delta'"),
+        ({"sites": "kv"}, "sites='kv': use 'out' (before the gate) or 'delta' (after it)"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:

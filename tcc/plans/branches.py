@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Literal
 
 from tcc.errors import PlanError
 from tcc.info import ModelInfo
 from tcc.plan import Action, CachePlan, Compute, Reuse
 
-__all__ = ["Kept", "branch_plan", "branch_sites", "check_share", "check_whole", "i_steps_of_pairs", "p_steps"]
+__all__ = [
+    "Kept",
+    "block_sites",
+    "branch_plan",
+    "branch_sites",
+    "check_share",
+    "check_whole",
+    "i_steps_of_pairs",
+    "p_steps",
+]
 
 REUSE = Reuse()
 #: Which value of a branch is kept: its output before the gate, or what is added to the stream.
@@ -40,14 +49,24 @@ def p_steps(num_steps: int, interval: int) -> list[int]:
 
 
 def branch_sites(info: ModelInfo, sites: Kept) -> list[str]:
-    """The `out` or the `delta` sites of all branches, in the model's order.
+    """The `out` or the `delta` sites of all branches, on all streams that pass through a block, in the model's order.
+
+    Blocks that the main stream does not pass through (a refiner of the text) are left out.
 
     Raises:
         PlanError: `sites` is neither.
     """
     if sites not in ("out", "delta"):
         raise PlanError(f"sites={sites!r}: use 'out' (before the gate) or 'delta' (after it)")
-    return [name for name, site in info.sites.items() if site.kind == sites]
+    return [name for name, site in info.sites.items() if site.kind == sites and site.block < len(info.blocks)]
+
+
+def block_sites(info: ModelInfo, blocks: Iterable[int]) -> list[str]:
+    """What the blocks add to their streams: a delta per block and stream, or its branches' where it has none."""
+    chosen = set(blocks)
+    sites = [site for site in info.sites.values() if site.block in chosen and site.kind in ("block", "delta")]
+    whole = {(site.block, site.stream) for site in sites if site.kind == "block"}
+    return [site.name for site in sites if site.kind == "block" or (site.block, site.stream) not in whole]
 
 
 def branch_plan(

@@ -9,7 +9,7 @@ from typing import Literal
 from tcc.errors import PlanError
 from tcc.info import ModelInfo
 from tcc.plan import Action, CachePlan, Compute, Reuse
-from tcc.plans.branches import check_whole
+from tcc.plans.branches import block_sites, branch_sites, check_whole
 
 __all__ = ["even_steps", "forecast", "forecast_actions", "polynomial_weights"]
 
@@ -105,13 +105,9 @@ def forecast_actions(
 
 
 def _names(info: ModelInfo, level: str) -> list[str]:
-    """The sites of a level; a block without a change of its own is forecast branch by branch."""
-    kinds = {"block": ("block", "delta"), "branch": ("delta",), "out": ("out",)}.get(level)
-    if kinds is None:
+    """The sites of a level, on all streams; a block without a change of its own is forecast branch by branch."""
+    if level not in ("block", "branch", "out"):
         raise PlanError(f"level={level!r}: use 'block', 'branch' or 'out'")
-    whole = {site.block for site in info.sites.values() if site.kind == "block"} if level == "block" else set()
-    return [
-        site.name
-        for site in info.sites.values()
-        if site.kind in kinds and (site.kind == "block" or site.block not in whole)
-    ]
+    if level != "block":
+        return branch_sites(info, "out" if level == "out" else "delta")
+    return block_sites(info, range(len(info.blocks)))

@@ -15,6 +15,7 @@ from tcc.errors import PlanError
 from tcc.info import ModelInfo
 from tcc.plan import CachePlan
 from tcc.plans.branches import Kept, branch_plan, branch_sites, check_share, p_steps
+from tcc.site_name import SiteName
 
 __all__ = ["bottom_up", "metric", "random_units", "time_cut", "top_down"]
 
@@ -116,7 +117,7 @@ def metric(
     steps, outs, errors = p_steps(num_steps, interval), branch_sites(info, "out"), Calibration.of(errors)
     back = min(interval, num_steps) - 1
     out = errors.columns(outs, num_steps, back)
-    delta = errors.columns([name.removesuffix("out") + "delta" for name in outs], num_steps, back)
+    delta = errors.columns([SiteName.parse(name).but("delta") for name in outs], num_steps, back)
     gate = (errors.square[:, delta] / errors.square[:, out].clamp_min(1e-30)).sqrt()
     ranked = sorted(
         (float(gate[step, unit] * errors.square_change[step % interval - 1, step, column]), step, unit)

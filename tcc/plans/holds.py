@@ -9,6 +9,7 @@ import numpy as np
 from tcc.errors import PlanError
 from tcc.info import ModelInfo
 from tcc.plan import Action, CachePlan, Compute, Hold, Reuse
+from tcc.plans.branches import block_sites
 
 __all__ = ["deepcache", "deepcache_steps", "delta_dit", "faster_diffusion"]
 
@@ -41,7 +42,7 @@ def delta_dit(
             f"delta_dit(interval={interval}, span={span}, boundary={boundary}): the interval is at least 1, the span "
             f"is 1..{blocks} blocks and the boundary a share of the steps, 0..1"
         )
-    front, rear = _deltas(info, range(span)), _deltas(info, range(blocks - span, blocks))
+    front, rear = block_sites(info, range(span)), block_sites(info, range(blocks - span, blocks))
     actions: dict[tuple[int, str], Action] = {}
     for step in range(num_steps):
         kept = rear if step < round(boundary * num_steps) else front
@@ -49,15 +50,6 @@ def delta_dit(
             actions[step, name] = Reuse() if step % interval and name in kept else Compute()
     policy = {"name": "delta_dit", "interval": interval, "span": span, "boundary": boundary}
     return info.count(CachePlan(num_steps=num_steps, actions=actions, policy=policy))
-
-
-def _deltas(info: ModelInfo, blocks: Iterable[int]) -> list[str]:
-    """What the blocks add to the stream: a delta per block, or its branches' where it has none of its own."""
-    names: list[str] = []
-    for block in blocks:
-        whole = [site.name for site in info.sites.values() if site.block == block and site.kind == "block"]
-        names += whole or [s.name for s in info.sites.values() if s.block == block and s.kind == "delta"]
-    return names
 
 
 def deepcache_steps(num_steps: int, interval: int, center: int | None = None, power: float = 1.2) -> tuple[int, ...]:
@@ -129,7 +121,7 @@ def deepcache(
         )
     computed = deepcache_steps(num_steps, interval, center, power)
     policy = {"name": "deepcache", "interval": interval, "rear": rear, "center": center, "power": power}
-    return _held(info, num_steps, computed, [_stream(info, len(info.blocks) - rear)], policy)
+    return _held(info, num_steps, computed, _streams(info, len(info.blocks) - rear), policy)
 
 
 def faster_diffusion(
@@ -157,7 +149,7 @@ def faster_diffusion(
     keys = _key_steps(num_steps, key_steps)
     if not 0 <= decoder < blocks:
         raise PlanError(f"faster_diffusion(decoder={decoder}): the model has blocks 0..{blocks - 1}")
-    held = [_stream(info, decoder), *(site.name for site in skips if site.block >= decoder)]
+    held = [*_streams(info, decoder), *(site.name for site in skips if site.block >= decoder)]
     policy = {"name": "faster_diffusion", "key_steps": list(keys), "decoder": decoder}
     return _held(info, num_steps, keys, held, policy)
 
@@ -175,8 +167,9 @@ def _key_steps(num_steps: int, given: Sequence[int] | int | None) -> tuple[int, 
     return tuple(keys)
 
 
-def _stream(info: ModelInfo, block: int) -> str:
-    return next(s.name for s in info.sites.values() if s.kind == "stream" and s.block == block)
+def _streams(info: ModelInfo, block: int) -> list[str]:
+    """Every stream that enters a block."""
+    return [s.name for s in info.sites.values() if s.kind == "stream" and s.block == block]
 
 
 def _held(

@@ -12,6 +12,7 @@ from tcc.learned import Router, load_learned
 from tcc.plan import CachePlan
 from tcc.plans.branches import Kept, branch_plan
 from tcc.plans.routers import read_published_router
+from tcc.site_name import SiteName
 
 __all__ = ["find_router", "l2c", "name_of", "scored_below"]
 
@@ -87,7 +88,7 @@ def find_router(
         raise PlanError(f"the router was trained for {found.scores.shape[0]} steps, and num_steps={num_steps}")
     if sites not in (None, "out", "delta"):
         raise PlanError(f"sites={sites!r}: use 'out' (before the gate) or 'delta' (after it)")
-    names = tuple(name.rpartition(".")[0] + f".{sites}" if sites else name for name in found.sites)
+    names = tuple(SiteName.parse(name).but(sites) if sites else name for name in found.sites)
     for name in names:
         if name not in info.sites:
             raise PlanError(f"the router is for another model: this one has no site '{name}'")

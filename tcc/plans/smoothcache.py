@@ -14,6 +14,7 @@ from tcc.errors import PlanError
 from tcc.info import ModelInfo
 from tcc.plan import CachePlan
 from tcc.plans.branches import Kept, branch_plan, branch_sites, check_whole
+from tcc.site_name import SiteName
 
 __all__ = ["smoothcache"]
 
@@ -103,8 +104,8 @@ def _scan(rows: list[list[float]], num_steps: int, alpha: float) -> list[bool]:
 
 
 def _kind(site: str) -> str:
-    """The kind of a branch: `blocks.3.attn.out` -> `attn`."""
-    return site.split(".")[-2]
+    """The kind of a branch: `blocks.3.attn.out` -> `attn`; the same on all streams."""
+    return SiteName.parse(site).owner.rpartition(".")[2]
 
 
 def _read_schedule(

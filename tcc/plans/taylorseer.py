@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 
-from tcc.errors import PlanError
 from tcc.info import ModelInfo
 from tcc.plan import CachePlan
-from tcc.plans.branches import check_whole
+from tcc.plans.branches import Kept, branch_sites, check_whole
 from tcc.plans.forecast import forecast_actions
 
 __all__ = ["forecast_weights", "taylorseer", "taylorseer_steps"]
@@ -54,7 +52,7 @@ def taylorseer(
     interval: int = 3,
     order: int = 2,
     first_full: int = 2,
-    sites: Literal["out", "delta"] = "out",
+    sites: Kept = "out",
 ) -> CachePlan:
     """TaylorSeer (Liu et al. 2025, arXiv 2503.06923): branch outputs are forecast between computed steps.
 
@@ -75,10 +73,8 @@ def taylorseer(
     """
     for name, value, least in (("interval", interval, 1), ("order", order, 0), ("first_full", first_full, 1)):
         check_whole(name, value, least)
-    if sites not in ("out", "delta"):
-        raise PlanError(f"taylorseer(sites={sites!r}): use 'out' or 'delta'")
     computed = taylorseer_steps(num_steps, interval, first_full)
-    names = [name for name, site in info.sites.items() if site.kind == sites]
+    names = branch_sites(info, sites)
     actions = forecast_actions(names, num_steps, computed, lambda past, step: forecast_weights(past, step, order))
     policy = {"name": "taylorseer", "interval": interval, "order": order, "first_full": first_full, "sites": sites}
     return info.count(CachePlan(num_steps=num_steps, actions=actions, policy=policy))

@@ -13,9 +13,10 @@ from tcc.errors import PlanError
 from tcc.info import ModelInfo
 from tcc.passes.sites import Site
 from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, TopK, Update
-from tcc.plans.branches import check_share, check_whole
+from tcc.plans.branches import branch_sites, check_share, check_whole
 from tcc.plans.tokens import grid_cells, with_others
 from tcc.scores import Attended, Entropy, Fixed, Norm, Score, Stale, Term
+from tcc.site_name import SiteName
 
 __all__ = ["duca", "toca", "toca_steps"]
 
@@ -232,7 +233,7 @@ class _Table:
             count=options.count, quirk=options.quirk, aggressive=aggressive,
         )  # fmt: skip
         self.factors = _step_factors(self.kinds, options)
-        self.sites = [site for site in info.sites.values() if site.kind == "out"]
+        self.sites = [info.sites[site] for site in branch_sites(info, "out")]
         self.actions: dict[tuple[int, str], Action] = {}
         self.scores: dict[str, Score] = {}
         self.tokens: dict[str, torch.Tensor] = {}
@@ -262,7 +263,9 @@ class _Table:
         return self.info.count(plan)
 
     def _partial(self, step: int, site: Site) -> Action:
-        """Some tokens of the site, or none."""
+        """Some tokens of the site, or none; token sets are not of other streams, whose branches are whole."""
+        if site.stream:
+            return Reuse() if site.attention else Compute()
         count = 0 if site.attention else self._count(step, site)
         if count == 0:
             return Reuse()
@@ -277,7 +280,8 @@ class _Table:
         """How many image tokens: all x ratio x factors of layer, step and module, rounded down."""
         w, depth = self.options.layer_slope, max(1, len(self.info.blocks) - 1)
         layer = 1 + w - 2 * w * site.block / depth
-        module = self.options.cross if site.name.split(".")[-2] == "cross" else self.options.mlp
+        branch = SiteName.parse(site.name).owner.rpartition(".")[2]
+        module = self.options.cross if branch == "cross" else self.options.mlp
         share = min(1.0, self.options.ratio * layer * self.factors[step] * module)
         return max(0, int(share * self.num_image))
 
@@ -297,7 +301,7 @@ class _Table:
         """What ranks the tokens of a branch, s1 or s2."""
         if self.options.score == "entropy":
             return self._entropy(site)
-        mates = [other for other in self.info.sites.values() if other.block == site.block]
+        mates = [other for other in self.info.sites.values() if other.block == site.block and not other.stream]
         kind = {"attention": "kv", "value": "kv", "norm": "stream"}[self.options.score]
         found = next((other.name for other in mates if other.kind == kind), None)
         if found is None:
@@ -305,7 +309,7 @@ class _Table:
                 f"{self.name}(score='{self.options.score}'): block '{self.info.blocks[site.block]}' has no branch with "
                 "one self-attention to read: use score='norm' or 'random'"
             )
-        return Attended(found.removesuffix(".kv")) if self.options.score == "attention" else Norm(found)
+        return Attended(SiteName.parse(found).branch) if self.options.score == "attention" else Norm(found)
 
     def _entropy(self, site: Site) -> Entropy:
         block = self.info.blocks[site.block]
@@ -319,8 +323,8 @@ class _Table:
     def _keep_values(self) -> None:
         """`value` reads the values of the last full step, so they are kept, as attention is."""
         for score in list(self.scores.values()):
-            for site in (t.site for _, t in score.terms if isinstance(t, Norm) and t.site.endswith(".kv")):
-                attention = site.removesuffix(".kv") + ".out"
+            read = [SiteName.parse(term.site) for _, term in score.terms if isinstance(term, Norm)]
+            for site, attention in ((str(name), name.but("out")) for name in read if name.kind == "kv"):
                 self.actions |= {(s, site): self.actions[s, attention] for s in range(len(self.kinds))}
 
     def _draw(self, step: int, site: Site, count: int) -> str:

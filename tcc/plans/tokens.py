@@ -154,6 +154,8 @@ def choose_blocks(info: ModelInfo, blocks: Iterable[int] | None) -> tuple[int, .
 def pruned_sites(info: ModelInfo, blocks: Sequence[int], level: Level, attention: TokenAttention) -> list[Site]:
     """The sites that a token plan acts on: with `cached` attention the keys of the blocks, then their deltas.
 
+    All are on the main stream; other streams are computed whole at every step.
+
     Raises:
         PlanError: the level is unknown, a site that would be updated cannot be, or a block has no such site.
     """
