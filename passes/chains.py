@@ -309,7 +309,7 @@ class _Search:
         while self.adds[here].links:
             links = self.adds[here].links
             link = self._choose(links, lane, used)
-            if link is None or (link.source not in used and any(self._owned(other, used) for other in links)):
+            if link is None or (here not in used and link.source not in used and self._joins(links, used)):
                 break
             low, high = max(lane[0], link.rows[0]), min(lane[1], link.rows[1])
             if link.start is None:
@@ -324,12 +324,13 @@ class _Search:
                 break
         return path[::-1]
 
-    def _owned(self, link: Link, used: Mapping[int, range]) -> bool:
-        """Whether rows that come by a link are another chain's own."""
-        if link.source not in used or link.start is None:
-            return link.source in used
-        stop, rows = link.start + link.rows[1] - link.rows[0], used[link.source]
-        return link.start < rows.stop and rows.start < stop
+    def _joins(self, links: Iterable[Link], used: Mapping[int, range]) -> bool:
+        """Whether some of the rows are another chain's own: an add of such rows is a part of one of its branches."""
+        for link in links:
+            start, rows = link.start or 0, used.get(link.source, range(0))
+            if start < rows.stop and rows.start < start + link.rows[1] - link.rows[0]:
+                return True
+        return False
 
     def _choose(self, links: Iterable[Link], lane: tuple[int, int], used: Mapping[int, range]) -> Link | None:
         """The link that the rows of a lane come by; where they come by several, the one to the longest chain."""

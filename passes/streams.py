@@ -285,7 +285,7 @@ def _stream_names(roots: Sequence[Sequence[fx.Node]]) -> list[str]:
     """Empty for the main stream, then the names of the inputs that the others begin with, and `stream2` without one."""
     names = [""]
     for own in roots[1:]:
-        alone = [node for node in own if node not in roots[0]]
+        alone = [node for node in own if node not in roots[0]] or [node for node in own if node is not roots[0][0]]
         name = _short(max(alone, key=lambda node: len(shape(node))).name) if alone else ""
         names.append(_free(name or "stream", names))
     return names

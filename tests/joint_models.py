@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -133,10 +134,63 @@ def _case(model: nn.Module, other: tuple[int, ...] = (2, TEXT, WIDTH)) -> Case:
     return Case(fill(model, std=0.2), (noise(2, IMAGE, WIDTH), noise(*other, seed=8)), {})
 
 
-BUILDERS = {
+def hf_sd3() -> Case:
+    """Diffusers' `SD3Transformer2DModel`: 16 image tokens on a 4 x 4 grid, 5 text tokens."""
+    from diffusers import SD3Transformer2DModel
+
+    model = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        caption_projection_dim=16,
+        pooled_projection_dim=10,
+        out_channels=4,
+        pos_embed_max_size=8,
+    )
+    kwargs = {
+        "encoder_hidden_states": noise(2, TEXT, 12, seed=8),
+        "pooled_projections": noise(2, 10, seed=9),
+        "timestep": torch.tensor([5, 5]),
+    }
+    return Case(fill(model), (noise(2, 4, 8, 8),), kwargs)
+
+
+def hf_flux() -> Case:
+    """Diffusers' `FluxTransformer2DModel`: 12 image tokens in one row each, 5 text tokens."""
+    from diffusers import FluxTransformer2DModel
+
+    model = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=8,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        pooled_projection_dim=10,
+        axes_dims_rope=(4, 4, 8),
+    )
+    places = torch.arange(12.0)
+    kwargs = {
+        "encoder_hidden_states": noise(2, TEXT, 12, seed=8),
+        "pooled_projections": noise(2, 10, seed=9),
+        "timestep": torch.tensor([0.5, 0.5]),
+        "img_ids": torch.stack([places * 0, places // 4, places % 4], 1),
+        "txt_ids": torch.zeros(TEXT, 3),
+    }
+    return Case(fill(model), (noise(2, 12, 8),), kwargs)
+
+
+BUILDERS: dict[str, Callable[[], Case]] = {
+    "hf_sd3": hf_sd3,
+    "hf_flux": hf_flux,
     "joint": lambda: _case(Joint(2, 0, text_first=False)),
     "joint, then single": lambda: _case(Joint(2, 2)),
-    "joint, single, joint": lambda: _case(Joint(1, 1, 1)),
+    "joint, single, joint": lambda: _case(Joint(1, 1, 2)),
     "two widths": lambda: _case(Joint(2, 0, width=8)),
     "as much text as image": lambda: _case(Joint(2, 1), (2, IMAGE, WIDTH)),
     "audio": lambda: _case(Side(), (2, 7, 8)),
