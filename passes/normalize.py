@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from tcc.passes.base import Pass
-from tcc.passes.graph import cat_dim, emit, shape, value
+from tcc.passes.graph import UNKNOWN, cat_dim, emit, shape, value
 
 __all__ = ["Normalize"]
 
@@ -104,10 +104,14 @@ def _part(node: fx.Node, dim: int) -> tuple[fx.Node | None, int, int]:
     source: Any = cut.args[0]
     if cut.target is aten.slice.Tensor:
         along, start, _, step = (*cut.args[1:], *(0, None, None, 1)[len(cut.args) - 1 :])
+        if isinstance(start, fx.Node) or UNKNOWN in (*shape(source), *shape(node)):
+            return None, 0, 0
         first = slice(start, None).indices(shape(source)[dim])[0]  # type: ignore[misc]
         fits = along % len(shape(source)) == dim and step == 1  # type: ignore[operator]
         return (source if fits else None), first, first + shape(node)[dim]
     sizes, number = cut.args[1], node.args[1]
+    if any(not isinstance(size, int) for size in sizes):  # type: ignore[union-attr]
+        return None, 0, 0
     fits = (cut.args[2] if len(cut.args) > 2 else 0) % len(shape(source)) == dim  # type: ignore[operator]
     first = sum(sizes[:number])  # type: ignore[index, arg-type, misc]
     return (source if fits else None), first, first + sizes[number]  # type: ignore[index, operator]

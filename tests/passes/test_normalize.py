@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 
 from tcc.passes.normalize import Normalize
@@ -83,3 +85,19 @@ def test_what_reads_a_shape_or_a_dtype_reads_no_value() -> None:
     assert edits(gm, Normalize()) == 5
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(gm(*inputs), before, strict=True))
     assert set(calls(gm)) == {"aten._to_copy.default", "aten.expand.default"}
+
+
+def test_parts_that_are_joined_again_are_the_whole() -> None:
+    """Slices and the parts of a split, all of them and in order; turned round or cut elsewhere they are not."""
+    sketch = Sketch()
+    x = sketch.call(aten.relu.default, sketch.input("x", 2, 9, 3))
+    first, rest = sketch.call(aten.slice.Tensor, x, 1, 0, 4), sketch.call(aten.slice.Tensor, x, 1, 4)
+    parts = sketch.call(aten.split_with_sizes.default, x, [4, 5], 1)
+    both = [sketch.call(operator.getitem, parts, i) for i in range(2)]
+    joined = [sketch.call(aten.cat.default, pair, 1) for pair in ([first, rest], both, [rest, first], [first, both[0]])]
+    gm = sketch.done(*(sketch.call(aten.neg.default, one) for one in joined))
+    inputs = values(gm)
+    before = gm(*inputs)
+    assert edits(gm, Normalize()) == 2
+    assert calls(gm).count("aten.cat.default") == 2
+    assert all(torch.equal(a, b) for a, b in zip(gm(*inputs), before, strict=True))
