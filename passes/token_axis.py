@@ -6,11 +6,7 @@ that the answer leaves out are used whole. A rule that cannot answer raises `Not
 sites behind the node are then not prunable.
 
 Rules for the tensor operators that are marked pointwise are generic; the other families are below. `rule` registers
-one for a custom operator::
-
-    @tcc.passes.token_axis.rule(torch.ops.mylib.swiglu.default)
-    def _swiglu(node, axis, size):
-        return Narrowing({(0,): axis, (1,): axis})
+one for a custom operator (passes/README.md has an example).
 """
 
 from __future__ import annotations
@@ -122,7 +118,7 @@ def _pointwise(node: fx.Node, axis: Axis, size: int) -> Narrowing:
     return Narrowing(found)
 
 
-@rule(aten.linear.default)
+@rule(aten.linear.default, aten.view_as_complex.default, aten.view_as_real.default)
 def _linear(node: fx.Node, axis: Axis, size: int) -> Narrowing:
     _refuse_own(node, axis, {len(shape(node)) - 1}, "mixes")
     return Narrowing({(0,): axis})
@@ -143,10 +139,11 @@ def _product(node: fx.Node, axis: Axis, size: int) -> Narrowing:
     return Narrowing(found)
 
 
-@rule(aten.layer_norm.default, aten.rms_norm.default)
+@rule(aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default)
 def _norm(node: fx.Node, axis: Axis, size: int) -> Narrowing:
     rank = len(shape(node))
-    _refuse_own(node, axis, set(range(rank - len(node.args[1]), rank)), "normalises over")  # type: ignore[arg-type]
+    first = 1 if node.target == aten.group_norm.default else rank - len(node.args[1])  # type: ignore[arg-type]
+    _refuse_own(node, axis, set(range(first, rank)), "normalises over")
     return Narrowing({(0,): axis})
 
 
@@ -215,7 +212,6 @@ def _add_or_drop_dims(node: fx.Node, axis: Axis, size: int) -> Narrowing:
       aten.index_select.default, aten.constant_pad_nd.default, aten.pad.default, aten.unsafe_split.Tensor,
       aten.glu.default)  # fmt: skip
 def _cut(node: fx.Node, axis: Axis, size: int) -> Narrowing:
-    """Operators that cut along one dimension and leave the others alone."""
     rank = len(shape(node.args[0]))  # type: ignore[arg-type]
     if node.target in (aten.constant_pad_nd.default, aten.pad.default):
         pads = list(node.args[1])  # type: ignore[arg-type]
@@ -305,24 +301,8 @@ def _index(node: fx.Node, axis: Axis, size: int) -> Narrowing:
     return Narrowing({(0,): axis if axis.dim < dim else axis.at(axis.dim - extra + 1)})
 
 
-@rule(aten.group_norm.default)
-def _group_norm(node: fx.Node, axis: Axis, size: int) -> Narrowing:
-    """Every sample is normalised by itself."""
-    _refuse_own(node, axis, set(range(1, len(shape(node)))), "normalises over")
-    return Narrowing({(0,): axis})
-
-
-@rule(aten.view_as_complex.default, aten.view_as_real.default)
-def _complex(node: fx.Node, axis: Axis, size: int) -> Narrowing:
-    """A last dimension of 2 comes or goes."""
-    if node.target == aten.view_as_real.default:
-        _refuse_own(node, axis, {len(shape(node)) - 1}, "makes")
-    return Narrowing({(0,): axis})
-
-
 @rule(aten.zeros.default, aten.ones.default, aten.full.default, aten.empty.memory_format)
 def _constant(node: fx.Node, axis: Axis, size: int) -> Narrowing:
-    """As many rows as are asked for."""
     return Narrowing({}, {(0,): _resized(shape(node), axis, size)})
 
 

@@ -260,7 +260,7 @@ def test_real_pairs_carry_the_tokens_of_complex_numbers() -> None:
     pairs = sketch.call(aten.view_as_complex.default, sketch.input("x", 2, S, 3, 2))
     node = sketch.call(aten.view_as_real.default, pairs)
     assert narrowing(node, T1, 3).operands == {(0,): T1}
-    with pytest.raises(NotTokenLocal, match="makes the token axis"):
+    with pytest.raises(NotTokenLocal, match="mixes the token axis"):
         narrowing(node, Axis(3), 3)
 
 
