@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
         (args.results / "engines.md").write_text(table(engines))
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
         content = {
-            "command": " ".join(["python benchmarks/engines.py", *sys.argv[1:]]),
+            "command": " ".join(["python benchmarks/engines.py", *(Path(a).name or a for a in sys.argv[1:])]),
             "commit": commit.stdout.strip(),
             "machine": timing.machine(),
             "engines": [asdict(engine) for engine in engines],
