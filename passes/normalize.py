@@ -101,20 +101,22 @@ def _part(node: fx.Node, dim: int) -> tuple[fx.Node | None, int, int]:
     cut = node.args[0] if node.target is operator.getitem else node
     if not isinstance(cut, fx.Node) or cut.target not in (aten.slice.Tensor, aten.split_with_sizes.default):
         return None, 0, 0
-    source: Any = cut.args[0]
+    args: Any = cut.args
+    source: fx.Node = args[0]
     if cut.target is aten.slice.Tensor:
-        along, start, _, step = (*cut.args[1:], *(0, None, None, 1)[len(cut.args) - 1 :])
+        defaults: tuple[Any, ...] = (0, None, None, 1)
+        along, start, _, step = (*args[1:], *defaults[len(args) - 1 :])
         if isinstance(start, fx.Node) or UNKNOWN in (*shape(source), *shape(node)):
             return None, 0, 0
-        first = slice(start, None).indices(shape(source)[dim])[0]  # type: ignore[misc]
-        fits = along % len(shape(source)) == dim and step == 1  # type: ignore[operator]
+        fits = along % len(shape(source)) == dim and step == 1
+        first = slice(start, None).indices(shape(source)[dim])[0]
         return (source if fits else None), first, first + shape(node)[dim]
-    sizes, number = cut.args[1], node.args[1]
-    if any(not isinstance(size, int) for size in sizes):  # type: ignore[union-attr]
+    sizes, number = args[1], int(node.args[1])  # type: ignore[arg-type]
+    if not all(isinstance(size, int) for size in sizes):
         return None, 0, 0
-    fits = (cut.args[2] if len(cut.args) > 2 else 0) % len(shape(source)) == dim  # type: ignore[operator]
-    first = sum(sizes[:number])  # type: ignore[index, arg-type, misc]
-    return (source if fits else None), first, first + sizes[number]  # type: ignore[index, operator]
+    fits = (args[2] if len(args) > 2 else 0) % len(shape(source)) == dim
+    first = sum(sizes[:number])
+    return (source if fits else None), first, first + sizes[number]
 
 
 def _is_identity(node: fx.Node) -> bool:
