@@ -104,8 +104,8 @@ def _part(node: fx.Node, dim: int) -> tuple[fx.Node | None, int, int]:
     args: Any = cut.args
     source: fx.Node = args[0]
     if cut.target is aten.slice.Tensor:
-        defaults: tuple[Any, ...] = (0, None, None, 1)
-        along, start, _, step = (*args[1:], *defaults[len(args) - 1 :])
+        given: list[Any] = list(args[1:])
+        along, start, _, step = given + [0, None, None, 1][len(given) :]
         if isinstance(start, fx.Node) or UNKNOWN in (*shape(source), *shape(node)):
             return None, 0, 0
         fits = along % len(shape(source)) == dim and step == 1
