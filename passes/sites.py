@@ -12,19 +12,17 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
-from tcc.passes.chains import guess_axis
 from tcc.passes.dataflow import Dataflow
-from tcc.passes.graph import cat_dim, shape, source_line, value
+from tcc.passes.follow import Cross, Keys, batch_axis, cross_attention, follow, self_attention
+from tcc.passes.graph import shape, value
 from tcc.passes.grid import find_grid
 from tcc.passes.macs import count
-from tcc.passes.paths import operands
-from tcc.passes.products import product
+from tcc.passes.residual_adds import guess_axis
 from tcc.passes.streams import Block, Branch, Skip, Stream, find_streams
-from tcc.passes.token_axis import NotTokenLocal, narrowing
 from tcc.passes.tokens import Axis
 from tcc.site_name import SiteName
 
-__all__ = ["Analysis", "Cross", "Site", "analyse", "follow"]
+__all__ = ["Analysis", "Site", "analyse"]
 
 aten = torch.ops.aten
 
@@ -105,21 +103,6 @@ class Site:
         if "block" in (self.kind, other.kind):
             return self.block == other.block
         return mine.owner == theirs.owner
-
-
-@dataclass(frozen=True)
-class Cross:
-    """An attention of the main stream's tokens to others: a prompt's.
-
-    Attributes:
-        attention: the name of its node, alone.
-        axis: where the stream's tokens lie in its queries.
-        batch: where the samples lie in them, None where there is one sample or they cannot be followed.
-    """
-
-    attention: tuple[str]
-    axis: Axis
-    batch: Axis | None
 
 
 @dataclass(frozen=True)
@@ -213,37 +196,6 @@ def _in_order(streams: Sequence[Stream]) -> list[tuple[Stream, Block]]:
     return sorted(parts, key=lambda part: first[part[1].name])
 
 
-def follow(target: fx.Node, axis: Axis, origin: fx.Node, flow: Dataflow) -> tuple[set[Axis], str]:
-    """Follow the token axis of `target` up to `origin`.
-
-    Returns:
-        The axes under which `origin` is reached, and the reason why the tokens cannot be followed ("" if they can).
-    """
-    found: set[Axis] = set()
-    keys = {place for attention in flow.attention.values() for place in attention.whole}
-    todo, seen = [(target, axis)], set()
-    while todo:
-        node, here = todo.pop()
-        if (node, here) in seen:
-            continue
-        seen.add((node, here))
-        if node is origin:
-            found.add(here)
-        elif flow.depends(node, origin):
-            try:
-                wanted = narrowing(node, here, 1).operands
-            except NotTokenLocal as blocked:
-                return found, f"{blocked} ({source_line(node)})"
-            if product(node) is not None and any(
-                path not in wanted and (node, path) not in keys and (operand is origin or flow.depends(operand, origin))
-                for path, operand in operands(node)
-            ):
-                attention = "attention is recognised as product, softmax and product, or as torch's own operator"
-                return found, f"{node.target} mixes tokens; {attention} ({source_line(node)})"
-            todo += [(operand, wanted[path]) for path, operand in operands(node) if path in wanted]
-    return found, ""
-
-
 def _token_axis(stream: Stream, flow: Dataflow) -> Axis:
     """The stream dimension that the first self-attention's queries count; the last but one where none tells."""
     for block in stream.blocks:
@@ -261,7 +213,7 @@ def _stream_site(name: str, index: int, node: fx.Node, axis: Axis) -> Site:
     reason = "a stream is held as a whole: prune the sites that are added to it"
     return Site(
         name, "stream", index, (node.name,), "", "", (), tuple(val.shape), val.dtype, axis, 0, reason,
-        batch=_batch(node, axis),
+        batch=batch_axis(node, axis),
     )  # fmt: skip
 
 
@@ -270,7 +222,7 @@ def _skip_site(name: str, index: int, skip: Skip, axis: Axis) -> Site:
     reason = "a long skip is held as a whole: prune the sites that are added to the stream"
     return Site(
         name, "skip", index, (skip.value.name,), "", "", (), tuple(val.shape), val.dtype, axis, 0, reason,
-        readers=(skip.reader.name,), batch=_batch(skip.value, axis),
+        readers=(skip.reader.name,), batch=batch_axis(skip.value, axis),
     )  # fmt: skip
 
 
@@ -327,10 +279,10 @@ class _View:
 
     def _branch_sites(self, name: SiteName, index: int, branch: Branch) -> list[Site]:
         flow = self.flow
-        own = _self_attention(branch, flow)
+        own = self_attention(branch, flow)
         axis = self.axis(name.stream, branch) or guess_axis(branch.add)
-        batch = _batch(branch.origin, axis)
-        keys = [_Keys.of(node, branch.origin, axis, batch, flow) for node in own]
+        batch = batch_axis(branch.origin, axis)
+        keys = [Keys.of(node, branch.origin, axis, batch, flow) for node in own]
         reason = self._why_not(name.stream, branch, axis, branch.origin, keys)
         macs = count(branch.nodes)
         beside = self._readers(branch.stream_in, branch.add, name.stream)
@@ -347,7 +299,7 @@ class _View:
             shape=tuple(out.shape), dtype=out.dtype, sole_reader=False, beside=(), guarded=True,
         )  # fmt: skip
         sites = [before_gate, delta]
-        cross = None if name.stream else _cross_attention(branch, axis, batch, flow)
+        cross = None if name.stream else cross_attention(branch, axis, batch, flow)
         if cross is not None:
             self.cross[name.branch] = cross
         if (
@@ -357,7 +309,7 @@ class _View:
             sites.insert(0, self._kv_site(name, index, own[0], branch, keys[0]))
         return sites
 
-    def _kv_site(self, name: SiteName, index: int, node: fx.Node, branch: Branch, keys: _Keys) -> Site:
+    def _kv_site(self, name: SiteName, index: int, node: fx.Node, branch: Branch, keys: Keys) -> Site:
         key, val = self.flow.attention[node].key.node, self.flow.attention[node].value.node
         macs = count(self.flow.between(branch.origin, [key, val]))
         reason = self._unnamed(name.stream, branch) or keys.reason
@@ -369,9 +321,9 @@ class _View:
     def _block_delta(self, name: SiteName, index: int, block: Block) -> Site:
         parts, flow = [branch for _, branch in block.branches], self.flow
         axis = self.axis(name.stream, parts[0]) or guess_axis(parts[0].add)
-        batch = _batch(block.stream_in, axis)
-        own = [_self_attention(b, flow) for b in parts]
-        keys = [[_Keys.of(node, block.stream_in, axis, batch, flow) for node in nodes] for nodes in own]
+        batch = batch_axis(block.stream_in, axis)
+        own = [self_attention(b, flow) for b in parts]
+        keys = [[Keys.of(node, block.stream_in, axis, batch, flow) for node in nodes] for nodes in own]
         reasons = [self._why_not(name.stream, b, axis, block.stream_in, k) for b, k in zip(parts, keys, strict=True)]
         beside = self._readers(block.stream_in, block.stream_out, name.stream)
         guards = [node for nodes in own for node in nodes]
@@ -392,7 +344,7 @@ class _View:
         known = self.axis(stream, branch) is not None
         return "" if known else "its tokens are not in the order that they have in other blocks"
 
-    def _why_not(self, stream: str, branch: Branch, axis: Axis, origin: fx.Node, keys: Sequence[_Keys]) -> str:
+    def _why_not(self, stream: str, branch: Branch, axis: Axis, origin: fx.Node, keys: Sequence[Keys]) -> str:
         """Why the tokens of a branch cannot be computed alone, from `origin`; "" if they can."""
         axes, reason = follow(branch.delta, axis, origin, self.flow)
         reason = self._unnamed(stream, branch) or reason or next((k.reason for k in keys if k.reason), "")
@@ -421,96 +373,3 @@ class _View:
                 return None
             todo += node.users
         return tuple(dict.fromkeys(found))
-
-
-@dataclass(frozen=True)
-class _Keys:
-    """Where the tokens and the samples of a stream lie in the keys and values of an attention, or why not."""
-
-    axis: Axis
-    batch: Axis | None
-    reason: str
-
-    @staticmethod
-    def of(node: fx.Node, origin: fx.Node, axis: Axis, batch: Axis | None, flow: Dataflow) -> _Keys:
-        """Follow the keys and values of `node` up to the stream value `origin`, whose tokens lie along `axis`."""
-        first = ""
-        for here in _key_axes(node, axis, origin, flow):
-            rows = (flow.attention[node].key, flow.attention[node].value)
-            reasons = [_reason(r.node, here.at(r.axis.dim), axis, origin, flow) for r in rows]
-            reason = next(filter(None, reasons), "")
-            if not reason:
-                return _Keys(here, _key_batch(node, origin, batch, flow), "")
-            first = first or reason
-        axes = _key_axes(node, axis, origin, flow)
-        return _Keys(axes[0], _key_batch(node, origin, batch, flow), first)
-
-
-def _reason(operand: fx.Node, here: Axis, axis: Axis, origin: fx.Node, flow: Dataflow) -> str:
-    axes, reason = follow(operand, here, origin, flow)
-    if reason or axes == {axis}:
-        return reason
-    return "keys of its attention do not follow the stream's tokens"
-
-
-def _key_axes(node: fx.Node, axis: Axis, origin: fx.Node, flow: Dataflow) -> list[Axis]:
-    """Where the tokens may lie in the keys of `node`: as in the stream, or among others that are joined to them."""
-    key, dim = flow.attention[node].key.node, flow.attention[node].key.axis.dim
-    rows, tokens = shape(key)[dim], axis.count(shape(origin))
-    starts = [axis.before]
-    for join in flow.between(origin, [key]):
-        if join.target is aten.cat.default:
-            sizes = [shape(part)[cat_dim(join)] for _, part in operands(join)]
-            starts += [sum(sizes[:i]) + axis.before for i in range(len(sizes))]
-    fitting = dict.fromkeys(start for start in starts if start + tokens <= rows)
-    return [Axis(dim, before=start, after=rows - start - tokens) for start in fitting] or [Axis(dim)]
-
-
-def _batch(stream: fx.Node, axis: Axis) -> Axis | None:
-    """Where the samples of a stream lie: its first dimension, or the second where the first counts tokens."""
-    dim = 0 if axis.dim else 1
-    return Axis(dim) if len(shape(stream)) > 2 and shape(stream)[dim] > 1 else None
-
-
-def _key_batch(node: fx.Node, origin: fx.Node, batch: Axis | None, flow: Dataflow) -> Axis | None:
-    """Where the samples of the stream `origin` lie in the keys and values of attention `node`, and in its weights.
-
-    They lie at one place in all of these, or it counts as not found.
-    """
-    attention = flow.attention[node]
-    dims = {attention.key.axis.dim, attention.value.axis.dim}
-    return _samples([attention.key.node, *attention.values], dims, origin, batch, flow)
-
-
-def _samples(
-    places: Sequence[fx.Node], dims: set[int], origin: fx.Node, batch: Axis | None, flow: Dataflow
-) -> Axis | None:
-    """Where the samples of the stream `origin` lie in all of `places`, whose dimensions `dims` count something else."""
-    if batch is None:
-        return None
-    samples = shape(origin)[batch.dim]
-    for dim, size in enumerate(shape(places[0])):
-        for outer in dict.fromkeys((1, size // samples)) if dim not in dims else ():
-            here = Axis(dim, outer, size // (samples * outer) if outer else 0)
-            if here.outer * here.inner * samples == size and all(
-                here.dim < len(shape(k)) and follow(k, here, origin, flow) == ({batch}, "") for k in places
-            ):
-                return here
-    return None
-
-
-def _cross_attention(branch: Branch, axis: Axis, batch: Axis | None, flow: Dataflow) -> Cross | None:
-    """The attention of a branch to what is not of the stream, if there is one and its queries are the tokens."""
-    own = _self_attention(branch, flow)
-    others = [flow.attention[node] for node in branch.attention if node not in own]
-    if len(others) != 1 or others[0].written is not None:
-        return None
-    query = others[0].query
-    if follow(query.node, query.axis, branch.origin, flow) != ({axis}, ""):
-        return None
-    samples = _samples([query.node], {query.axis.dim}, branch.origin, batch, flow)
-    return Cross((others[0].node.name,), query.axis, samples)
-
-
-def _self_attention(branch: Branch, flow: Dataflow) -> list[fx.Node]:
-    return [n for n in branch.attention if flow.depends(flow.attention[n].key.node, branch.origin)]

@@ -17,9 +17,10 @@ import torch
 from torch import fx
 
 from tcc.errors import AnalysisError
-from tcc.passes.chains import Add, Chain, base_of, find_chains, guess_axis
+from tcc.passes.chains import Chain, find_chains
 from tcc.passes.dataflow import Dataflow
 from tcc.passes.graph import cat_dim, module_path, shape
+from tcc.passes.residual_adds import Add, base_of, guess_axis
 
 __all__ = ["Block", "Branch", "Skip", "Stream", "find_streams"]
 

@@ -280,11 +280,14 @@ class JoinedOneByOne(nn.Module):
 
 
 def test_tokens_that_nobody_can_name_are_not_pruned() -> None:
-    """Where the rows come out of an operator without a rule, their keys are not pruned either."""
+    """Token sets name the rows that the output is made of: of rows on the far side of an operator without a rule, none."""
     torch.manual_seed(0)
     model, inputs = JoinedOneByOne().eval(), (noise(2, 6, 16), noise(2, 3, 16, seed=8))
     info = tcc.inspect(model, *inputs)
-    late = [s for s in info.sites.values() if s.name.startswith("late") and s.kind != "stream"]
-    assert {s.shape[s.axis.dim] for s in late} == {9}
-    assert {s.kind for s in late} == {"out", "delta", "kv", "block"}
-    assert {s.reason for s in late} == {"its tokens are not in the order that they have in other blocks"}
+    sites = [s for s in info.sites.values() if s.kind != "stream"]
+    late, early = ([s for s in sites if s.name.startswith(part)] for part in ("late", "early"))
+    assert [{s.shape[s.axis.dim] for s in part} for part in (late, early)] == [{9}, {6}]
+    assert {s.kind for s in late} == {s.kind for s in early} == {"out", "delta", "kv", "block"}
+    assert (info.num_tokens, info.image_tokens) == (9, (0, 6))
+    assert {s.reason for s in late} == {""}
+    assert {s.reason for s in early} == {"its tokens are not in the order that they have in other blocks"}
