@@ -280,7 +280,7 @@ class JoinedOneByOne(nn.Module):
 
 
 def test_tokens_that_nobody_can_name_are_not_pruned() -> None:
-    """Token sets name the rows that the output is made of: of rows on the far side of an operator without a rule, none."""
+    """Token sets name the rows that the output is made of; rows before an operator without a rule have no names."""
     torch.manual_seed(0)
     model, inputs = JoinedOneByOne().eval(), (noise(2, 6, 16), noise(2, 3, 16, seed=8))
     info = tcc.inspect(model, *inputs)
