@@ -15,8 +15,6 @@ __all__ = ["example", "input_names", "output_names", "with_weight_inputs", "with
 
 
 aten = torch.ops.aten
-#: Where a dimension is not 1, torch leaves it alone, and ONNX's operator fails.
-_SQUEEZES = {aten.squeeze.dim, aten.squeeze.dims}
 
 
 def input_names(variant: Variant) -> tuple[str, ...]:
@@ -78,9 +76,7 @@ def _copy(variant: Variant, weights: Weights, weight: Callable[[fx.Graph, str, f
     graph = fx.Graph()
     new: dict[fx.Node, fx.Node] = {}
     for node in variant.gm.graph.nodes:
-        if node.target in _SQUEEZES and value(node).shape == value(node.args[0]).shape:
-            new[node] = new[node.args[0]]
-        elif node.target is aten.einsum.default and (order := _permutation(*node.args[:2])):
+        if node.target is aten.einsum.default and (order := _permutation(*node.args[:2])):
             new[node] = graph.call_function(aten.permute.default, (new[node.args[1][0]], order))
             new[node].meta = dict(node.meta)
         elif node.op == "get_attr":

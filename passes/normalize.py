@@ -23,12 +23,14 @@ _LIKE: dict[Any, Any] = {
     aten.view_as.default: aten.view.default,
     aten.reshape_as.default: aten.reshape.default,
 }
+#: Of a dimension that is not 1, nothing is squeezed.
+_SQUEEZES = {aten.squeeze.dim, aten.squeeze.dims}
 _SAME = {aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default}
 
 
 @dataclass(frozen=True)
 class Normalize(Pass):
-    """Drop run-time assertions, dropout at inference, aliases, and casts to the dtype and device a value already has.
+    """Drop assertions, dropout at inference, aliases, casts to the present dtype and device, squeezes of nothing.
 
     Before: `c = clone(x); d = dropout(c, 0.1, False); e = _to_copy(d, dtype=float32)` with `x` in float32
     After:  `x`
@@ -126,6 +128,8 @@ def _is_identity(node: fx.Node) -> bool:
         return True
     if node.target is aten.dropout.default:
         return node.args[2] is False or bool(node.args[1] == 0)
+    if node.target in _SQUEEZES:
+        return UNKNOWN not in shape(node) and shape(node.args[0]) == shape(node)
     if node.target in (aten._to_copy.default, aten.clone.default):
         return _same_tensor(value(node.args[0]), value(node))
     return False

@@ -13,7 +13,7 @@ aten = torch.ops.aten
 
 
 def test_it_removes_what_has_no_effect() -> None:
-    """Assertions go; dropout at inference, aliases, copies and casts to the present dtype leave the value itself."""
+    """Assertions go; dropout at inference, aliases, copies, casts and squeezes that do nothing leave the value."""
     sketch = Sketch()
     x = sketch.input("x", 2, 3)
     y = sketch.call(aten.relu.default, x)
@@ -21,10 +21,11 @@ def test_it_removes_what_has_no_effect() -> None:
     y = sketch.call(aten.dropout.default, sketch.call(aten.clone.default, y), 0.1, False)
     y = sketch.call(aten._to_copy.default, sketch.call(aten.alias.default, y), dtype=torch.float32)
     y = sketch.call(aten.detach.default, sketch.call(aten.lift_fresh_copy.default, y))
+    y = sketch.call(aten.squeeze.dims, sketch.call(aten.squeeze.dim, y, 1), [0, 1])
     gm = sketch.done(sketch.call(aten.neg.default, y))
     expected = Sketch()
     z = expected.call(aten.relu.default, expected.input("x", 2, 3))
-    assert Normalize().run(gm) == 7  # without the runner, which drops assertions as dead code
+    assert Normalize().run(gm) == 9  # without the runner, which drops assertions as dead code
     assert text(gm) == text(expected.done(expected.call(aten.neg.default, z)))
 
 
@@ -37,9 +38,9 @@ def test_dropout_of_nothing_is_removed_even_in_training() -> None:
 
 
 def test_it_leaves_alone_what_has_an_effect() -> None:
-    """A real cast, a copy into another layout, and dropout in training stay."""
+    """A real cast, a copy into another layout, a squeeze of a one, and dropout in training stay."""
     sketch = Sketch()
-    x = sketch.input("x", 2, 3)
+    x = sketch.call(aten.squeeze.dim, sketch.input("x", 2, 1, 3), 1)
     double = sketch.call(aten._to_copy.default, x, dtype=torch.float64)
     turned = sketch.call(aten.clone.default, sketch.call(aten.t.default, x), memory_format=torch.contiguous_format)
     gm = sketch.done(double, turned, sketch.call(aten.dropout.default, x, 0.1, True))
