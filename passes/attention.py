@@ -7,7 +7,7 @@ between. The softmax stands for it, as the one node does for torch's: that is wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,15 +117,20 @@ def _written_out(last: fx.Node) -> Iterator[Attention]:
     for path, other in (tuple(labels.factors), tuple(labels.factors)[::-1]):
         below = _to_softmax(last, path, Axis(labels.factors[path].index(summed)))
         scores = list(_products_above(below[0])) if below else []
-        if below and len(scores) == 1:
+        if below and len(scores) == 1 and _read_once(*below):
             (softmax, way), (first, query, key, place) = below, scores[0]
             factor = Rows(at(last, other), Axis(labels.factors[other].index(summed)))
             written = Written(softmax.axis, way, first, place, last, other, factor.axis)
             yield Attention(softmax.node, query, *_alike(key, factor), written)
 
 
+def _read_once(softmax: Rows, way: Sequence[tuple[fx.Node, Path, Axis | None]]) -> bool:
+    """Whether nothing but the last product reads the weights: what else does would see those of the keys left out."""
+    return all(len(node.users) == 1 for node in (softmax.node, *(node for node, _, axis in way if axis is not None)))
+
+
 def _is_softmax(node: fx.Node, axis: Axis) -> bool:
-    if node.target not in SOFTMAX or not axis.plain:
+    if node.target not in SOFTMAX or not axis.plain or axis.others:  # others in a softmax take weight: a sink
         return False
     dim: Any = node.args[1]
     return bool(dim % len(shape(node)) == axis.dim)

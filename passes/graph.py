@@ -11,12 +11,15 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tcc.errors import PassError
+
 __all__ = [
     "UNKNOWN",
     "emit",
     "fake_mode_of",
     "graph_hash",
     "graph_text",
+    "operators_of",
     "output_values",
     "shape",
     "size",
@@ -182,3 +185,18 @@ def _describe(val: Any) -> str:
     if isinstance(val, (tuple, list)):
         return "(" + ", ".join(_describe(v) for v in val) + ")"
     return type(val).__name__
+
+
+def operators_of(target: Any) -> list[Any]:
+    """The operators, as they stand in graphs, that a target means: itself, all overloads, or a custom operator.
+
+    Raises:
+        PassError: it is no operator.
+    """
+    if isinstance(target, torch.library.CustomOpDef):
+        return [target._opoverload]
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return [getattr(target, name) for name in target.overloads()]
+    if not callable(target):
+        raise PassError(f"{target!r} is no operator: name one, such as torch.ops.aten.linear.default")
+    return [target]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from tcc.passes.graph import shape, sized_by_data, value
+from tcc.passes.graph import operators_of, shape, sized_by_data, value
 from tcc.passes.paths import Path, at, operands
 from tcc.passes.products import product
 from tcc.passes.tokens import Axis
@@ -55,15 +55,15 @@ def rule(*targets: Any) -> Callable[[Rule], Rule]:
     """Register a rule for operators: `rule(node, axis, size) -> Narrowing`.
 
     Args:
-        targets: operators (`torch.ops.aten.linear.default`) that the rule answers for.
+        targets: operators that it answers for: `torch.ops.aten.linear.default`, all overloads of
+            `torch.ops.mylib.scale`, or what `torch.library.custom_op` returned.
 
-    The rule gets the node, the token axis of its output and the number of kept tokens, and raises `NotTokenLocal`
-    where the node mixes tokens.
+    The rule gets a node, its token axis and the number of kept tokens; it raises `NotTokenLocal` where tokens mix.
     """
+    found = [one for target in targets for one in operators_of(target)]
 
     def register(function: Rule) -> Rule:
-        for target in targets:
-            _RULES[target] = function
+        _RULES.update(dict.fromkeys(found, function))
         return function
 
     return register

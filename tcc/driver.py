@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -78,7 +79,7 @@ class CompiledModel(StandIn):
         self._readies: list[_Ready] = []
         self._ready: _Ready | None = None  # what ran last
         self._sessions: dict[str, Session] = {}
-        self._place = _Place()
+        self._places: dict[int, _Place] = {}
         self._start = 0
 
     def with_plan(self, plan: CachePlan | Policy) -> CompiledModel:
@@ -266,11 +267,17 @@ class CompiledModel(StandIn):
             num_inference_steps: how many steps the pipeline runs; must be those of the plan.
             where: other things that pipelines say, and that no plan depends on (`sigma`, `timestep`).
         """
-        before, self._place = self._place, _Place(name, step_index, num_inference_steps)
+        before, thread = self._place, threading.get_ident()
+        self._places[thread] = _Place(name, step_index, num_inference_steps)
         try:
             yield
         finally:
-            self._place = before
+            self._places[thread] = before
+
+    @property
+    def _place(self) -> _Place:
+        """Where this thread's calls go: threads that are in different contexts do not disturb each other."""
+        return self._places.get(threading.get_ident(), _Place())
 
     @property
     def _is_fixed(self) -> bool:

@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import tcc
 from tcc.plan import Action, Attention, CachePlan, Compute, Hold, Reuse, TopK, Update
@@ -14,7 +15,7 @@ from tcc.runtime import Session, lower
 from tcc.scores import Norm, Score
 from tests.block_styles import BATCH, STYLES, TOKENS, convolved
 from tests.running import CLOSE
-from tests.tiny_models import Case, relative_error, tensor_of
+from tests.tiny_models import Block, Case, Tokens, relative_error, tensor_of, tokens_case
 
 KEPT = [0, 3, 4, 7, 10]
 ATTENTION: tuple[Attention, ...] = ("kept", "current", "cached")
@@ -95,3 +96,42 @@ def test_a_convolution_over_tokens_can_be_reused_but_not_pruned() -> None:
     for block in ("blocks.0", "blocks.1"):
         actions |= {(1, f"{block}.mlp.delta"): Reuse(), (1, f"{block}.attn.delta"): Update("some")}
     assert len(set(run(which, CachePlan(2, actions, tokens={"some": torch.tensor(KEPT)}), 4))) == 2
+
+
+class Odd(nn.Module):
+    """Attention written out whose weights something else takes part in, or reads: `sink`, `first`, `reader`."""
+
+    def __init__(self, kind: str, width: int = 16) -> None:
+        super().__init__()
+        self.kind, self.qkv, self.sink = kind, nn.Linear(width, 3 * width), nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend over `[B, S, D]`."""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        logits = q @ k.transpose(1, 2)
+        sink = self.sink.expand(*logits.shape[:2], 1)
+        if self.kind == "sink":
+            return torch.cat([logits, sink], -1).softmax(-1)[..., :-1] @ v
+        if self.kind == "first":
+            return torch.cat([sink, logits], -1).softmax(-1)[..., 1:] @ v
+        weights = logits.softmax(-1)
+        return weights @ v + (weights * weights).sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("kind", ["sink", "first", "reader"])
+def test_weights_that_others_share_or_read_are_not_pruned(kind: str) -> None:
+    """Keys that are left out would change what a sink takes, and what else reads the weights: reused, not pruned."""
+    blocks: list[nn.Module] = []
+    for _ in range(2):
+        block = Block(16)
+        block.attn = Odd(kind)  # type: ignore[assignment]
+        blocks.append(block)
+    which = tokens_case(Tokens(blocks))
+    sites = which.info.sites
+    assert not any(site.kind == "kv" for site in sites.values())
+    assert all(sites[f"blocks.{i}.mlp.delta"].reason and sites[f"blocks.{i}.mlp2.delta"].prunable for i in range(2))
+    actions: dict[tuple[int, str], Action] = {
+        (1, "blocks.0.mlp2.delta"): Update("some"),
+        (1, "blocks.1.mlp.delta"): Reuse(),
+    }
+    run(which, CachePlan(2, actions, tokens={"some": torch.tensor(KEPT)}), calls=2)

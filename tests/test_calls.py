@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -112,6 +114,22 @@ def test_a_constant_may_not_change_in_mid_run() -> None:
     model = compiled(which, tcc.plans.full(which.info, num_steps=2))
     with pytest.raises(CallError, match="is False but was True at capture"):
         model(*which.args, **which.kwargs, return_dict=False)
+
+
+def test_threads_in_contexts_of_their_own_do_not_disturb_each_other(model: tcc.CompiledModel) -> None:
+    """A context is its thread's: each thread's calls go to its own session, whatever others do meanwhile."""
+    which, turn = case("dit"), threading.Barrier(3)
+    alone = {seed: [call(model.new_session(), which, seed)] for seed in range(3)}
+
+    def run(seed: int) -> list[torch.Tensor]:
+        with model.cache_context(f"thread {seed}"):
+            turn.wait(timeout=60)
+            return [call(model, which, seed)]
+
+    with ThreadPoolExecutor(3) as pool:
+        found = dict(zip(range(3), pool.map(run, range(3)), strict=True))
+    assert all(torch.equal(found[seed][0], alone[seed][0]) for seed in range(3))
+    assert all(model._sessions[f"thread {seed}"].step == 1 for seed in range(3))
 
 
 def test_steps_run_in_order(model: tcc.CompiledModel) -> None:

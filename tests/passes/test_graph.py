@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tcc.passes.graph import emit, fake_mode_of, graph_hash, graph_text, module_path, output_values, shape, source_line
 from tests.graphs import Sketch
@@ -112,3 +113,11 @@ def test_outputs_are_a_flat_tuple() -> None:
     x = sketch.input("x", 2)
     y, z = sketch.call(aten.exp.default, x), sketch.call(aten.neg.default, x)
     assert output_values(sketch.done(z, y).graph) == (z, y)
+
+
+def test_fake_values_are_made_in_one_mode() -> None:
+    """A sketch's nodes share a fake mode, as a captured graph's do."""
+    sketch = Sketch()
+    node = sketch.call(aten.relu.default, sketch.input("x", 2))
+    assert isinstance(node.meta["val"].fake_mode, FakeTensorMode)
+    assert node.meta["val"].fake_mode is sketch.mode

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from tcc.passes.token_axis import Narrowing, NotTokenLocal, narrowing, operands, rule
+from tcc.errors import PassError
+from tcc.passes.token_axis import _RULES, Narrowing, NotTokenLocal, narrowing, operands, rule
 from tcc.passes.tokens import Axis
 from tests.graphs import Sketch, take
 
@@ -383,18 +383,13 @@ def test_a_rule_can_be_registered_for_a_custom_operator() -> None:
         return x / 2
 
     halve.register_fake(torch.empty_like)
-    sketch = Sketch()
-    node = sketch.call(torch.ops.tcc_tests.halve.default, sketch.input("x", 2, S, 3))
-    with pytest.raises(NotTokenLocal, match=r"no token rule for tcc_tests.halve.default"):
-        narrowing(node, T1, 3)
-
-    rule(torch.ops.tcc_tests.halve.default)(lambda node, axis, size: Narrowing({(0,): axis}))
-    assert narrowing(node, T1, 3).operands == {(0,): T1}
-
-
-def test_fake_values_are_made_in_one_mode() -> None:
-    """A sketch's nodes share a fake mode, as a captured graph's do."""
-    sketch = Sketch()
-    node = sketch.call(aten.relu.default, sketch.input("x", 2))
-    assert isinstance(node.meta["val"].fake_mode, FakeTensorMode)
-    assert node.meta["val"].fake_mode is sketch.mode
+    sketch, one = Sketch(), torch.ops.tcc_tests.halve.default
+    node = sketch.call(one, sketch.input("x", 2, S, 3))
+    for target in (one, torch.ops.tcc_tests.halve, halve):
+        _RULES.pop(one, None)
+        with pytest.raises(NotTokenLocal, match=r"no token rule for tcc_tests.halve.default"):
+            narrowing(node, T1, 3)
+        rule(target)(lambda node, axis, size: Narrowing({(0,): axis}))
+        assert narrowing(node, T1, 3).operands == {(0,): T1}
+    with pytest.raises(PassError, match=r"'halve' is no operator: name one, such as torch.ops.aten"):
+        rule("halve")
