@@ -193,10 +193,10 @@ def operators_of(target: Any) -> list[Any]:
     Raises:
         PassError: it is no operator.
     """
-    if isinstance(target, torch.library.CustomOpDef):
+    if hasattr(target, "_opoverload"):  # what torch.library.custom_op returns
         return [target._opoverload]
     if isinstance(target, torch._ops.OpOverloadPacket):
-        return [getattr(target, name) for name in target.overloads()]
+        return [getattr(target, name) for name in target.overloads()]  # type: ignore[no-untyped-call]
     if not callable(target):
         raise PassError(f"{target!r} is no operator: name one, such as torch.ops.aten.linear.default")
     return [target]
