@@ -310,7 +310,7 @@ def _plain_file(path: Path, at_most: int | None = None) -> int:
     try:
         found = os.lstat(path)
     except (OSError, ValueError) as error:
-        raise BundleError(f"{path}: the bundle lacks this file ({error})") from error
+        raise BundleError(f"{path}: the bundle lacks this file ({error}): export it anew") from error
     if not stat.S_ISREG(found.st_mode):
         raise BundleError(f"{path}: not a plain file: a bundle holds files alone, no links or folders")
     if at_most is not None and found.st_size > at_most:

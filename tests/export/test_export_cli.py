@@ -23,7 +23,7 @@ def tcc(*arguments: str) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a bundle of the reference model: every step but the first holds the last stream."""
+    """A folder with a bundle of the reference model under a forecast of four steps, and the numbers of its export."""
     folder = tmp_path_factory.mktemp("cli")
     plan, bundle = str(folder / "plan.safetensors"), str(folder / "bundle")
     assert tcc("plan", "--policy", "forecast", "--steps", "4", "--batch", "4", "-o", "i_steps=2", "--out", plan)[0] == 0
