@@ -28,6 +28,7 @@ from tcc.export.aoti import compile_aoti, package_aoti
 from tcc.export.graphs import input_names, output_names
 from tcc.export.manifest import PLAN, TENSORS, WEIGHTS, Graph, Manifest, Step, TensorSpec, dtype_name, file_entry
 from tcc.export.onnx import write_onnx
+from tcc.export.triton import VERSION, lay_out
 from tcc.export.weights import Weights, collect, places
 from tcc.info import inspect
 from tcc.passes.graph import output_values, value
@@ -66,6 +67,7 @@ def bundle(
     out: str | os.PathLike[str],
     *,
     target: str = "onnx",
+    layout: str = "plain",
     progress: Callable[[str], None] | None = None,
 ) -> Written:
     """Export `model` under `plan` as a bundle: a manifest, the plan, the weights once, and a graph per variant.
@@ -77,15 +79,19 @@ def bundle(
         example_inputs: `(args, kwargs)` of a call; the bundle runs these shapes, dtypes and this device.
         out: the folder to make; it must not exist, or be empty.
         target: `onnx` or `aoti`.
+        layout: `plain`, or for ONNX `triton`: the folder becomes a model of a Triton model repository, under its own
+            name; the bundle is its folder `1`.
         progress: called with a line of text before each graph.
 
     Raises:
-        ExportError: the target is not known, a library is missing, an operator has no form in the target, or there is
-            something at `out`.
+        ExportError: the target or the layout is not known, a library is missing, an operator has no form in the target,
+            or there is something at `out`.
         CaptureError, AnalysisError, PlanError: see `tcc.compile`.
     """
     if target not in _WRITERS:
         raise ExportError(f"target={target!r}: use one of {', '.join(_WRITERS)}")
+    if layout not in _LAYOUTS or (layout != "plain" and target != "onnx"):
+        raise ExportError(f"layout={layout!r} of target={target!r}: use plain, or triton for the target onnx")
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ExportError(f"{folder} exists: name a new folder, or remove it first")
@@ -94,13 +100,15 @@ def bundle(
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))  # a bundle is whole, or is not there
     try:
         made, seconds = _write(program, chosen, draft, target, progress or (lambda _: None))
+        if layout == "triton":
+            made, seconds = lay_out(draft, made), (sum(seconds),)
         if folder.exists():
             folder.rmdir()
         draft.chmod(0o755)
         draft.rename(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return Written(folder, made, seconds)
+    return Written(folder / _LAYOUTS[layout], made, seconds)
 
 
 def _program(
@@ -246,4 +254,6 @@ def _write_aoti(program: Program, weights: Weights, folder: Path, progress: Call
     return tuple(graphs), tuple(seconds)
 
 
+#: Layouts, and where in the folder the bundle is.
+_LAYOUTS = {"plain": "", "triton": VERSION}
 _WRITERS = {"onnx": _write_onnx, "aoti": _write_aoti}

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tcc.errors import BundleError, ExportError
 from tcc.export.manifest import WEIGHTS, Graph, Manifest, TensorSpec
-from tcc.export.slots import Slots
+from tcc.export.slots import Slots, next_of
 
 __all__ = ["OnnxEngine", "open_onnx"]
 
@@ -78,7 +78,7 @@ class OnnxEngine:
         wanted = [specs.get(name) or tensors[steps[0].tensors[name]] for name in graph.inputs if steps or name in specs]
         stores = [specs[name] for name in graph.stores]
         _check(graph.file, "input", session.get_inputs(), graph.inputs, wanted)
-        names = (*(spec.name for spec in manifest.outputs), *map(_next, graph.stores))
+        names = (*(spec.name for spec in manifest.outputs), *map(next_of, graph.stores))
         _check(graph.file, "output", session.get_outputs(), names, [*manifest.outputs, *stores])
 
     def __call__(self, feeds: Mapping[str, torch.Tensor], slots: Slots) -> list[torch.Tensor]:
@@ -95,7 +95,7 @@ class OnnxEngine:
         for spec, tensor in zip(self._outputs, outputs, strict=True):
             self._bind(binding.bind_output, spec.name, tensor)
         for name in self._graph.stores:
-            self._bind(binding.bind_output, _next(name), slots.spare(name))
+            self._bind(binding.bind_output, next_of(name), slots.spare(name))
         self._session.run_with_iobinding(binding)
         for name in self._graph.stores:
             slots.swap(name)
@@ -132,8 +132,3 @@ def _check(file: str, what: str, found: Sequence[Any], names: Sequence[str], spe
             raise BundleError(f"{file}: the {what} {name!r} is {described.get(name)}, and the manifest says {expected}")
     if len(described) != len(names):
         raise BundleError(f"{file}: {len(described)} {what}s, and the manifest says {len(names)}")
-
-
-def _next(slot: str) -> str:
-    """The output that holds the next value of a slot."""
-    return slot.replace("slot:", "next:", 1)

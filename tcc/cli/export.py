@@ -24,6 +24,10 @@ Target = Annotated[
     Literal["onnx", "aoti"],
     typer.Option(help="[bold]onnx[/]: ONNX Runtime and TensorRT. [bold]aoti[/]: one AOTInductor package."),
 ]
+Layout = Annotated[
+    Literal["plain", "triton"],
+    typer.Option(help="[bold]triton[/]: the folder of a model in a Triton model repository, one graph for all steps."),
+]
 PlanFile = Annotated[Path, typer.Option("--plan", metavar="FILE", help="A plan from tcc plan.", show_default=False)]
 Out = Annotated[Path, typer.Option(metavar="FOLDER", help="The folder to make.", show_default=False)]
 Verify = Annotated[
@@ -37,6 +41,7 @@ def export(
     plan: PlanFile,
     out: Out,
     target: Target = "onnx",
+    layout: Layout = "plain",
     verify: Verify = False,
     backend: options.Backend = "inductor",
     json: options.Json = None,
@@ -61,7 +66,13 @@ def export(
     subject = load_subject(model, batch=loaded.model.inputs[0][1][0], input_size=input_size)
     with screen.status("exporting") as status:
         written = bundle(
-            subject.model, loaded, (subject.args, subject.kwargs), out, target=target, progress=status.update
+            subject.model,
+            loaded,
+            (subject.args, subject.kwargs),
+            out,
+            target=target,
+            layout=layout,
+            progress=status.update,
         )
     screen.out().print(_table(written))
     errors = check(written.folder, subject, loaded, backend) if verify else []

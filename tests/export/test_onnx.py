@@ -11,7 +11,7 @@ import torch
 
 import tcc
 from tcc.errors import CallError, ExportError
-from tcc.export import Runner, Written, bundle, load
+from tcc.export import Runner, bundle, load
 from tcc.export.verify import verify
 from tests.export.bundles import STEPS, flat_inputs, mixed, session
 from tests.running import CLOSE
@@ -20,19 +20,6 @@ from tests.tiny_models import Case, case, dit, relative_error, tensor_of
 onnx = pytest.importorskip("onnx", reason="needs the ONNX packages: pip install 'tcc[onnx]'")
 
 MODELS = ("dit", "uvit", "hf_pixart")
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A function: the bundle of the tiny model of that name under the mixed plan, made once."""
-    folder = tmp_path_factory.mktemp("onnx")
-
-    @functools.cache
-    def make(name: str) -> Written:
-        which = case(name)
-        return bundle(which.model, mixed, (which.args, which.kwargs), folder / name)
-
-    return make
 
 
 @pytest.mark.parametrize("name", MODELS)
