@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import platform
 import shutil
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +21,16 @@ from tcc.checks import check_model
 from tcc.driver import CompiledModel, Policy
 from tcc.errors import ExportError
 from tcc.export import manifest as manifests
-from tcc.export.aoti import compile_aoti, package_aoti
-from tcc.export.graphs import input_names, output_names
-from tcc.export.manifest import PLAN, TENSORS, WEIGHTS, Graph, Manifest, Step, TensorSpec, dtype_name, file_entry
-from tcc.export.onnx import write_onnx
+from tcc.export.graphs import output_names
+from tcc.export.machine import Machine, versions
+from tcc.export.manifest import PLAN, TENSORS, WEIGHTS, Manifest, Step, TensorSpec, dtype_name, file_entry
+from tcc.export.targets import TARGETS
 from tcc.export.triton import VERSION, lay_out
-from tcc.export.weights import Weights, collect, places
+from tcc.export.weights import collect
 from tcc.info import inspect
 from tcc.passes.graph import output_values, value
 from tcc.plan import CachePlan
-from tcc.program import Program, Variant, build_program
+from tcc.program import Program, build_program
 
 __all__ = ["Written", "bundle"]
 
@@ -67,6 +64,7 @@ def bundle(
     out: str | os.PathLike[str],
     *,
     target: str = "onnx",
+    arch: str | None = None,
     layout: str = "plain",
     progress: Callable[[str], None] | None = None,
 ) -> Written:
@@ -78,28 +76,31 @@ def bundle(
         plan: a plan, or a policy.
         example_inputs: `(args, kwargs)` of a call; the bundle runs these shapes, dtypes and this device.
         out: the folder to make; it must not exist, or be empty.
-        target: `onnx` or `aoti`.
+        target: `onnx`, `aoti`, or an engine per graph: `tensorrt` (made by Torch-TensorRT), `tensorrt-onnx` (by
+            TensorRT's own parser) or `tensorrt-rtx` (TensorRT for RTX, run by ONNX Runtime).
+        arch: the GPU architecture that engines are for, such as `sm89`; the one of the GPU at hand if not given.
         layout: `plain`, or for ONNX `triton`: the folder becomes a model of a Triton model repository, under its own
             name; the bundle is its folder `1`.
         progress: called with a line of text before each graph.
 
     Raises:
-        ExportError: the target or the layout is not known, a library is missing, an operator has no form in the target,
-            or there is something at `out`.
+        ExportError: the target or the layout is not known, a library or a GPU is missing (nothing has been done then),
+            an operator has no form in the target, or there is something at `out`.
         CaptureError, AnalysisError, PlanError: see `tcc.compile`.
     """
-    if target not in _WRITERS:
-        raise ExportError(f"target={target!r}: use one of {', '.join(_WRITERS)}")
+    if target not in TARGETS:
+        raise ExportError(f"target={target!r}: use one of {', '.join(TARGETS)}")
     if layout not in _LAYOUTS or (layout != "plain" and target != "onnx"):
         raise ExportError(f"layout={layout!r} of target={target!r}: use plain, or triton for the target onnx")
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ExportError(f"{folder} exists: name a new folder, or remove it first")
+    machine = TARGETS[target].machine(arch)
     program, chosen = _program(model, plan, example_inputs, progress)
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))  # a bundle is whole, or is not there
     try:
-        made, seconds = _write(program, chosen, draft, target, progress or (lambda _: None))
+        made, seconds = _write(program, chosen, draft, target, machine, progress or (lambda _: None))
         if layout == "triton":
             made, seconds = lay_out(draft, made), (sum(seconds),)
         if folder.exists():
@@ -132,21 +133,25 @@ def _program(
 
 
 def _write(
-    program: Program, plan: CachePlan, folder: Path, target: str, progress: Callable[[str], None]
+    program: Program, plan: CachePlan, folder: Path, target: str, machine: Machine, progress: Callable[[str], None]
 ) -> tuple[Manifest, tuple[float, ...]]:
     plan.save(str(folder / PLAN))
     weights = collect(program.variants)
     weights.save(folder / WEIGHTS)
     tensors, steps = _tensors(program)
     save_file(tensors or {"none": torch.zeros(0)}, folder / TENSORS)
-    graphs, seconds = _WRITERS[target](program, weights, folder, progress)
+    graphs, seconds = TARGETS[target].write(program, weights, folder, machine, progress)
     for path in folder.iterdir():
         path.chmod(0o644)
     files = {path.name: file_entry(path) for path in sorted(folder.iterdir())}
-    captured = program.captured
+    captured, content = program.captured, files[WEIGHTS].sha256
+    if machine.arch:  # engines hold their weights
+        (folder / WEIGHTS).unlink()
+        del files[WEIGHTS]
     made = Manifest(
         target=target,
-        device=captured.inputs[0].device.type,
+        device="cuda" if machine.arch else captured.inputs[0].device.type,
+        arch=machine.arch,
         inputs=tuple(
             TensorSpec(i.name, i.shape, dtype_name(i.dtype), "input of the model's forward") for i in captured.inputs
         ),
@@ -162,8 +167,8 @@ def _write(
         graphs=graphs,
         steps=steps,
         files=files,
-        hashes={"plan": files[PLAN].sha256, "graph": captured.hash, "weights": files[WEIGHTS].sha256},
-        tools=_tools(target),
+        hashes={"plan": files[PLAN].sha256, "graph": captured.hash, "weights": content},
+        tools={"python": platform.python_version(), **versions("tcc"), **machine.tools},
     )
     manifests.write(made, folder)
     manifests.read(folder)  # what cannot be read must not leave this function
@@ -201,59 +206,5 @@ def _outputs(program: Program) -> tuple[TensorSpec, ...]:
     )
 
 
-def _tools(target: str) -> dict[str, str]:
-    packages = {"onnx": ("torch", "onnx", "onnxscript", "onnxruntime"), "aoti": ("torch",)}[target]
-    tools = {"python": platform.python_version()}
-    for name in ("tcc", *packages):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            tools[name] = metadata.version(name)
-    return tools
-
-
-def _used(variant: Variant, weights: Weights) -> tuple[str, ...]:
-    """The names of the weights that a graph reads."""
-    nodes = (node for node in variant.gm.graph.nodes if node.op == "get_attr")
-    return tuple(dict.fromkeys(weights.names[str(node.target)] for node in nodes))
-
-
-def _operators(variant: Variant) -> int:
-    return sum(node.op == "call_function" for node in variant.gm.graph.nodes)
-
-
-_Graphs = tuple[tuple[Graph, ...], tuple[float, ...]]
-
-
-def _write_onnx(program: Program, weights: Weights, folder: Path, progress: Callable[[str], None]) -> _Graphs:
-    graphs, seconds, where = [], [], places(folder / WEIGHTS)
-    for number, variant in enumerate(program.variants):
-        progress(f"writing graph {number + 1}/{len(program.variants)}")
-        began, name = time.perf_counter(), f"step{number}.onnx"
-        operators = write_onnx(variant, weights, where, folder / name)
-        stores = tuple(f"slot:{slot}" for slot in variant.stores)
-        used = _used(variant, weights)
-        graphs.append(Graph(name, "", input_names(variant), stores, used, variant.macs, operators))
-        seconds.append(time.perf_counter() - began)
-    return tuple(graphs), tuple(seconds)
-
-
-def _write_aoti(program: Program, weights: Weights, folder: Path, progress: Callable[[str], None]) -> _Graphs:
-    made, seconds = [], []
-    for number, variant in enumerate(program.variants):
-        progress(f"compiling graph {number + 1}/{len(program.variants)}")
-        began = time.perf_counter()
-        made.append(compile_aoti(variant, weights))
-        seconds.append(time.perf_counter() - began)
-    entries = package_aoti([files for files, _ in made], folder / "steps.pt2")
-    graphs = [
-        Graph(
-            "steps.pt2", entry, inputs, tuple(f"slot:{slot}" for slot in variant.stores), _used(variant, weights),
-            variant.macs, _operators(variant),
-        )
-        for entry, (_, inputs), variant in zip(entries, made, program.variants, strict=True)
-    ]  # fmt: skip
-    return tuple(graphs), tuple(seconds)
-
-
 #: Layouts, and where in the folder the bundle is.
 _LAYOUTS = {"plain": "", "triton": VERSION}
-_WRITERS = {"onnx": _write_onnx, "aoti": _write_aoti}

@@ -23,10 +23,12 @@ import torch
 
 from tcc.errors import BundleError
 
-__all__ = ["MANIFEST", "PLAN", "TENSORS", "WEIGHTS", "FileEntry", "Graph", "Manifest", "Step", "TensorSpec"]
-__all__ += ["dtype_name", "file_entry", "read", "write"]
+__all__ = ["ENGINES", "MANIFEST", "PLAN", "TENSORS", "WEIGHTS", "FileEntry", "Graph", "Manifest", "Step", "TensorSpec"]
+__all__ += ["dtype_name", "file_entry", "next_of", "read", "write"]
 
-FORMAT, VERSION = "tcc-bundle", 1
+FORMAT, VERSION = "tcc-bundle", 2
+#: Targets whose graphs are engines: for one GPU architecture and one version of a library, with weights of their own.
+ENGINES = ("tensorrt", "tensorrt-onnx", "tensorrt-rtx")
 MANIFEST, PLAN, WEIGHTS, TENSORS = "manifest.json", "plan.safetensors", "weights.safetensors", "tensors.safetensors"
 #: A manifest is a table, not data: 50 steps of 28 blocks take some 100 KiB.
 MAX_MANIFEST_BYTES = 64 * 2**20
@@ -86,7 +88,7 @@ class Graph:
         entry: its name in that file, where the file holds several; else "".
         inputs: the names of its inputs, in order: the model's, then slots, token sets, coefficients and tables.
         stores: the slots whose new values it returns after the model's outputs, or writes in place.
-        weights: the names of the weights that it reads.
+        weights: the names of the weights that it reads from `weights.safetensors`; none where it is an engine.
         macs: its MACs, for the captured batch.
         operators: how many operators it has.
     """
@@ -115,6 +117,7 @@ class Manifest:
     Attributes:
         target: what the graphs are for: `onnx`, `aoti`, ...
         device: the type of device they were made for.
+        arch: the GPU architecture that engines were built for, such as `sm89`; "" for graphs that are no engines.
         inputs: what a call takes, in order.
         outputs: what it returns.
         slots: what is kept from step to step.
@@ -128,6 +131,7 @@ class Manifest:
 
     target: str
     device: str
+    arch: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     slots: tuple[TensorSpec, ...]
@@ -147,6 +151,24 @@ class Manifest:
     def bytes(self) -> int:
         """The bytes of all files but the manifest."""
         return sum(file.bytes for file in self.files.values())
+
+    def inputs_of(self, graph: Graph) -> dict[str, TensorSpec]:
+        """What goes into one of the graphs, by name; without what only steps give it, where no step runs it."""
+        specs = {spec.name: spec for spec in (*self.inputs, *self.slots)}
+        tensors = {spec.name: spec for spec in self.tensors}
+        given = next((step.tensors for step in self.steps if self.graphs[step.graph] is graph), {})
+        found = {name: specs.get(name) or tensors.get(given.get(name, "")) for name in graph.inputs}
+        return {name: spec for name, spec in found.items() if spec is not None}
+
+    def outputs_of(self, graph: Graph) -> dict[str, TensorSpec]:
+        """What comes out of one of the graphs, by name: the model's outputs, then the new values of slots."""
+        slots = {spec.name: spec for spec in self.slots}
+        return {spec.name: spec for spec in self.outputs} | {next_of(name): slots[name] for name in graph.stores}
+
+
+def next_of(slot: str) -> str:
+    """The output of a graph that holds the next value of a slot."""
+    return slot.replace("slot:", "next:", 1)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -256,7 +278,10 @@ def _check(manifest: Manifest) -> None:
     for name in manifest.files:
         if not _FILE_NAME.fullmatch(name) or name == MANIFEST:
             raise _Malformed(f"{name!r:.80} is no file of a bundle: file names are letters, digits, '.', '_' and '-'")
-    for name in (PLAN, WEIGHTS, TENSORS, *(graph.file for graph in manifest.graphs)):
+    if (manifest.target in ENGINES) != bool(manifest.arch):
+        raise _Malformed(f"target {manifest.target!r:.40} with arch {manifest.arch!r:.40}: engines have one, no others")
+    weights = () if manifest.arch else (WEIGHTS,)
+    for name in (PLAN, *weights, TENSORS, *(graph.file for graph in manifest.graphs)):
         if name not in manifest.files:
             raise _Malformed(f"the file {name!r:.80} is not listed")
     _check_graphs(manifest)

@@ -15,9 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from tcc.errors import ExportError
-from tcc.export.manifest import TENSORS, Graph, Manifest, TensorSpec
+from tcc.export.manifest import TENSORS, Graph, Manifest, TensorSpec, next_of
 from tcc.export.onnx import OPSET
-from tcc.export.slots import next_of
 
 __all__ = ["COUNTER", "START", "one_graph", "wire"]
 

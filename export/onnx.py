@@ -21,10 +21,24 @@ from tcc.export.manifest import WEIGHTS
 from tcc.export.weights import Place, Weights
 from tcc.program import Variant
 
-__all__ = ["OPSET", "write_onnx"]
+__all__ = ["OPSET", "require_onnx", "write_onnx"]
 
 #: The first whose operators all take bfloat16.
 OPSET = 22
+
+
+def require_onnx() -> Any:
+    """The module `onnx_ir`.
+
+    Raises:
+        ExportError: a package that exporting needs is not installed.
+    """
+    try:
+        import onnx_ir
+        import onnxscript  # noqa: F401 # the exporter needs it
+    except ImportError as error:
+        raise ExportError(f"ONNX export needs the package {error.name}: pip install 'tcc[onnx]'") from error
+    return onnx_ir
 
 
 def write_onnx(variant: Variant, weights: Weights, places: dict[str, Place], path: Path) -> int:
@@ -42,11 +56,7 @@ def write_onnx(variant: Variant, weights: Weights, places: dict[str, Place], pat
     Raises:
         ExportError: the ONNX packages are missing, or an operator has no ONNX form.
     """
-    try:
-        import onnx_ir as ir
-        import onnxscript  # noqa: F401 # the exporter needs it
-    except ImportError as error:
-        raise ExportError(f"ONNX export needs the package {error.name}: pip install 'tcc[onnx]'") from error
+    ir = require_onnx()
     gm, names = with_weight_inputs(variant, weights)
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
     count = len(inputs) - len(names)

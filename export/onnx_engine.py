@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from tcc.errors import BundleError, ExportError
-from tcc.export.manifest import WEIGHTS, Graph, Manifest, TensorSpec
-from tcc.export.slots import Slots, next_of
+from tcc.export.manifest import WEIGHTS, Graph, Manifest, TensorSpec, next_of
+from tcc.export.slots import Slots
 
 __all__ = ["OnnxEngine", "open_onnx"]
 
@@ -62,7 +62,7 @@ class OnnxEngine:
         graph: what the manifest says about it.
         manifest: the manifest.
         device: where all tensors live.
-        keep: what must live as long as the session: the memory of the weights.
+        keep: what must live as long as the session: the memory of weights.
 
     Raises:
         BundleError: inputs or outputs are not as the manifest says.
@@ -71,15 +71,10 @@ class OnnxEngine:
     def __init__(self, session: Any, graph: Graph, manifest: Manifest, device: torch.device, *, keep: object) -> None:
         self._session, self._graph, self._device, self._keep = session, graph, device, keep
         self._outputs = manifest.outputs
-        specs = {spec.name: spec for spec in (*manifest.inputs, *manifest.slots)}
         self._slots = frozenset(spec.name for spec in manifest.slots)
-        tensors = {spec.name: spec for spec in manifest.tensors}
-        steps = [step for step in manifest.steps if manifest.graphs[step.graph] is graph]
-        wanted = [specs.get(name) or tensors[steps[0].tensors[name]] for name in graph.inputs if steps or name in specs]
-        stores = [specs[name] for name in graph.stores]
-        _check(graph.file, "input", session.get_inputs(), graph.inputs, wanted)
-        names = (*(spec.name for spec in manifest.outputs), *map(next_of, graph.stores))
-        _check(graph.file, "output", session.get_outputs(), names, [*manifest.outputs, *stores])
+        _check(graph.file, "input", session.get_inputs(), graph.inputs, manifest.inputs_of(graph))
+        outputs = manifest.outputs_of(graph)
+        _check(graph.file, "output", session.get_outputs(), tuple(outputs), outputs)
 
     def __call__(self, feeds: Mapping[str, torch.Tensor], slots: Slots) -> list[torch.Tensor]:
         """Run the graph: read `feeds` and the slots, write new buffers for the outputs and the spare ones of the slots.
@@ -88,6 +83,8 @@ class OnnxEngine:
             feeds: contiguous tensors on the device, for all inputs but the slots.
             slots: the slots; those that the graph stores are swapped.
         """
+        if self._device.type == "cuda":  # ONNX Runtime runs on a stream of its own, and waits for it before it returns
+            torch.cuda.current_stream(self._device).synchronize()
         binding = self._session.io_binding()
         for name in self._graph.inputs:
             self._bind(binding.bind_input, name, slots.current[name] if name in self._slots else feeds[name])
@@ -123,10 +120,10 @@ def _session(onnxruntime: Any, path: Path, weights: dict[str, Any], provider: st
     return onnxruntime.InferenceSession(str(path), options, providers=[(provider, settings)])
 
 
-def _check(file: str, what: str, found: Sequence[Any], names: Sequence[str], specs: Sequence[TensorSpec]) -> None:
+def _check(file: str, what: str, found: Sequence[Any], names: Sequence[str], specs: Mapping[str, TensorSpec]) -> None:
     """Raise where a graph's inputs or outputs are not what the manifest says."""
     described = {value.name: (tuple(value.shape), value.type) for value in found}
-    for name, spec in zip(names, specs, strict=True):
+    for name, spec in specs.items():
         expected = (spec.shape, f"tensor({_DTYPES[spec.torch_dtype][1]})")
         if described.get(name) != expected:
             raise BundleError(f"{file}: the {what} {name!r} is {described.get(name)}, and the manifest says {expected}")

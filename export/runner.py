@@ -11,11 +11,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from tcc.errors import BundleError, CallError
+from tcc.errors import BundleError, CallError, ExportError
 from tcc.export.aoti_engine import open_aoti
-from tcc.export.manifest import TENSORS, Manifest, TensorSpec, read
+from tcc.export.manifest import ENGINES, TENSORS, Manifest, TensorSpec, read
 from tcc.export.onnx_engine import open_onnx
 from tcc.export.slots import Slots
+from tcc.export.tensorrt_engine import open_tensorrt
+from tcc.export.tensorrt_rtx import open_rtx
 from tcc.plan import CachePlan
 
 __all__ = ["Engine", "Runner", "load"]
@@ -28,7 +30,13 @@ class Engine(Protocol):
         """Run the graph."""
 
 
-_OPEN: dict[str, Callable[[Path, Manifest, torch.device], Any]] = {"onnx": open_onnx, "aoti": open_aoti}
+_OPEN: dict[str, Callable[[Path, Manifest, torch.device], Any]] = {
+    "onnx": open_onnx,
+    "aoti": open_aoti,
+    "tensorrt": open_tensorrt,
+    "tensorrt-onnx": open_tensorrt,
+    "tensorrt-rtx": open_rtx,
+}
 
 
 def load(
@@ -45,7 +53,8 @@ def load(
         A runner: call it like the model, once per denoising step.
 
     Raises:
-        BundleError: the bundle is incomplete, altered or malformed; nothing of it has been run then.
+        BundleError: the bundle is incomplete, altered or malformed, or its engines are for another GPU or version;
+            nothing of it has been run then.
         ExportError: the library that runs it is missing, or has no such device.
     """
     folder = Path(path)
@@ -58,6 +67,11 @@ def load(
             "max_slot_bytes if that is meant"
         )
     where = _device(device or manifest.device)
+    if manifest.target in ENGINES and (where.type != "cuda" or not torch.cuda.is_available()):
+        raise ExportError(
+            f"{folder}: its {manifest.target} engines run on an NVIDIA GPU ({manifest.arch}); "
+            + ("torch sees none here" if where.type == "cuda" else f"it was to be loaded on {where}")
+        )
     try:
         tensors = load_file(folder / TENSORS, device=str(where))
     except (SafetensorError, OSError) as error:

@@ -6,12 +6,7 @@ import torch
 
 from tcc.export.manifest import TensorSpec
 
-__all__ = ["Slots", "next_of"]
-
-
-def next_of(slot: str) -> str:
-    """The output that holds the next value of the slot `slot:<name>`: `next:<name>`."""
-    return slot.replace("slot:", "next:", 1)
+__all__ = ["Slots"]
 
 
 class Slots:

@@ -18,9 +18,8 @@ import torch
 from safetensors.torch import save_file
 
 from tcc.export import manifest as manifests
-from tcc.export.manifest import MANIFEST, PLAN, TENSORS, WEIGHTS, FileEntry, Graph, Manifest, Step, TensorSpec
+from tcc.export.manifest import MANIFEST, PLAN, TENSORS, WEIGHTS, FileEntry, Graph, Manifest, Step, TensorSpec, next_of
 from tcc.export.one_graph import COUNTER, START, one_graph, wire
-from tcc.export.slots import next_of
 
 __all__ = ["CONFIG", "MODEL", "VERSION", "config", "lay_out"]
 

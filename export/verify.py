@@ -71,6 +71,7 @@ def random_inputs(manifest: Manifest, given: list[torch.Tensor], seed: int = 0) 
 
 def _error(found: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
     """The largest difference, and the same over the largest magnitude; infinite where a value is no number."""
+    found = found.to(expected.device)
     difference = float((found.double() - expected.double()).abs().max()) if found.numel() else 0.0
     if difference != difference:
         return float("inf"), float("inf")

@@ -9,14 +9,14 @@ from rich.table import Table
 
 from tcc.export.manifest import Manifest, TensorSpec
 
-__all__ = ["bundle_tables"]
+__all__ = ["bundle_tables", "made_for", "ranges"]
 
 
 def bundle_tables(name: str, manifest: Manifest) -> Iterator[Table]:
     """What a bundle takes, returns and keeps; its graphs; which step runs which."""
     tools = ", ".join(f"{tool} {version}" for tool, version in manifest.tools.items())
     yield _tensors(
-        f"{name}: {manifest.target} for {manifest.device}, {manifest.bytes / 2**20:.1f} MiB ({tools})",
+        f"{name}: {made_for(manifest)}, {manifest.bytes / 2**20:.1f} MiB ({tools})",
         [("input", manifest.inputs), ("output", manifest.outputs), ("slot", manifest.slots)],
     )
     table = Table(title=f"{len(manifest.graphs)} graphs for {len(manifest.steps)} steps")
@@ -29,6 +29,13 @@ def bundle_tables(name: str, manifest: Manifest) -> Iterator[Table]:
         counts = (f"{graph.macs / 1e9:.4g}", str(len(slots & set(graph.inputs))), str(len(graph.stores)))
         table.add_row(str(number), file, str(graph.operators), *counts, ranges(steps))
     yield table
+
+
+def made_for(manifest: Manifest) -> str:
+    """The target and what runs it; engines have weights of their own."""
+    if manifest.arch:
+        return f"{manifest.target} for {manifest.arch}, weights in each engine"
+    return f"{manifest.target} for {manifest.device}"
 
 
 def ranges(numbers: Iterable[int]) -> str:

@@ -11,6 +11,7 @@ from rich.table import Table
 from torch.utils import _pytree as pytree  # no public pytree module in torch 2.11-2.13
 
 from tcc.cli import options, screen
+from tcc.cli.bundles import made_for
 from tcc.cli.subjects import Subject, load_subject
 from tcc.driver import compile
 from tcc.errors import ExportError
@@ -21,8 +22,18 @@ from tcc.plan import CachePlan
 __all__ = ["check", "export"]
 
 Target = Annotated[
-    Literal["onnx", "aoti"],
-    typer.Option(help="[bold]onnx[/]: ONNX Runtime and TensorRT. [bold]aoti[/]: one AOTInductor package."),
+    Literal["onnx", "aoti", "tensorrt", "tensorrt-onnx", "tensorrt-rtx"],
+    typer.Option(
+        help="[bold]onnx[/]: for ONNX Runtime, any device. [bold]aoti[/]: one AOTInductor package. Engines for "
+        "one GPU: [bold]tensorrt[/] (by Torch-TensorRT), [bold]tensorrt-onnx[/] (by TensorRT's parser), "
+        "[bold]tensorrt-rtx[/] (TensorRT for RTX, run by ONNX Runtime)."
+    ),
+]
+Arch = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ARCH", help="The GPU that engines are for, such as sm89; else the one at hand.", show_default=False
+    ),
 ]
 Layout = Annotated[
     Literal["plain", "triton"],
@@ -41,6 +52,7 @@ def export(
     plan: PlanFile,
     out: Out,
     target: Target = "onnx",
+    arch: Arch = None,
     layout: Layout = "plain",
     verify: Verify = False,
     backend: options.Backend = "inductor",
@@ -71,6 +83,7 @@ def export(
             (subject.args, subject.kwargs),
             out,
             target=target,
+            arch=arch,
             layout=layout,
             progress=status.update,
         )
@@ -83,7 +96,7 @@ def check(folder: Path, subject: Subject, plan: CachePlan, backend: str) -> list
     """Verify a bundle and print the error of every step.
 
     Raises:
-        ExportError: an error is larger than rounding explains.
+        ExportError: an error is larger than rounding explains, or the bundle needs a GPU that is not there.
     """
     runner = load(folder)
     with screen.status("compiling, to compare with") as status:
@@ -92,10 +105,11 @@ def check(folder: Path, subject: Subject, plan: CachePlan, backend: str) -> list
         )
     leaves, spec = pytree.tree_flatten((subject.args, subject.kwargs))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    given = [leaves[i].to(runner.manifest.device) for i in places]
 
     def call(*tensors: torch.Tensor) -> Any:
         filled = dict(zip(places, tensors, strict=True))
-        args, kwargs = pytree.tree_unflatten([filled.get(i, leaf) for i, leaf in enumerate(leaves)], spec)
+        args, kwargs = pytree.tree_unflatten([_near(filled.get(i, leaf), leaf) for i, leaf in enumerate(leaves)], spec)
         return compiled(*args, **kwargs)
 
     allowed = _ALLOWED[runner.manifest.outputs[0].torch_dtype]
@@ -104,7 +118,7 @@ def check(folder: Path, subject: Subject, plan: CachePlan, backend: str) -> list
     for column in ("step", "graph", "largest", "relative"):
         table.add_column(column, justify="right")
     with screen.bar("verifying") as bar:
-        for error in verify(runner, call, random_inputs(runner.manifest, [leaves[i] for i in places])):
+        for error in verify(runner, call, random_inputs(runner.manifest, given)):
             errors.append(error)
             bar(error.step + 1, runner.num_steps)
             table.add_row(str(error.step), str(error.graph), f"{error.largest:.2e}", f"{error.relative:.2e}")
@@ -118,12 +132,18 @@ def check(folder: Path, subject: Subject, plan: CachePlan, backend: str) -> list
     return errors
 
 
+def _near(value: Any, like: Any) -> Any:
+    """`value` where `like` is: engines run on a GPU, and the model that they are compared with may not."""
+    return value.to(like.device) if isinstance(value, torch.Tensor) else value
+
+
 def facts(written: Written) -> dict[str, Any]:
     """What was written, for programs."""
     manifest = written.manifest
     return {
         "folder": str(written.folder),
         "target": manifest.target,
+        "arch": manifest.arch,
         "bytes": manifest.bytes,
         "files": {name: file.bytes for name, file in manifest.files.items()},
         "graphs": [
@@ -135,7 +155,7 @@ def facts(written: Written) -> dict[str, Any]:
 
 def _table(written: Written) -> Table:
     manifest = written.manifest
-    table = Table(title=f"{written.folder}: {manifest.target}, {len(manifest.steps)} steps")
+    table = Table(title=f"{written.folder}: {made_for(manifest)}, {len(manifest.steps)} steps")
     for column in ("file", "bytes", "seconds", "operators"):
         table.add_column(column, justify="left" if column == "file" else "right")
     for name, file in manifest.files.items():

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
+from torch import nn
 
 import tcc
 from tcc.info import ModelInfo
 from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, Skip, Update
 from tests.tiny_models import Case
 
-__all__ = ["STEPS", "flat_inputs", "mixed", "session"]
+__all__ = ["STEPS", "flat_inputs", "half", "mixed", "session"]
 
 STEPS = 6
 
@@ -47,3 +49,13 @@ def session(which: Case) -> Any:
     """The compiled model under the mixed plan, called with flat tensors."""
     model = tcc.compile(which.model, mixed, example_inputs=(which.args, which.kwargs), backend="eager")
     return lambda *tensors: model.session._run(list(tensors))
+
+
+def half(which: Case, dtype: torch.dtype = torch.float16) -> tuple[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """A copy of the model in `dtype`, and the arguments of a call."""
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    args, kwargs = tuple(map(cast, which.args)), {key: cast(value) for key, value in which.kwargs.items()}
+    return copy.deepcopy(which.model).to(dtype), (args, kwargs)

@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "export", "--plan", plan, "--out", bundle, "--verify", "--backend", "eager", "--json", str(folder / "n.json")
     )
     assert code == 0, output
-    assert "onnx, 4 steps" in output
+    assert "onnx for cpu, 4 steps" in output
     assert "weights.safetensors" in output
     return folder
 

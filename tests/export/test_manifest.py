@@ -56,10 +56,12 @@ def test_the_original_loads(original: Path) -> None:
 
 
 CHANGES: list[tuple[Callable[[dict[str, Any]], object], str]] = [
-    (lambda d: d.update(version=2), r"version 2 of the format, and this tcc reads version 1"),
+    (lambda d: d.update(version=1), r"version 1 of the format, and this tcc reads version 2"),
     (lambda d: d.update(version=True), r"version True of the format"),
     (lambda d: d.update(format="zip"), r"not the manifest of a bundle"),
     (lambda d: d.update(target="shell"), r"made for the target 'shell'; known: onnx, aoti"),
+    (lambda d: d.update(target="tensorrt"), r"target 'tensorrt' with arch '': engines have one, no others"),
+    (lambda d: d.update(arch="sm89"), r"target 'onnx' with arch 'sm89'"),
     (lambda d: d.update(extra=1), r"lacks fields, or has unknown ones: extra"),
     (lambda d: d.pop("slots"), r"lacks fields, or has unknown ones: slots"),
     (lambda d: d.update(steps=[]), r"there are no steps"),
