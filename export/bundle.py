@@ -18,7 +18,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from tcc.checks import check_model
-from tcc.driver import CompiledModel, Policy
+from tcc.driver import CompiledModel
 from tcc.errors import ExportError
 from tcc.export import manifest as manifests
 from tcc.export.graphs import output_names
@@ -30,6 +30,7 @@ from tcc.export.weights import collect
 from tcc.info import inspect
 from tcc.passes.graph import output_values, value
 from tcc.plan import CachePlan
+from tcc.prepare import Policy
 from tcc.program import Program, build_program
 
 __all__ = ["Written", "bundle"]

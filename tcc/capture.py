@@ -5,7 +5,6 @@ The only module that touches the exported program's inner form.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 import warnings
@@ -22,7 +21,7 @@ from torch.utils import _pytree as pytree  # no public pytree module in torch 2.
 from tcc.errors import CallError, CaptureError, ShapeError
 from tcc.passes.base import run_passes
 from tcc.passes.graph import graph_hash, graph_text, shape, value
-from tcc.passes.noise_level import noise_level
+from tcc.passes.noise_level import noise_level, samples
 from tcc.passes.normalize import Normalize
 
 __all__ = ["Captured", "InputSpec", "capture"]
@@ -59,7 +58,8 @@ class InputSpec:
         if tensor.dtype != self.dtype:
             raise CallError(
                 f"input '{self.name}' has dtype {tensor.dtype}, expected {self.dtype}: a compiled model runs the "
-                "dtypes it was captured with"
+                f"dtypes it was captured with. Cast it ({self.name}.to({self.dtype})), or call tcc.compile anew for "
+                "another dtype"
             )
         if tensor.device != self.device:
             raise CallError(
@@ -87,6 +87,8 @@ class Captured:
         out_spec: the structure of the result.
         signature: the signature that calls are bound to, or None where the source was an ExportedProgram.
         hash: content hash of the graph (operators, shapes, dtypes; not the weights).
+        noise_level: the position of the noise level among the inputs; None where none was named or found.
+        samples: the positions of the inputs that may be the sample.
     """
 
     gm: fx.GraphModule
@@ -96,11 +98,8 @@ class Captured:
     out_spec: pytree.TreeSpec
     signature: inspect.Signature | None
     hash: str
-
-    @functools.cached_property
-    def noise_level(self) -> int | None:
-        """The position of the noise level among the inputs; None where none was found."""
-        return noise_level(self.gm.graph)
+    noise_level: int | None = None
+    samples: tuple[int, ...] = ()
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
         """The tensor inputs of a call, in the graph's order.
@@ -126,16 +125,6 @@ class Captured:
         for spec_, tensor in zip(self.inputs, tensors, strict=True):
             spec_.check(tensor)
         return [tensor.contiguous() for tensor in tensors]  # itself, unless it is a slice, a transpose or the like
-
-    def fits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a call has the captured shapes; `flatten` says what else may be wrong with it."""
-        try:
-            self.flatten(args, kwargs)
-        except ShapeError:
-            return False
-        except CallError:
-            return True
-        return True
 
     def _other_structure(self, spec: pytree.TreeSpec) -> str:
         """What to say of a call whose arguments have the structure `spec`."""
@@ -169,16 +158,19 @@ class Captured:
         return pytree.tree_unflatten(outputs, self.out_spec)
 
 
-def capture(model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
+def capture(
+    model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], *, level: str | None = None
+) -> Captured:
     """Capture `model` called with `args` and `kwargs` as one functional graph.
 
     Args:
         model: a module in eval mode, or an `ExportedProgram` (then `args` and `kwargs` are its example inputs).
         args: positional inputs; every tensor's shape is fixed by this.
         kwargs: keyword inputs.
+        level: the name of the input that is the noise level; searched in the graph if not given.
 
     Raises:
-        CaptureError: `torch.export` refused the model, or its graph changes the model's state.
+        CaptureError: `torch.export` refused the model, its graph changes the model's state, or it has no input `level`.
     """
     signature = None
     if isinstance(model, ExportedProgram):
@@ -196,7 +188,17 @@ def capture(model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: d
     )
     spec = program.call_spec
     inner = [graph_text(module.graph) for module in gm.children() if isinstance(module, fx.GraphModule)]
-    return Captured(gm, inputs, constants, spec.in_spec, spec.out_spec, signature, graph_hash(gm.graph, inner))
+    found = noise_level(gm.graph) if level is None else _position(level, [spec.name for spec in inputs])
+    digest = graph_hash(gm.graph, inner)
+    return Captured(gm, inputs, constants, spec.in_spec, spec.out_spec, signature, digest, found, samples(gm.graph))
+
+
+def _position(level: str, names: list[str]) -> int:
+    if level not in names:
+        raise CaptureError(
+            f"noise_level={level!r}: the model has no tensor input of that name; its inputs are {', '.join(names)}"
+        )
+    return names.index(level)
 
 
 def _bind(

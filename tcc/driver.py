@@ -3,58 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
+import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from tcc.checks import check_model
 from tcc.errors import CallError, PlanError, ShapeError
-from tcc.info import ModelInfo, inspect
-from tcc.passes.pipeline import StepKind
+from tcc.image import Image, Images
+from tcc.info import ModelInfo
 from tcc.plan import CachePlan
-from tcc.plan_start import start_at
-from tcc.program import Program, Variant, build_program
-from tcc.runtime import Backend, Compiled, Executable, Session, lower
+from tcc.plan_start import check_start
+from tcc.prepare import OnShapeChange, Options, Policy, Prepared, Ready
+from tcc.program import Program
+from tcc.runtime import Backend, Executable, Session
 from tcc.stand_in import StandIn
 
 __all__ = ["CompiledModel", "compile"]
-
-Policy = Callable[[ModelInfo], CachePlan]
-OnShapeChange = Literal["error", "recapture"]
-
-
-class _Options(NamedTuple):
-    """How to compile, and what to do with calls of other shapes."""
-
-    backend: str | Backend
-    options: dict[str, Any] | None
-    progress: Callable[[str], None] | None
-    mode: str
-    on_shape_change: OnShapeChange
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """The model at one set of input shapes, with what was made of it; the plans of a model share it."""
-
-    info: ModelInfo
-    weights: tuple[int, ...]
-    variants: dict[StepKind, Variant] = field(default_factory=dict)
-    runners: dict[StepKind, Compiled] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Ready:
-    """One plan at one set of input shapes; the programs of its runs, by the step that they start at."""
-
-    shape: _Shape
-    plan: CachePlan
-    executables: dict[int, Executable] = field(default_factory=dict)
 
 
 class _Place(NamedTuple):
@@ -71,14 +40,10 @@ class CompiledModel(StandIn):
     It has the attributes of the original model, and keeps it: see `tcc.stand_in.StandIn`.
     """
 
-    def __init__(self, model: nn.Module | ExportedProgram, plan: CachePlan | Policy, options: _Options) -> None:
-        super().__init__(model)
-        self._request = plan
-        self._options = options
-        self._shapes: list[_Shape] = []
-        self._readies: list[_Ready] = []
-        self._ready: _Ready | None = None  # what ran last
-        self._sessions: dict[str, Session] = {}
+    def __init__(self, prepared: Prepared) -> None:
+        super().__init__(prepared.model)
+        self._prepared = prepared
+        self._images = Images()
         self._places: dict[int, _Place] = {}
         self._start = 0
 
@@ -87,53 +52,19 @@ class CompiledModel(StandIn):
 
         Sessions are not shared. After the first call of this model or `prepare`, nothing is captured again.
         """
-        other = CompiledModel(self._model[0], plan, self._options)
-        other._shapes = self._shapes
-        return other
+        return CompiledModel(self._prepared.with_plan(plan))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
+        """A copy of the model under the same plan, not compiled yet."""
+        prepared = self._prepared
+        return CompiledModel(Prepared(copy.deepcopy(prepared.model, memo), prepared.request, prepared.options))
 
     def prepare(self, *args: Any, **kwargs: Any) -> CompiledModel:
         """Capture, rewrite and compile now, for calls like this one."""
-        self._executable(self._get_ready(args, kwargs), self._start)
+        with self._prepared.lock:
+            ready, _ = self._prepared.match(args, kwargs)
+            ready.executable(self._start)
         return self
-
-    def _get_ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Ready:
-        """The plan for calls like this one. Where other shapes are errors there is one, and the call will say so."""
-        fixed = self._options.on_shape_change == "error"
-        found = [r for r in self._readies if fixed or r.shape.info.captured.fits(args, kwargs)]
-        if not found:
-            shape = self._get_shape(args, kwargs, fixed)
-            plan = self._request if isinstance(self._request, CachePlan) else self._request(shape.info)
-            self._check_model(plan, shape)
-            found = [_Ready(shape, plan)]
-            self._readies += found
-        self._ready = found[0]
-        return found[0]
-
-    def _get_shape(self, args: tuple[Any, ...], kwargs: dict[str, Any], fixed: bool) -> _Shape:
-        found = [s for s in self._shapes if fixed or s.info.captured.fits(args, kwargs)]
-        if not found:
-            found = [_Shape(inspect(self._model[0], *args, **kwargs), self._identities())]
-            self._shapes += found
-        return found[0]
-
-    def _check_model(self, plan: CachePlan, shape: _Shape) -> None:
-        try:
-            check_model(plan, shape.info.key)
-        except PlanError as error:
-            if not self._readies:
-                raise
-            raise PlanError(f"{error}; or give tcc.compile a policy, which makes a plan for each shape") from error
-
-    def _executable(self, ready: _Ready, start: int) -> Executable:
-        """The program of the runs that start at `start`, compiled."""
-        if start not in ready.executables:
-            plan, shape, options = start_at(ready.plan, start), ready.shape, self._options
-            captured, analysis, progress = shape.info.captured, shape.info.analysis, options.progress
-            program = build_program(captured, analysis, plan, progress=progress, known=shape.variants)
-            ready.executables[start] = lower(
-                program, options.backend, options.options, progress, mode=options.mode, known=shape.runners
-            )
-        return ready.executables[start]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the next step of the current session.
@@ -142,72 +73,66 @@ class CompiledModel(StandIn):
             CaptureError, AnalysisError, PlanError: on the first call, which captures and compiles.
             CallError: the call differs from the captured one, or the caller is at another step than the session.
         """
-        session = self._session_for(args, kwargs)
+        context = self._place.context
+        with self._images.working() as image:
+            with self._prepared.lock:
+                ready, tensors = self._match(image, args, kwargs)
+                uniform = ready.executable(self._start).alike
+                level = None if uniform or self._place.step is not None else ready.noise_level(tensors)
+                step, new = (self._start, False) if uniform else self._step(image, ready, level)
+                session = self._session_at(image, ready, step, new=new, uniform=uniform)
+            output = session.run(tensors, begin=not uniform and step == session.start)
+            if uniform:
+                image.sessions[context] = session
+            else:
+                image.note(context, session, step, level, new=new, told=self._place.step is not None)
+        return output
+
+    def _match(self, image: Image, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Ready, list[torch.Tensor]]:
+        """The plan for calls like this one. In the middle of an image, only one that there is."""
+        session = image.sessions.get(self._place.context)
+        busy = session is not None and image.is_amid(self._place.context, session.num_steps)
         try:
-            return session(*args, **kwargs)
+            return self._prepared.match(args, kwargs, busy=busy)
         except ShapeError as error:
-            if self._options.on_shape_change == "error":
+            if session is None or self._prepared.options.on_shape_change == "error":
                 raise
-            raise ShapeError(
-                f"step {session.step} of {session.num_steps}: {str(error).partition(': ')[0]}: shapes may change when "
-                "an image begins. Call reset() after an interrupted one, and use one cache_context per guidance branch"
-            ) from error
+            raise ShapeError(_other_shape(session, str(error).partition(": ")[0])) from error
 
-    def _session_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Session:
-        """The session that a call goes to, at the step that the caller says it is at, if it says so."""
-        place, session = self._place, self._sessions.get(self._place.context)
-        told = None if place.step is None or self._is_uniform(session) else self._start + place.step
-        if session is not None and told in (self._start, session.start):
-            session.reset()
-        if session is None or session.step == session.start:
-            session = self._begin(session, self._start if told is None else told, args, kwargs)
-        if not self._is_uniform(session):
-            self._check_place(session, told)
-        return session
-
-    def _is_uniform(self, session: Session | None) -> bool:
-        """Whether no call can be at a wrong step, because the plan has the same one over and over."""
-        return session is not None and session.start == self._start and session.alike
-
-    def _begin(self, session: Session | None, start: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Session:
-        """The session for a run that begins with this call: the one there is, if it is for such calls."""
-        fixed = self._options.on_shape_change == "error"
-        if session is None or session.start != start or not (fixed or session.fits(args, kwargs)):
-            executable = self._executable(self._get_ready(args, kwargs), start)
-            session = Session(executable, start=start, watched=self._place.step is None)
-            self._sessions[self._place.context] = session
-        if self._shapes[0].weights != self._identities():
+    def _step(self, image: Image, ready: Ready, level: torch.Tensor | None) -> tuple[int, bool]:
+        """The step of the plan that a call is at, and whether it begins a new image."""
+        place, count = self._place, ready.plan.num_steps
+        if place.num_steps not in (None, count - self._start):
             raise CallError(
-                "layers or weights of the model were replaced after it was compiled, by an adapter for example, and "
-                "the compiled steps do not have them: call tcc.compile anew, or load adapters before the first call"
+                f"the pipeline runs {place.num_steps} steps, but the model's plan has {count - self._start}: call it "
+                f"with num_inference_steps={count - self._start}, or make the plan with num_steps={place.num_steps}"
             )
-        return session
+        if place.step is not None:
+            return self._start + place.step, image.begins(place.context, self._start + place.step, count)
+        found = image.find_step(place.context, level, count)
+        if image.step is None:
+            self._images.check_thread(image, place.context, level)
+        return (self._start, True) if found is None else (found, False)
 
-    def _check_place(self, session: Session, told: int | None) -> None:
-        """The pipeline runs the plan's steps, and is at the session's."""
-        count, given = session.num_steps - self._start, self._place.num_steps
-        if given not in (None, count):
-            raise CallError(
-                f"the pipeline runs {given} steps, but the model's plan has {count}: call it with "
-                f"num_inference_steps={count}, or make the plan with num_steps={given}"
-            )
-        if told not in (None, session.step):
-            raise CallError(
-                f"the pipeline is at step {told}, but the model's next step is {session.step} of {session.num_steps}: "
-                "call the model once per step and context, in order, and reset() before a new image"
-            )
-
-    def _identities(self) -> tuple[int, ...]:
-        """Which weights the model has; that they are others, not that their values are."""
-        model = self._model[0]
-        return tuple(id(weight) for weight in model.parameters()) if isinstance(model, nn.Module) else ()
+    def _session_at(self, image: Image, ready: Ready, step: int, *, new: bool, uniform: bool) -> Session:
+        """The session of the context at `step`: the one there is, or one that begins there."""
+        session = image.sessions.get(self._place.context)
+        same = session is not None and session.executable is ready.executables.get(session.start)
+        if session is None or new or (uniform and session.step == session.start):
+            self._prepared.check_parts()
+        if session is not None and not new and not uniform and session.step == step != session.start and not same:
+            raise ShapeError(_other_shape(session, "the call's inputs have other shapes than those of the call before"))
+        if session is not None and same and (session.start == step or (session.step == step and not new)):
+            return session
+        return Session(ready.executable(step), start=step, watched=self._place.step is None)
 
     @property
     def session(self) -> Session:
-        """The session that calls go to: one per `cache_context`."""
-        if self._place.context not in self._sessions:
-            self._sessions[self._place.context] = self.new_session(start_step=self._start)
-        return self._sessions[self._place.context]
+        """The session that this thread's calls go to: one per `cache_context`."""
+        sessions = self._images.mine().sessions
+        if self._place.context not in sessions:
+            sessions[self._place.context] = self.new_session(start_step=self._start)
+        return sessions[self._place.context]
 
     def new_session(self, *, start_step: int = 0) -> Session:
         """Own slots and own step counter, for another image or thread at the same time; the code is shared.
@@ -218,12 +143,13 @@ class CompiledModel(StandIn):
         Raises:
             PlanError: nothing is compiled yet, or the plan has no such step.
         """
-        if self._ready is None:
+        if self._prepared.last is None:
             raise PlanError("nothing is compiled yet: call the model once, or pass example_inputs to tcc.compile")
-        return Session(self._executable(self._ready, start_step), start=start_step, watched=True)
+        with self._prepared.lock:
+            return Session(self._prepared.last.executable(start_step), start=start_step, watched=True)
 
     def reset(self, *, start_step: int = 0) -> None:
-        """Start a new image in every session of this model.
+        """Start a new image in every context and thread of this model.
 
         Args:
             start_step: the step of the plan that this image, and all after it until the next `reset`, begin at: for
@@ -231,34 +157,35 @@ class CompiledModel(StandIn):
                 at the first one: see `tcc.plan_start.start_at`.
 
         Raises:
-            PlanError: the plan has no such step.
+            PlanError: the plan has no such step. Where a policy has not made its plan yet, a step after its last one
+                is refused at the first call.
         """
-        if self._ready is not None:
-            start_at(self._ready.plan, start_step)
-        if start_step != self._start:
-            self._start = start_step
-            self._sessions.clear()
-        for session in self._sessions.values():
-            session.reset()
+        check_start(start_step, self.num_steps)
+        self._images.reset(drop=start_step != self._start)
+        self._start = start_step
 
     def _reset_stateful_cache(self, recurse: bool = True) -> None:
         """What diffusers' pipelines call when an image is done: the next one starts anew, finished or not."""
-        for session in self._sessions.values():
-            ran = session.step - session.start
-            if session.watched and ran:
-                warnings.warn(
-                    f"the run ended after step {session.step - 1}, but the model's plan has {session.num_steps} steps: "
-                    "unless it was interrupted, make the plan with as many steps as the pipeline runs; where it left "
-                    f"out the first steps (image-to-image), call reset(start_step={session.num_steps - ran}) before",
-                    stacklevel=3,
-                )
-            session.reset()
+        image, count = self._images.mine(), self.num_steps
+        if image.step is not None and count is not None and image.step < count - 1 and not image.told:
+            ran = image.step + 1 - image.start
+            warnings.warn(
+                f"the run ended after step {image.step}, but the model's plan has {count} steps: unless it was "
+                "interrupted, make the plan with as many steps as the pipeline runs; where it left out the first "
+                f"steps (image-to-image), call reset(start_step={count - ran}) before",
+                stacklevel=3,
+            )
+        image.reset()
 
     @contextlib.contextmanager
     def cache_context(
         self, name: str, *, step_index: int | None = None, num_inference_steps: int | None = None, **where: Any
     ) -> Iterator[None]:
         """Calls inside go to the session `name`: pipelines that call once per guidance branch use one each.
+
+        The contexts of a thread belong to one image. One that is not called at every step (guidance in an interval)
+        goes on at the step that the others are at, and computes there what it would have stored before. Where the
+        others are is told by `step_index`, else by the noise level.
 
         Args:
             name: the name of the session.
@@ -281,7 +208,7 @@ class CompiledModel(StandIn):
 
     @property
     def _is_fixed(self) -> bool:
-        return super()._is_fixed or bool(self._shapes)
+        return super()._is_fixed or bool(self._prepared.shapes)
 
     @property
     def plan(self) -> CachePlan:
@@ -290,23 +217,23 @@ class CompiledModel(StandIn):
         Raises:
             PlanError: a policy was given and the model has not been called yet.
         """
-        if self._ready is not None:
-            return self._ready.plan
-        if isinstance(self._request, CachePlan):
-            return self._request
+        if self._prepared.last is not None:
+            return self._prepared.last.plan
+        if isinstance(self._prepared.request, CachePlan):
+            return self._prepared.request
         raise PlanError("the policy makes its plan at the first call: call the model once, or pass example_inputs")
 
     @property
     def num_steps(self) -> int | None:
         """The steps of the plan; None where a policy will make it at the first call."""
-        if self._ready is None and not isinstance(self._request, CachePlan):
-            return None
-        return self.plan.num_steps
+        known = self._prepared.last is not None or isinstance(self._prepared.request, CachePlan)
+        return self.plan.num_steps if known else None
 
     @property
     def info(self) -> ModelInfo | None:
         """What tcc sees in the model; None before the first call."""
-        shape = self._ready.shape if self._ready else next(iter(self._shapes), None)
+        last, shapes = self._prepared.last, self._prepared.shapes
+        shape = last.shape if last else (shapes[0] if shapes else None)
         return shape.info if shape else None
 
     @property
@@ -321,7 +248,14 @@ class CompiledModel(StandIn):
 
     @property
     def _compiled(self) -> Executable | None:
-        return self._ready.executables.get(self._start) if self._ready else None
+        return self._prepared.last.executables.get(self._start) if self._prepared.last else None
+
+
+def _other_shape(session: Session, what: str) -> str:
+    return (
+        f"step {session.step} of {session.num_steps}: {what}: shapes may change when an image begins. Call reset() "
+        "after an interrupted one, and use one cache_context per guidance branch"
+    )
 
 
 def compile(
@@ -334,6 +268,8 @@ def compile(
     options: dict[str, Any] | None = None,
     progress: Callable[[str], None] | None = None,
     on_shape_change: OnShapeChange = "error",
+    max_shapes: int = 16,
+    noise_level: str | None = None,
 ) -> CompiledModel:
     """Compile `model` to run `plan`.
 
@@ -350,6 +286,10 @@ def compile(
         on_shape_change: what a call with another resolution, prompt length or batch does when a new image begins:
             `error`, or `recapture`: the model is captured, the policy asked and the result compiled again, once for
             each set of shapes. Within an image, it is an error.
+        max_shapes: how many sets of shapes are kept; beyond, the one not used for longest is dropped, with a warning.
+        noise_level: the name of the input that is the noise level (the timestep). By default it is searched in the
+            graph (`tcc.passes.noise_level`); without one, steps are counted and callers that make too many or too few
+            calls are not noticed. `tcc.inspect(...).table()` says so.
 
     Returns:
         A model with the same forward signature.
@@ -363,7 +303,10 @@ def compile(
         raise CallError("example_inputs is a pair (args, kwargs), a tuple and a dict: write ((x, t, y), {})")
     if on_shape_change not in get_args(OnShapeChange):
         raise CallError(f"on_shape_change={on_shape_change!r}: use 'error' or 'recapture'")
-    compiled = CompiledModel(model, plan, _Options(backend, options, progress, mode, on_shape_change))
+    if max_shapes < 1:
+        raise CallError(f"max_shapes={max_shapes}: keep one set of shapes at least")
+    given = Options(backend, options, progress, mode, on_shape_change, max_shapes, noise_level)
+    compiled = CompiledModel(Prepared(model, plan, given))
     if example_inputs is not None:
         args, kwargs = example_inputs
         compiled.prepare(*args, **kwargs)

@@ -18,6 +18,10 @@ from tcc.program import Variant, build_program
 
 __all__ = ["ModelInfo", "inspect"]
 
+_UNWATCHED = (
+    "no noise level found among the inputs: steps are counted, not watched; name it: tcc.compile(..., noise_level=...)"
+)
+
 
 @dataclass(frozen=True)
 class ModelInfo:
@@ -99,7 +103,8 @@ class ModelInfo:
             grid += f" from token {self.image_tokens[0]} on"
         table = Table(
             title=f"{len(self.blocks)} blocks, {self.num_tokens} tokens (grid {grid}), batch {self.batch}, "
-            f"{self.macs / 1e9:.4g} GMAC per image and step"
+            f"{self.macs / 1e9:.4g} GMAC per image and step",
+            caption=None if self.captured.noise_level is not None else _UNWATCHED,
         )
         for column, justify in (("site", "left"), ("shape", "left"), ("MMAC", "right"), ("slot KiB", "right")):
             table.add_column(column, justify=justify)  # type: ignore[arg-type]

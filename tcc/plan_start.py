@@ -7,7 +7,20 @@ from dataclasses import replace
 from tcc.errors import PlanError
 from tcc.plan import Action, CachePlan, Compute, Reuse, Skip
 
-__all__ = ["start_at"]
+__all__ = ["check_start", "start_at"]
+
+
+def check_start(step: int, num_steps: int | None) -> None:
+    """Check that a plan of so many steps, or one that is not made yet, can have the step `step`.
+
+    Raises:
+        PlanError: it cannot.
+    """
+    if not isinstance(step, int):
+        raise PlanError(f"start_step={step!r}: a step is a whole number")
+    if step < 0 or (num_steps is not None and step >= num_steps):
+        last = "" if num_steps is None else num_steps - 1
+        raise PlanError(f"start_step={step}: the plan has steps 0..{last}")
 
 
 def start_at(plan: CachePlan, step: int) -> CachePlan:
@@ -20,8 +33,7 @@ def start_at(plan: CachePlan, step: int) -> CachePlan:
     Raises:
         PlanError: the plan has no such step.
     """
-    if not 0 <= step < plan.num_steps:
-        raise PlanError(f"start_step={step}: the plan has steps 0..{plan.num_steps - 1}")
+    check_start(step, plan.num_steps)
     if step == 0:
         return plan
     actions = {

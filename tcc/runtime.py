@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -48,6 +49,11 @@ class Executable:
     extras: tuple[tuple[str, ...], ...]
     compile_seconds: tuple[float, ...]
     replay: bool = False
+
+    @functools.cached_property
+    def alike(self) -> bool:
+        """Whether all steps do the same and keep nothing, so that none can be run in place of another."""
+        return not self.program.slots and len({binding.variant for binding in self.program.bindings}) == 1
 
 
 def lower(
@@ -145,10 +151,11 @@ class Session:
     Attributes:
         start: the step that runs begin at: the program is that of `start_at(plan, start)`.
         step: the step that the next call runs.
+        executable: the compiled program.
     """
 
     def __init__(self, executable: Executable, *, start: int = 0, watched: bool = False) -> None:
-        self._executable = executable
+        self.executable = executable
         self._captured = executable.program.captured
         self._slots = {
             f"slot:{slot.name}": torch.zeros(slot.shape, dtype=slot.dtype, device=slot.device)
@@ -157,25 +164,26 @@ class Session:
         self._replays: dict[int, Replay] = {}
         self._steps = [self._bind(step) for step in range(len(executable.program.bindings))]
         self.start = self.step = start
-        watched = watched and not self.alike
-        self._watch = Watch(self._captured.noise_level, start, self.num_steps) if watched else None
+        seen = self._captured
+        watched = watched and not executable.alike
+        self._watch = Watch(seen.noise_level, seen.samples, start, self.num_steps) if watched else None
 
     def _bind(self, step: int) -> tuple[Runner, list[torch.Tensor]]:
         """The function and the extra inputs of `step`, looked up once so that a step only calls."""
-        binding = self._executable.program.bindings[step]
+        binding = self.executable.program.bindings[step]
         device = self._captured.inputs[0].device
         extras = [
             self._slots[name] if name in self._slots else binding.tensors[name].to(device)
-            for name in self._executable.extras[binding.variant]
+            for name in self.executable.extras[binding.variant]
         ]
         return self._runner(binding.variant), extras
 
     def _runner(self, variant: int) -> Runner:
-        runner = self._executable.runners[variant]
-        if not self._executable.replay:
+        runner = self.executable.runners[variant]
+        if not self.executable.replay:
             return runner
         if variant not in self._replays:
-            names = self._executable.extras[variant]
+            names = self.executable.extras[variant]
             is_slot = [False] * len(self._captured.inputs) + [name in self._slots for name in names]
             self._replays[variant] = Replay(runner, is_slot)
         return self._replays[variant]
@@ -196,20 +204,6 @@ class Session:
         if self._watch is not None:
             self._watch.forget()
 
-    @property
-    def alike(self) -> bool:
-        """Whether all steps do the same and keep nothing, so that none can be run in place of another."""
-        return not self._slots and len({binding.variant for binding in self._executable.program.bindings}) == 1
-
-    @property
-    def watched(self) -> bool:
-        """Whether calls are compared, to notice a caller that is at another step."""
-        return self._watch is not None
-
-    def fits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a call has the captured shapes."""
-        return self._captured.fits(args, kwargs)
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the next step.
 
@@ -217,9 +211,22 @@ class Session:
             CallError: the call differs from the captured one in structure, shape (ShapeError), dtype or device; or the
                 caller is at another step, where sessions are watched (see `tcc.watch`).
         """
-        tensors = self._captured.flatten(args, kwargs)
+        return self.run(self._captured.flatten(args, kwargs))
+
+    def run(self, tensors: list[torch.Tensor], *, begin: bool = False) -> Any:
+        """Run the next step, or the first one of a new run.
+
+        Args:
+            tensors: the model's inputs, as `Captured.flatten` returns them.
+            begin: start a new run.
+
+        Raises:
+            CallError: the caller is at another step, where sessions are watched; nothing was run.
+        """
+        step = self.start if begin else self.step
         if self._watch is not None:
-            self._watch.check(tensors, self.step)
+            self._watch.check(tensors, step)
+        self.step = step
         return self._run(tensors)
 
     def run_step(self, step: int, *args: Any, **kwargs: Any) -> Any:

@@ -20,7 +20,8 @@ class StandIn(nn.Module):
 
     Attributes that it does not have itself (`config`, `dtype`, `save_pretrained`, ...) are the model's, and so is the
     class that `isinstance` and a pipeline's saved index see. `to()`, `half()` and the like reach the model as long as
-    `_is_fixed` is false. `parameters()` and `state_dict()` find nothing: the weights are the model's alone.
+    `_is_fixed` is false; after it, what would change the model is refused. `parameters()`, `state_dict()`, `modules()`
+    and the like are the model's.
     """
 
     def __init__(self, model: nn.Module | ExportedProgram) -> None:
@@ -50,6 +51,37 @@ class StandIn(nn.Module):
                 )
         return self
 
+    def train(self, mode: bool = True) -> StandIn:
+        """Nothing: the model is in eval mode, or is put there while nothing was made of it.
+
+        Raises:
+            CallError: `mode` is true.
+        """
+        if mode:
+            raise CallError("a compiled model runs in eval mode: train the original model, and compile it afterwards")
+        model = self._model[0]
+        if isinstance(model, nn.Module) and model.training:
+            model.eval()
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set the model's attribute where it has one of that name and the stand-in does not.
+
+        Raises:
+            CallError: something was made of the model, which does not see another value.
+        """
+        model = self.__dict__.get("_model", [None])[0]
+        own = name in self.__dict__ or hasattr(type(self), name) or not hasattr(model, name)
+        if own:
+            super().__setattr__(name, value)
+        elif not self._is_fixed:
+            setattr(model, name, value)
+        elif getattr(model, name) is not value:
+            raise CallError(
+                f"the model's attribute '{name}' cannot be set after it was compiled, since the compiled steps would "
+                "not see it: set it before the first call, or on the original model and call tcc.compile anew"
+            )
+
     def _get_name(self) -> str:
         return type(self).__name__
 
@@ -67,3 +99,21 @@ class StandIn(nn.Module):
 
 def _weights(model: nn.Module | ExportedProgram) -> list[torch.Tensor]:
     return list(itertools.chain(model.parameters(), model.buffers()))
+
+
+def _of_model(name: str) -> property:
+    """The model's method of that name; the stand-in's own, which finds nothing, where the model has none."""
+
+    def get(self: StandIn) -> Any:
+        model = self._model[0]
+        return getattr(model if isinstance(model, nn.Module) else super(StandIn, self), name)
+
+    return property(get, doc=f"`nn.Module.{name}` of the model.")
+
+
+for _name in (
+    *("parameters", "named_parameters", "buffers", "named_buffers", "modules", "named_modules", "children"),
+    *("named_children", "state_dict", "load_state_dict", "requires_grad_", "get_parameter", "get_buffer"),
+    "get_submodule",
+):
+    setattr(StandIn, _name, _of_model(_name))

@@ -13,7 +13,7 @@ import torch
 
 from tcc.errors import CallError
 
-__all__ = ["Watch"]
+__all__ = ["Watch", "is_readable"]
 
 _SHARED = (
     "step {step} of {count}: this call has the sample and the noise level of the call before it, and other conditions. "
@@ -40,13 +40,13 @@ class Watch:
 
     Args:
         level: the position of the noise level among the inputs, or None.
+        samples: the positions of the inputs that may be the sample.
         first: the number of a run's first step.
         count: the number of the plan's steps.
     """
 
-    def __init__(self, level: int | None, first: int, count: int) -> None:
-        self._level, self._first, self._count = level, first, count
-        self._sample = 1 if level == 0 else 0  # diffusion models take the sample first, but for the level
+    def __init__(self, level: int | None, samples: tuple[int, ...], first: int, count: int) -> None:
+        self._level, self._samples, self._first, self._count = level, samples, first, count
         self.forget()
 
     def forget(self) -> None:
@@ -70,16 +70,16 @@ class Watch:
 
     def _is_other_branch(self, tensors: list[torch.Tensor]) -> bool:
         """Whether sample and noise level are the last call's, and something else is not."""
-        if len(self._last) != len(tensors) or self._sample >= len(tensors) or not self._same_sample(tensors):
+        if not self._last or not self._samples or not all(self._same(tensors, sample) for sample in self._samples):
             return False
         same = [torch.equal(old, new) for old, new in zip(self._last, tensors, strict=True)]
         return not all(same) and (self._level is None or same[self._level])
 
-    def _same_sample(self, tensors: list[torch.Tensor]) -> bool:
-        old, new = self._last[self._sample], tensors[self._sample]
+    def _same(self, tensors: list[torch.Tensor], sample: int) -> bool:
+        old, new = self._last[sample], tensors[sample]
         if old is new:
-            return self._versions[self._sample] == _version(new)
-        return _readable(new) and torch.equal(old, new)
+            return self._versions[sample] == _version(new)
+        return is_readable(new) and torch.equal(old, new)
 
     def _check_level(self, given: torch.Tensor, step: int) -> None:
         """The noise level goes one way from step to step, and back at a run's first step."""
@@ -95,7 +95,7 @@ class Watch:
 
     def _follow(self, levels: list[torch.Tensor], step: int) -> list[torch.Tensor]:
         """Read the levels, where that costs nothing or the run ends; what the next step is compared with."""
-        if not _readable(levels[-1]) and step < self._count - 1:
+        if not is_readable(levels[-1]) and step < self._count - 1:
             return levels
         way = self._way
         for before, now in itertools.pairwise(float(level) for level in levels):
@@ -106,7 +106,7 @@ class Watch:
         return levels[-1:]
 
 
-def _readable(tensor: torch.Tensor) -> bool:
+def is_readable(tensor: torch.Tensor) -> bool:
     """Whether reading values waits for nothing."""
     return tensor.device.type == "cpu"
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import tcc
+from tcc.image import Images
 from tests.running import compiled, token_plan
 from tests.tiny_models import case
 
@@ -20,5 +21,5 @@ def _shared() -> tcc.CompiledModel:
 @pytest.fixture
 def model(_shared: tcc.CompiledModel) -> tcc.CompiledModel:
     """The tiny DiT, compiled once for a token plan; at step 0, without sessions."""
-    _shared._sessions.clear()
+    _shared._images = Images()
     return _shared

@@ -121,15 +121,15 @@ def test_threads_in_contexts_of_their_own_do_not_disturb_each_other(model: tcc.C
     which, turn = case("dit"), threading.Barrier(3)
     alone = {seed: [call(model.new_session(), which, seed)] for seed in range(3)}
 
-    def run(seed: int) -> list[torch.Tensor]:
+    def run(seed: int) -> tuple[list[torch.Tensor], int]:
         with model.cache_context(f"thread {seed}"):
             turn.wait(timeout=60)
-            return [call(model, which, seed)]
+            return [call(model, which, seed)], model.session.step
 
     with ThreadPoolExecutor(3) as pool:
         found = dict(zip(range(3), pool.map(run, range(3)), strict=True))
-    assert all(torch.equal(found[seed][0], alone[seed][0]) for seed in range(3))
-    assert all(model._sessions[f"thread {seed}"].step == 1 for seed in range(3))
+    assert all(torch.equal(found[seed][0][0], alone[seed][0]) for seed in range(3))
+    assert [found[seed][1] for seed in range(3)] == [1] * 3
 
 
 def test_steps_run_in_order(model: tcc.CompiledModel) -> None:

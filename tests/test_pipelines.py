@@ -134,7 +134,7 @@ def test_guidance_branches_have_sessions_of_their_own() -> None:
     """One per context of the pipeline, and none without a name."""
     with using("flux", captured("flux").with_plan(POLICIES["fora"])) as pipe:
         run(pipe, "flux", steps=STEPS)
-        assert set(pipe.transformer._sessions) == {"cond", "uncond"}
+        assert set(pipe.transformer._images.mine().sessions) == {"cond", "uncond"}
 
 
 @pytest.mark.compiles

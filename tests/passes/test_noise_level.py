@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import tcc
 from tcc.capture import capture
+from tcc.errors import CaptureError
 from tcc.passes.noise_level import noise_level
 from tests.tiny_models import case
 
@@ -51,3 +53,83 @@ def test_other_waves_are_not_taken_for_it() -> None:
     level = noise_level(captured.gm.graph)
     assert level is not None
     assert captured.inputs[level].name == "t"
+
+
+class Denoiser(nn.Module):
+    """A model of vectors, conditioned in the way of its kind."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.table, self.labels, self.mlp = nn.Embedding(9, 8), nn.Embedding(4, 8), nn.Linear(1, 8)
+        self.sizes = nn.Linear(24, 8)
+
+    def forward(self, x: Tensor, y: Tensor, strength: Tensor, timestep: Tensor, sizes: Tensor, mask: Tensor) -> Tensor:
+        """`x` and what it is conditioned on."""
+        waves = (sizes[..., None] * torch.arange(4.0)).sin().flatten(1)
+        x = x + self.sizes(waves) + self.labels(y) + mask[:, None]
+        if self.kind == "table":
+            x = x + self.table(timestep)
+        if self.kind == "mlp":
+            x = x + self.mlp(timestep[:, None])
+        if self.kind == "frames":
+            x = x + (timestep[..., None] * torch.arange(8.0)).sin().mean(1)
+        return x + self.mlp(strength[:, None]) if self.kind in ("strength", "mlp") else x
+
+
+T = torch.tensor([5, 5])
+KINDS: dict[str, tuple[Tensor, str | None]] = {
+    "table": (T, "timestep"),  # and no label is taken for it
+    "mlp": (T.float(), "timestep"),  # and no strength
+    "frames": (torch.ones(2, 6), "timestep"),  # a noise level for each frame, and no sizes that become waves
+    "unused": (T, "timestep"),  # its value tells, though the output does not depend on it
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_noise_level_without_waves_is_known_by_its_name(kind: str) -> None:
+    """Among numbers that there is one of for each sample; dataflow says which inputs those are."""
+    t, expected = KINDS[kind]
+    args = (torch.randn(2, 8), T - 4, torch.ones(2), t, torch.ones(2, 6), torch.ones(2, dtype=torch.bool))
+    captured = capture(Denoiser(kind).eval(), args, {})
+    level = noise_level(captured.gm.graph)
+    assert level is not None
+    assert captured.inputs[level].name == expected
+    assert [captured.inputs[position].name for position in captured.samples] == ["x"]
+
+
+class Plain(nn.Module):
+    """A model with inputs of no telling names."""
+
+    def __init__(self, two: bool) -> None:
+        super().__init__()
+        self.two, self.mlp, self.labels = two, nn.Linear(1, 8), nn.Embedding(4, 8)
+
+    def forward(self, x: Tensor, y: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """`x` and its conditions."""
+        x = x + self.labels(y) + self.mlp(u[:, None])
+        return x + self.mlp(v[:, None]) if self.two else x + v
+
+
+@pytest.mark.parametrize(("two", "expected"), [(True, None), (False, "u")])
+def test_the_only_real_number_is_the_noise_level(two: bool, expected: str | None) -> None:
+    """Of two, nothing tells which; a label is none."""
+    v = torch.ones(2) if two else torch.ones(2, 8)
+    captured = capture(Plain(two).eval(), (torch.randn(2, 8), T - 4, torch.ones(2), v), {})
+    level = noise_level(captured.gm.graph)
+    assert (None if level is None else captured.inputs[level].name) == expected
+
+
+def test_a_noise_level_can_be_named() -> None:
+    """And a name that is no input is refused with those that are; the table says where none is known."""
+    which = case("separate")
+    captured = capture(which.model, which.args, which.kwargs, level="x")
+    assert captured.noise_level == 0
+    with pytest.raises(
+        CaptureError, match=r"noise_level='sigma': the model has no tensor input of that name; .* are x"
+    ):
+        tcc.compile(
+            which.model, tcc.plans.full, example_inputs=(which.args, which.kwargs), backend="eager", noise_level="sigma"
+        )
+    assert "steps are counted, not watched" in str(which.info.table().caption)
+    assert case("dit").info.table().caption is None

@@ -1,0 +1,225 @@
+"""What is made of a model for its calls: a graph and a plan per set of shapes, programs, compiled steps."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from tcc.capture import capture
+from tcc.checks import check_model
+from tcc.errors import CallError, PlanError, ShapeError
+from tcc.info import ModelInfo
+from tcc.passes.pipeline import StepKind
+from tcc.passes.sites import analyse
+from tcc.plan import CachePlan
+from tcc.plan_start import start_at
+from tcc.program import Variant, build_program
+from tcc.runtime import Backend, Compiled, Executable, lower
+
+__all__ = ["OnShapeChange", "Options", "Policy", "Prepared", "Ready"]
+
+Policy = Callable[[ModelInfo], CachePlan]
+OnShapeChange = Literal["error", "recapture"]
+
+
+class Options(NamedTuple):
+    """How to compile, and what to do with calls of other shapes; see `tcc.compile`."""
+
+    backend: str | Backend
+    options: dict[str, Any] | None
+    progress: Callable[[str], None] | None
+    mode: str
+    on_shape_change: OnShapeChange
+    max_shapes: int
+    noise_level: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Shape:
+    """The model at one set of input shapes, with what was made of it; the plans of a model share it."""
+
+    info: ModelInfo
+    parts: list[Any]
+    variants: dict[StepKind, Variant] = field(default_factory=dict)
+    runners: dict[StepKind, Compiled] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """One plan at one set of input shapes; the programs of its runs, by the step that they start at."""
+
+    shape: _Shape
+    plan: CachePlan
+    options: Options
+    executables: dict[int, Executable] = field(default_factory=dict)
+
+    def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+        """The tensor inputs of a call.
+
+        Raises:
+            CallError: the call differs from the captured one, see `Captured.flatten`.
+        """
+        return self.shape.info.captured.flatten(args, kwargs)
+
+    def noise_level(self, tensors: list[torch.Tensor]) -> torch.Tensor | None:
+        """The noise level of a call; None where it is not known."""
+        level = self.shape.info.captured.noise_level
+        return tensors[level].detach().max() if level is not None and tensors[level].numel() else None
+
+    def executable(self, start: int) -> Executable:
+        """The program of the runs that start at step `start`, compiled.
+
+        Raises:
+            PlanError: the plan has no such step.
+        """
+        if start not in self.executables:
+            plan, shape, options = start_at(self.plan, start), self.shape, self.options
+            captured, analysis, progress = shape.info.captured, shape.info.analysis, options.progress
+            program = build_program(captured, analysis, plan, progress=progress, known=shape.variants)
+            self.executables[start] = lower(
+                program, options.backend, options.options, progress, mode=options.mode, known=shape.runners
+            )
+        return self.executables[start]
+
+
+class Prepared:
+    """A model and a plan, with all that was made of them.
+
+    Args:
+        model: the model.
+        plan: the plan, or the policy that makes one for each set of shapes.
+        options: how to compile.
+        shapes: what was made of the model for other plans; the one that was used last is the last.
+
+    Attributes:
+        lock: held while something is made, so that threads make it once.
+        last: what ran last; None before the first call.
+    """
+
+    def __init__(
+        self, model: nn.Module | ExportedProgram, plan: CachePlan | Policy, options: Options,
+        shapes: list[_Shape] | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.request, self.options = model, plan, options
+        self.shapes: list[_Shape] = [] if shapes is None else shapes
+        self.readies: list[Ready] = []
+        self.last: Ready | None = None
+        self.lock = threading.RLock()
+
+    def with_plan(self, plan: CachePlan | Policy) -> Prepared:
+        """The same model under another plan."""
+        return Prepared(self.model, plan, self.options, self.shapes)
+
+    def match(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, busy: bool = False
+    ) -> tuple[Ready, list[torch.Tensor]]:
+        """The plan for calls like this one, and the call's tensors; captured if there is none yet.
+
+        Args:
+            args: the call's positional arguments.
+            kwargs: its keyword arguments.
+            busy: an image has begun in the call's context, so that nothing is captured.
+
+        Raises:
+            ShapeError: the shapes are new, and may not be.
+            CallError: the call differs from the captured one in something else.
+            CaptureError, AnalysisError, PlanError: no plan can be made for such calls.
+        """
+        error = None
+        for ready in reversed(self.readies):
+            try:
+                tensors = ready.flatten(args, kwargs)
+            except ShapeError as other:
+                error = error or other
+                continue
+            self._use(ready)
+            return ready, tensors
+        if error is not None and (busy or self.options.on_shape_change == "error"):
+            raise error
+        ready = self._make(args, kwargs)
+        return ready, ready.flatten(args, kwargs)
+
+    def _make(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ready:
+        shape = self._shape(args, kwargs)
+        plan = self.request if isinstance(self.request, CachePlan) else self.request(shape.info)
+        try:
+            check_model(plan, shape.info.key)
+        except PlanError as error:
+            if not self.readies:
+                raise
+            raise PlanError(f"{error}; or give tcc.compile a policy, which makes a plan for each shape") from error
+        ready = Ready(shape, plan, self.options)
+        self.readies = [known for known in self.readies if known.shape in self.shapes] + [ready]
+        self._use(ready)
+        return ready
+
+    def _shape(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Shape:
+        """The model at the shapes of this call: known from another plan, or captured now."""
+        for shape in self.shapes:
+            try:
+                shape.info.captured.flatten(args, kwargs)
+            except ShapeError:
+                if self.options.on_shape_change == "error":
+                    return shape  # the call will say so
+                continue
+            return shape
+        self.check_parts()
+        captured = capture(self.model, args, kwargs, level=self.options.noise_level)
+        self.shapes.append(_Shape(ModelInfo(captured, analyse(captured.gm.graph)), parts_of(self.model)))
+        if len(self.shapes) > self.options.max_shapes:
+            self._drop(self.shapes.pop(0))
+        return self.shapes[-1]
+
+    def _drop(self, shape: _Shape) -> None:
+        sizes = ", ".join(f"{spec.name} {list(spec.shape)}" for spec in shape.info.captured.inputs)
+        warnings.warn(
+            f"the model has been called with more than max_shapes={self.options.max_shapes} sets of input shapes; what "
+            f"was compiled for the one not used for longest ({sizes}) is dropped, and will be compiled again if it "
+            "comes back: pad prompts to a few lengths, or raise tcc.compile(..., max_shapes=...)",
+            stacklevel=2,
+        )
+
+    def _use(self, ready: Ready) -> None:
+        """`ready` is what was used last."""
+        self.last = ready
+        _move_to_end(self.shapes, ready.shape)
+        _move_to_end(self.readies, ready)
+
+    def check_parts(self) -> None:
+        """The model has the parts that it was captured with.
+
+        Raises:
+            CallError: it has others.
+        """
+        now = parts_of(self.model) if self.shapes else []
+        for shape in self.shapes[:1]:
+            if len(now) != len(shape.parts) or any(a is not b for a, b in zip(now, shape.parts, strict=True)):
+                raise CallError(
+                    "layers, weights, buffers or functions of the model were replaced after it was compiled, by an "
+                    "adapter for example, and the compiled steps do not have them: call tcc.compile anew, or load "
+                    "adapters before the first call"
+                )
+
+
+def _move_to_end(known: list[Any], used: Any) -> None:
+    if known[-1] is not used and used in known:
+        known.remove(used)
+        known.append(used)
+
+
+def parts_of(model: nn.Module | ExportedProgram) -> list[Any]:
+    """The layers, weights, buffers, hooks and functions of a model; that they are others, not that values are."""
+    found: list[Any] = []
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        held = vars(module)
+        hooks = (*held["_forward_pre_hooks"].values(), *held["_forward_hooks"].values())
+        weights = (*held["_parameters"].values(), *held["_buffers"].values())
+        found += [module, *weights, *hooks, *(part for part in held.values() if callable(part))]
+    return found
