@@ -1,12 +1,11 @@
-"""Does every exported graph become one TensorRT engine? NVIDIA's parser and builder answer, on a machine without a GPU.
+"""Does every exported graph become one TensorRT engine? NVIDIA's parser and builder answer.
 
-    python benchmarks/engines.py --compiler rtx_compile.py --python RTX_VENV/bin/python --results benchmarks/results
+    python benchmarks/engines.py --without-driver --results benchmarks/results
 
 Exports the models of the tests (DiT, U-ViT, PixArt, two to five blocks) under the plan of the tests (pruned tokens in
-each attention mode, reuse, a forecast, a drop, a hold) in half precision, and has every ONNX graph compiled for every
-GPU generation. The compiler is a script that is called with a model file and a target such as `sm89`, and exits with 0
-if the result is a single `EPContext` node: the whole graph in one engine. It runs in an environment of its own, with
-`onnxruntime` and `onnxruntime-ep-nv-tensorrt-rtx-cu13`. An engine that was built has not been run.
+each attention mode, reuse, a forecast, a drop, a hold) in half precision, for the target `tensorrt-rtx` and every GPU
+generation. tcc refuses a graph that does not become a single `EPContext` node: the whole graph in one engine. Needs
+`pip install 'tcc[rtx]'` and NVIDIA's driver, or gcc and `--without-driver`. An engine that was built has not been run.
 """
 
 from __future__ import annotations
@@ -16,10 +15,12 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+import onnx
+import pytest
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -28,8 +29,10 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the tests' models and plan
 
 from tcc import timing  # noqa: E402
-from tcc.export import Manifest, bundle  # noqa: E402
-from tests.export.bundles import mixed  # noqa: E402
+from tcc.errors import ExportError  # noqa: E402
+from tcc.export import bundle  # noqa: E402
+from tests.export import no_driver  # noqa: E402
+from tests.export.bundles import half, mixed  # noqa: E402
 from tests.tiny_models import BUILDERS  # noqa: E402
 
 MODELS = {"dit": "DiT", "uvit": "U-ViT", "hf_pixart": "PixArt (diffusers)"}
@@ -37,95 +40,97 @@ DTYPES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
-class Engine:
-    """One graph, compiled for one target.
+class Engines:
+    """The graphs of one model, compiled for one GPU generation.
 
     Attributes:
         model: the model's name.
         dtype: its dtype.
-        graph: the graph's file.
-        operators: how many operators it has.
-        target: the GPU generation.
-        single: whether the whole graph is one engine.
-        said: what the compiler said.
+        arch: the GPU generation.
+        graphs: how many graphs there are.
+        nodes: how many nodes they have when they are compiled: one each.
+        operators: how many operators each one had before.
+        bytes: the size of each engine, with its weights.
+        weights: the size of the weights.
+        seconds: what each took, with its export.
+        said: why the provider refused, if it did.
     """
 
     model: str
     dtype: str
-    graph: str
-    operators: int
-    target: str
-    single: bool
-    said: str
+    arch: str
+    graphs: int
+    nodes: int
+    operators: tuple[int, ...]
+    bytes: tuple[int, ...]
+    weights: int
+    seconds: tuple[float, ...]
+    said: str = ""
 
 
-def export(name: str, dtype: torch.dtype, folder: Path) -> Manifest:
-    """The bundle of a model of the tests in `dtype`."""
+def build(name: str, dtype: torch.dtype, archs: list[str], folder: Path) -> Iterator[Engines]:
+    """The engines of a model of the tests, for each GPU generation."""
+    model, example = half(BUILDERS[name](), dtype)
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    kind = str(dtype).removeprefix("torch.")
+    for arch in archs:
+        try:
+            written = bundle(model, mixed, example, folder / arch, target="tensorrt-rtx", arch=arch)
+        except ExportError as error:
+            yield Engines(MODELS[name], kind, arch, 0, 0, (), (), weights, (), str(error))
+            continue
+        graphs = written.manifest.graphs
+        sizes = tuple(written.manifest.files[Path(graph.file).stem + ".engine"].bytes for graph in graphs)
+        nodes = sum(
+            len(onnx.load(written.folder / graph.file, load_external_data=False).graph.node) for graph in graphs
+        )
+        operators = tuple(graph.operators for graph in graphs)
+        yield Engines(MODELS[name], kind, arch, len(graphs), nodes, operators, sizes, weights, written.seconds)
 
-    def cast(value: Any) -> Any:
-        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
-    which = BUILDERS[name]()
-    args, kwargs = tuple(map(cast, which.args)), {key: cast(value) for key, value in which.kwargs.items()}
-    return bundle(which.model.to(dtype), mixed, (args, kwargs), folder).manifest
-
-
-def build(python: str, compiler: Path, path: Path, target: str) -> tuple[bool, str]:
-    """Compile one graph; whether it became one engine, and the compiler's last line."""
-    done = subprocess.run([python, str(compiler), str(path), target], capture_output=True, text=True, check=False)
-    lines = (done.stdout + done.stderr).strip().splitlines()
-    return done.returncode == 0, lines[-1] if lines else f"exit code {done.returncode}"
-
-
-def table(engines: list[Engine]) -> str:
-    """The results as Markdown: a row per model and dtype, engines over graphs per target."""
-    targets = list(dict.fromkeys(engine.target for engine in engines))
-    lines = [f"| model | dtype | graphs | {' | '.join(targets)} |", "|---|---|---:|" + "---:|" * len(targets)]
-    for key in dict.fromkeys((engine.model, engine.dtype) for engine in engines):
-        mine = [engine for engine in engines if (engine.model, engine.dtype) == key]
-        graphs = len({engine.graph for engine in mine})
-        cells = []
-        for target in targets:
-            single = sum(engine.single for engine in mine if engine.target == target)
-            cells.append(f"{single} of {graphs} one engine")
-        lines.append(f"| {key[0]} | {key[1]} | {graphs} | {' | '.join(cells)} |")
+def table(engines: list[Engines]) -> str:
+    """The results as Markdown: a row per model and dtype, engines of graphs per GPU generation."""
+    archs = list(dict.fromkeys(each.arch for each in engines))
+    lines = [f"| model | dtype | graphs | {' | '.join(archs)} |", "|---|---|---:|" + "---:|" * len(archs)]
+    for key in dict.fromkeys((each.model, each.dtype) for each in engines):
+        mine = [each for each in engines if (each.model, each.dtype) == key]
+        cells = [f"{each.nodes} nodes, {sum(each.bytes) / 2**20:.1f} MiB" if each.nodes else "refused" for each in mine]
+        lines.append(f"| {key[0]} | {key[1]} | {max(each.graphs for each in mine)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Export, compile, report; returns 1 if a graph did not become one engine."""
+    """Export, report; returns 1 if a graph did not become one engine."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compiler", type=Path, required=True, help="the script that compiles one graph")
-    parser.add_argument("--python", default=sys.executable, help="the interpreter that runs it")
-    parser.add_argument("--targets", nargs="+", default=["sm89", "sm120"])
+    parser.add_argument("--archs", nargs="+", default=["sm89", "sm120"])
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument(
+        "--without-driver", action="store_true", help="on a machine without a GPU: stand in for its driver"
+    )
     parser.add_argument("--results", type=Path, help="also write engines.md and engines.json here")
     args = parser.parse_args(arguments)
     jobs = [(name, dtype) for name in args.models for dtype in DTYPES]
-    engines: list[Engine] = []
-    with tempfile.TemporaryDirectory() as folder:
+    engines: list[Engines] = []
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        if args.without_driver:
+            no_driver.pretend(patch)
         for name, dtype in track(jobs, "building", console=Console(stderr=True)):
-            kind = str(dtype).removeprefix("torch.")
-            path = Path(folder, f"{name}-{kind}")
-            for graph in export(name, dtype, path).graphs:
-                for target in args.targets:
-                    single, said = build(args.python, args.compiler, path / graph.file, target)
-                    engines.append(Engine(MODELS[name], kind, graph.file, graph.operators, target, single, said))
+            engines += build(name, dtype, args.archs, Path(folder, f"{name}-{dtype}"))
     Console().print(table(engines))
-    for engine in engines:
-        if not engine.single:
-            Console(stderr=True).print(f"{engine.model} {engine.dtype} {engine.graph} {engine.target}: {engine.said}")
+    for each in engines:
+        if each.said:
+            Console(stderr=True).print(f"{each.model} {each.dtype} {each.arch}: {each.said}")
     if args.results:
         (args.results / "engines.md").write_text(table(engines))
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
         content = {
-            "command": " ".join(["python benchmarks/engines.py", *(Path(a).name or a for a in sys.argv[1:])]),
+            "command": " ".join(["python benchmarks/engines.py", *sys.argv[1:]]),
             "commit": commit.stdout.strip(),
             "machine": timing.machine(),
-            "engines": [asdict(engine) for engine in engines],
+            "engines": [asdict(each) for each in engines],
         }
         (args.results / "engines.json").write_text(json.dumps(content, indent=1) + "\n")
-    return 0 if all(engine.single for engine in engines) else 1
+    return 0 if all(each.nodes == each.graphs > 0 for each in engines) else 1
 
 
 if __name__ == "__main__":

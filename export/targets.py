@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from tcc.errors import ExportError
 from tcc.export.aoti import compile_aoti, package_aoti
 from tcc.export.graphs import input_names
@@ -94,7 +96,8 @@ def _write_engines(compile: Callable[[Path, Path, Machine], None], suffix: str) 
 
 def _write_tensorrt(program: Program, weights: Weights, folder: Path, machine: Machine, progress: Progress) -> Graphs:
     def write(number: int, variant: Variant) -> Graph:
-        (folder / f"step{number}.engine").write_bytes(compile_program(variant, weights))
+        engine = compile_program(variant, weights, torch.device("cuda"))
+        (folder / f"step{number}.engine").write_bytes(engine)
         return _graph(variant, f"step{number}.engine", _operators(variant), ())
 
     return _timed(program, progress, "compiling", write)

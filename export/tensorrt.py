@@ -87,8 +87,8 @@ def compile_onnx(source: Path, out: Path, machine: Machine) -> None:
     out.write_bytes(engine)
 
 
-def compile_program(variant: Variant, weights: Weights) -> bytes:
-    """Build the engine of a variant with Torch-TensorRT.
+def compile_program(variant: Variant, weights: Weights, device: torch.device) -> bytes:
+    """Build the engine of a variant with Torch-TensorRT, on `device`.
 
     Its inputs are `input_name(0)`, ... in the graph's order, its outputs `output_name(0)`, ...
 
@@ -98,7 +98,6 @@ def compile_program(variant: Variant, weights: Weights) -> bytes:
     from torch.export.passes import move_to_device_pass
 
     torch_tensorrt = _torch_tensorrt()
-    device = torch.device("cuda")
     exported = move_to_device_pass(numbered(variant, weights), device)
     inputs = tuple(tensor.to(device) for tensor in exported.example_inputs[0])
     try:

@@ -1,0 +1,124 @@
+"""TensorRT bundles, with stand-ins for the libraries: what tcc itself does, not what TensorRT does."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tcc.errors import BundleError, ExportError
+from tcc.export import Runner, bundle
+from tcc.export import tensorrt as builder
+from tcc.export.manifest import Manifest, read
+from tcc.export.tensorrt_engine import open_tensorrt
+from tcc.export.verify import verify
+from tests.export.bundles import STEPS, flat_inputs, half, mixed, session
+from tests.running import CLOSE
+from tests.tiny_models import case
+
+pytest.importorskip("onnxruntime", reason="needs the ONNX packages: pip install 'tcc[onnx]'")
+stand_in = pytest.importorskip(
+    "tests.export.stand_in_tensorrt", reason="needs the ONNX packages: pip install 'tcc[onnx]'"
+)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
+    """What the stand-ins were asked, on a machine that believes that it has a GPU of sm89."""
+    for name, module in stand_in.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(builder, "gpu_arch", lambda target, arch: "sm89")
+    monkeypatch.setattr("tcc.export.machine.arch_of", lambda device: "sm89")
+    compile_program = builder.compile_program
+    monkeypatch.setattr("tcc.export.targets.compile_program", lambda v, w, device: compile_program(v, w, CPU))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stand_in.Stream())
+    monkeypatch.setattr(torch.cuda, "Event", stand_in.Event)
+    stand_in.CALLS.clear()
+    yield stand_in.CALLS
+    stand_in.CALLS.clear()
+
+
+def opened(folder: Path) -> Runner:
+    """What `tcc.load` returns where there is a GPU."""
+    manifest = read(folder)
+    tensors = load_file(folder / "tensors.safetensors")
+    return Runner(folder, manifest, list(open_tensorrt(folder, manifest, CPU)), tensors, CPU)
+
+
+def named(calls: list[tuple[Any, ...]], name: str) -> list[tuple[Any, ...]]:
+    """The arguments of all calls of that name."""
+    return [arguments for called, *arguments in calls if called == name]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("target", ["tensorrt-onnx", "tensorrt"])
+def test_engines_run_the_plan_on_bound_memory(target: str, tmp_path: Path, calls: list[tuple[Any, ...]]) -> None:
+    """Two runs equal the compiled model; one engine per variant, nothing copied, one memory for all activations."""
+    which = case("dit")
+    written = bundle(which.model, mixed, (which.args, which.kwargs), tmp_path / "made", target=target)
+    manifest: Manifest = written.manifest
+    assert [graph.file for graph in manifest.graphs] == [f"step{number}.engine" for number in range(4)]
+    assert {*manifest.files} == {"plan.safetensors", "tensors.safetensors", *(graph.file for graph in manifest.graphs)}
+    assert (manifest.arch, manifest.device, manifest.tools["tensorrt"]) == ("sm89", "cuda", "11.0.0.stand.in")
+    if target == "tensorrt-onnx":
+        assert named(calls, "create_network") == [[1 << 1]] * 4  # strongly typed
+        assert named(calls, "build") == [[frozenset()]] * 4  # neither TF32 nor REFIT
+    else:
+        for (settings,) in named(calls, "convert"):
+            assert settings["immutable_weights"]
+            assert settings["require_full_compilation"]
+            assert settings["disable_tf32"]
+            assert not settings["attn_bias_is_causal"]
+    calls.clear()
+    runner = opened(written.folder)
+    assert named(calls, "context") == [["USER_MANAGED"]] * 4
+    assert len({address for address, _ in named(calls, "memory")}) == 1
+    compiled = session(which)
+    for _ in range(2):
+        errors = list(verify(runner, compiled, functools.partial(flat_inputs, which)))
+        assert max(error.relative for error in errors) < CLOSE
+    assert runner.copied_bytes == 0
+    assert named(calls, "execute") == [[stand_in.Stream.cuda_stream]] * (2 * STEPS)
+    order = [name for name, *_ in calls if name in ("wait", "execute", "record")]
+    assert order == ["wait", "execute", "record"] * (2 * STEPS)  # engines of two streams never share activations
+
+
+def test_what_is_no_engine_or_another_one_is_refused(tmp_path: Path, calls: list[tuple[Any, ...]]) -> None:
+    """By the file's name, when the bundle is opened; in half precision, whose types are the model's."""
+    model, example = half(case("dit"))
+    folder = bundle(model, mixed, example, tmp_path / "made", target="tensorrt-onnx").folder
+    assert {spec.dtype for spec in read(folder).slots} == {"float16"}
+    opened(folder)
+    first, second = folder / "step0.engine", folder / "step1.engine"
+    content = first.read_bytes()
+    first.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(BundleError, match=r"step0.engine: the content does not match the manifest"):
+        read(folder)
+    first.write_bytes(content)
+    manifest = read(folder)
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(
+        BundleError, match=r"step0.engine: the engine has other tensors than the manifest says: \['kept_0'"
+    ):
+        open_tensorrt(folder, manifest, CPU)
+    first.write_bytes(b"no engine")
+    with pytest.raises(BundleError, match=r"step0.engine: TensorRT cannot load the engine: export the bundle anew"):
+        open_tensorrt(folder, manifest, CPU)
+
+
+def test_what_tensorrt_refuses_is_told(tmp_path: Path, calls: list[tuple[Any, ...]]) -> None:
+    """The parser's first errors; a build that gives nothing; a converter that raises."""
+    machine = builder.tensorrt_machine(None)
+    (tmp_path / "source.onnx").write_bytes(b"no model")
+    with pytest.raises(ExportError, match=r"TensorRT cannot read the graph: error 0; error 1; error 2$"):
+        builder.compile_onnx(tmp_path / "source.onnx", tmp_path / "out", machine)
+    stand_in.onnx.save(stand_in.onnx.ModelProto(doc_string="refuse"), tmp_path / "source.onnx")
+    with pytest.raises(ExportError, match=r"TensorRT cannot build an engine of the graph"):
+        builder.compile_onnx(tmp_path / "source.onnx", tmp_path / "out", machine)
+    assert not (tmp_path / "out").exists()
