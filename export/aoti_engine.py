@@ -28,7 +28,9 @@ def open_aoti(folder: Path, manifest: Manifest, device: torch.device) -> list[Ao
     engines = []
     for graph in manifest.graphs:
         try:
-            model: Any = load_package(str(folder / graph.file), graph.entry, device_index=device.index or -1)
+            model: Any = load_package(
+                str(folder / graph.file), graph.entry, device_index=-1 if device.index is None else device.index
+            )
             names = set(model.get_constant_fqns())
         except Exception as error:  # torch raises RuntimeError, KeyError and others
             raise BundleError(f"{folder / graph.file}: cannot load {graph.entry!r} ({error})") from error

@@ -21,14 +21,14 @@ from tcc.checks import check_model
 from tcc.driver import CompiledModel
 from tcc.errors import ExportError
 from tcc.export import manifest as manifests
-from tcc.export.graphs import output_names
+from tcc.export.graphs import model_outputs
 from tcc.export.machine import Machine, versions
 from tcc.export.manifest import PLAN, TENSORS, WEIGHTS, Manifest, Step, TensorSpec, dtype_name, file_entry
 from tcc.export.targets import TARGETS
 from tcc.export.triton import VERSION, lay_out
 from tcc.export.weights import collect
 from tcc.info import inspect
-from tcc.passes.graph import output_values, value
+from tcc.passes.graph import value
 from tcc.plan import CachePlan
 from tcc.prepare import Policy
 from tcc.program import Program, build_program
@@ -97,10 +97,13 @@ def bundle(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ExportError(f"{folder} exists: name a new folder, or remove it first")
     machine = TARGETS[target].machine(arch)
-    program, chosen = _program(model, plan, example_inputs, progress)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))  # a bundle is whole, or is not there
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))  # a bundle is whole, or not there
+    except OSError as error:
+        raise ExportError(f"{folder}: cannot be written ({error.strerror}): name another folder") from error
+    try:
+        program, chosen = _program(model, plan, example_inputs, progress)
         made, seconds = _write(program, chosen, draft, target, machine, progress or (lambda _: None))
         if layout == "triton":
             made, seconds = lay_out(draft, made), (sum(seconds),)
@@ -127,6 +130,10 @@ def _program(
         return model.program, model.plan
     if plan is None or example_inputs is None:
         raise ExportError("exporting a model needs a plan and example_inputs, ((x, t, y), {})")
+    if [type(part) for part in example_inputs] != [tuple, dict]:
+        raise ExportError("example_inputs is a pair (args, kwargs), a tuple and a dict: write ((x, t, y), {})")
+    if not isinstance(plan, CachePlan) and not callable(plan):
+        raise ExportError(f"the plan is {plan!r:.60}: use a policy, or tcc.CachePlan.load of a file")
     info = inspect(model, *example_inputs[0], **example_inputs[1])
     chosen = plan if isinstance(plan, CachePlan) else plan(info)
     check_model(chosen, info.key)
@@ -136,6 +143,7 @@ def _program(
 def _write(
     program: Program, plan: CachePlan, folder: Path, target: str, machine: Machine, progress: Callable[[str], None]
 ) -> tuple[Manifest, tuple[float, ...]]:
+    outputs = _outputs(program)
     plan.save(str(folder / PLAN))
     weights = collect(program.variants)
     weights.save(folder / WEIGHTS)
@@ -156,7 +164,7 @@ def _write(
         inputs=tuple(
             TensorSpec(i.name, i.shape, dtype_name(i.dtype), "input of the model's forward") for i in captured.inputs
         ),
-        outputs=_outputs(program),
+        outputs=outputs,
         slots=tuple(
             TensorSpec(f"slot:{s.name}", s.shape, dtype_name(s.dtype), f"kept from step to step: {s.name}")
             for s in program.slots
@@ -195,15 +203,9 @@ def _tensors(program: Program) -> tuple[dict[str, torch.Tensor], tuple[Step, ...
 
 
 def _outputs(program: Program) -> tuple[TensorSpec, ...]:
-    first = program.variants[0]
-    values = output_values(first.gm.graph)
-    own = values[: len(values) - len(first.stores)]
-    if not all(hasattr(node, "meta") for node in own):
-        raise ExportError("the model returns values that are not tensors: export one that returns tensors alone")
-    names = output_names(first)[: len(own)]
     return tuple(
         TensorSpec(name, tuple(value(node).shape), dtype_name(value(node).dtype), "output of the model's forward")
-        for name, node in zip(names, own, strict=True)
+        for name, node in model_outputs(program.variants[0]).items()
     )
 
 

@@ -7,11 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import fx, nn
 
+from tcc.errors import ExportError
 from tcc.export.weights import Weights
 from tcc.passes.graph import output_values, value
 from tcc.program import Variant
 
-__all__ = ["example", "input_names", "output_names", "with_weight_inputs", "with_weights"]
+__all__ = ["example", "input_names", "model_outputs", "output_names", "with_weight_inputs", "with_weights"]
 
 
 aten = torch.ops.aten
@@ -23,11 +24,30 @@ def input_names(variant: Variant) -> tuple[str, ...]:
     return tuple(str(node.meta.get("input", node.target)) for node in inputs)
 
 
+def model_outputs(variant: Variant) -> dict[str, fx.Node]:
+    """The tensors that the model returns by name: `output`, or `output_0` and so on where there are several.
+
+    What it returns is flattened, and values that are None are left out.
+
+    Raises:
+        ExportError: a value is neither a tensor nor None.
+    """
+    values = output_values(variant.gm.graph)
+    own = values[: len(values) - len(variant.stores)]
+    for number, node in enumerate(own):
+        if not isinstance(node, fx.Node) and node is not None:
+            raise ExportError(
+                f"value {number} of the {len(own)} that the model returns is {node!r:.40}, not a tensor: export a "
+                "model that returns tensors, in a module of your own around this one for example"
+            )
+    tensors = [node for node in own if node is not None]
+    names = ["output"] if len(tensors) == 1 else [f"output_{number}" for number in range(len(tensors))]
+    return dict(zip(names, tensors, strict=True))
+
+
 def output_names(variant: Variant) -> tuple[str, ...]:
     """The names of a graph's outputs: the model's, then `next:<slot>` for every slot that it stores."""
-    own = len(output_values(variant.gm.graph)) - len(variant.stores)
-    model = ["output"] if own == 1 else [f"output_{number}" for number in range(own)]
-    return (*model, *(f"next:{slot}" for slot in variant.stores))
+    return (*model_outputs(variant), *(f"next:{slot}" for slot in variant.stores))
 
 
 def with_weight_inputs(variant: Variant, weights: Weights) -> tuple[fx.GraphModule, tuple[str, ...]]:
@@ -82,7 +102,8 @@ def _copy(variant: Variant, weights: Weights, weight: Callable[[fx.Graph, str, f
         elif node.op == "get_attr":
             new[node] = weight(graph, weights.names[str(node.target)], node)
         elif node.op == "output":
-            graph.output(tuple(fx.map_arg(output_values(variant.gm.graph), new.__getitem__)))
+            values = [value for value in output_values(variant.gm.graph) if isinstance(value, fx.Node)]
+            graph.output(tuple(new[value] for value in values))
         else:
             new[node] = graph.node_copy(node, new.__getitem__)
     return graph

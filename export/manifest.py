@@ -207,6 +207,10 @@ def read(folder: Path) -> Manifest:
             not match its checksum, or contradicts itself.
     """
     path = folder / MANIFEST
+    if not os.path.lexists(path):
+        inner = next(folder.glob(f"*/{MANIFEST}"), None) if folder.is_dir() else None
+        hint = f"load {inner.parent}" if inner else "name a folder that tcc export wrote"
+        raise BundleError(f"{folder}: no bundle, it has no {MANIFEST}: {hint}")
     _plain_file(path, at_most=MAX_MANIFEST_BYTES)
     try:
         document = json.loads(path.read_bytes())

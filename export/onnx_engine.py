@@ -49,6 +49,11 @@ def open_onnx(folder: Path, manifest: Manifest, device: torch.device) -> list[On
             shared = {name: values[name] for name in graph.weights}
             session = _session(onnxruntime, folder / graph.file, shared, provider, device)
         except Exception as error:  # ONNX Runtime has a dozen exception types without a common base
+            if type(error).__name__ == "NotImplemented":  # the graph is right: bfloat16 on a CPU for example
+                raise ExportError(
+                    f"{folder / graph.file}: this ONNX Runtime cannot run the graph on {device} ({error}): load it on "
+                    "a GPU, or export the model in float32"
+                ) from error
             raise BundleError(f"{folder / graph.file}: ONNX Runtime cannot read the graph ({error})") from error
         engines.append(OnnxEngine(session, graph, manifest, device, keep=weights))
     return engines
@@ -93,6 +98,8 @@ class OnnxEngine:
             self._bind(binding.bind_output, spec.name, tensor)
         for name in self._graph.stores:
             self._bind(binding.bind_output, next_of(name), slots.spare(name))
+        if self._device.type == "cuda":  # ONNX Runtime has a stream of its own, and waits for that one alone
+            torch.cuda.current_stream(self._device).synchronize()
         self._session.run_with_iobinding(binding)
         for name in self._graph.stores:
             slots.swap(name)

@@ -72,6 +72,7 @@ def load(
             f"{folder}: its {manifest.target} engines run on an NVIDIA GPU ({manifest.arch}); "
             + ("torch sees none here" if where.type == "cuda" else f"it was to be loaded on {where}")
         )
+    where = _present(where)
     try:
         tensors = load_file(folder / TENSORS, device=str(where))
     except (SafetensorError, OSError) as error:
@@ -90,6 +91,15 @@ def _device(name: str | torch.device) -> torch.device:
         raise BundleError(f"unknown device {str(name)!r:.40}: use cpu or cuda") from error
 
 
+def _present(device: torch.device) -> torch.device:
+    """The device as its tensors name it."""
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        raise ExportError(f"device {device}: torch sees no CUDA device here: load with device='cpu'")
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+
+
 def _check(spec: TensorSpec, tensor: Any, device: torch.device) -> None:
     """Raise where a call does not give what the manifest says."""
     found = (tensor.dtype, tuple(tensor.shape), tensor.device) if isinstance(tensor, torch.Tensor) else type(tensor)
@@ -102,7 +112,7 @@ def _check(spec: TensorSpec, tensor: Any, device: torch.device) -> None:
 
 def _described(tensor: Any) -> str:
     if not isinstance(tensor, torch.Tensor):
-        return f"{tensor!r:.60}"
+        return "None" if tensor is None else f"of type {type(tensor).__name__}"
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
 
 

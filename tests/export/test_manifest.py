@@ -138,7 +138,9 @@ def test_files_must_be_the_ones_listed(folder: Path, original: Path) -> None:
         file.truncate(2**27)
     with pytest.raises(BundleError, match=r"134217728 bytes; a manifest has at most"):
         load(folder)
-    with pytest.raises(BundleError, match=r"nowhere/manifest.json: the bundle lacks this file"):
+    with pytest.raises(
+        BundleError, match=r"nowhere: no bundle, it has no manifest.json: name a folder that tcc export wrote"
+    ):
         load(folder / "nowhere")
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import tcc
-from tcc.errors import ExportError
+from tcc.errors import BundleError, ExportError
 from tcc.export import bundle, load
 from tcc.export.triton import lay_out
 from tcc.export.verify import verify
@@ -67,6 +67,8 @@ def test_the_version_folder_is_a_bundle(name: str, repository: Any) -> None:
         errors = list(verify(runner, session(case(name)), functools.partial(flat_inputs, case(name))))
         assert max(error.relative for error in errors) < CLOSE
     assert runner.copied_bytes == 0
+    with pytest.raises(BundleError, match=rf"no bundle, it has no manifest.json: load {repository(name)}/1$"):
+        load(repository(name))
 
 
 def test_the_structure_of_the_repository(repository: Any) -> None:
