@@ -5,6 +5,8 @@ code outside tcc may rely on: those for writing a pass, those for reading a grap
 operator.
 """
 
+from tcc.passes import shape_rules as _shape_rules  # noqa: F401 - registers its rules, as does the next
+from tcc.passes import token_rules as _token_rules  # noqa: F401
 from tcc.passes.base import Pass, PassRecord, run_passes, verify
 from tcc.passes.graph import emit, graph_text
 from tcc.passes.insert_slots import Entry

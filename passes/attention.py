@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from tcc.passes.graph import shape
+from tcc.passes.macs import node_macs
 from tcc.passes.paths import Path, at, operands
 from tcc.passes.products import Product, product
 from tcc.passes.token_axis import NotTokenLocal, narrowing
@@ -167,6 +168,8 @@ def _products_above(softmax: Rows) -> Iterator[tuple[fx.Node, Rows, Rows, Path]]
         labels = product(here.node)
         if labels is not None and here.axis.plain:
             yield from _queries_and_keys(here, labels)
+            continue
+        if node_macs(here.node):  # scores do not go through products with weights
             continue
         try:
             above = narrowing(here.node, here.axis, 1).operands

@@ -1,39 +1,22 @@
-"""Follow the tokens and the samples of a stream: to any value, and to the queries and keys of attention."""
+"""Follow tokens or samples from any value up to another one, op by op."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import fx
 
 from tcc.passes.dataflow import Dataflow
-from tcc.passes.graph import cat_dim, shape, source_line
-from tcc.passes.paths import operands
+from tcc.passes.graph import shape, source_line
+from tcc.passes.paths import Path, operands
 from tcc.passes.products import product
-from tcc.passes.streams import Branch
-from tcc.passes.token_axis import NotTokenLocal, narrowing
+from tcc.passes.token_axis import NotTokenLocal, is_pointwise, narrowing
 from tcc.passes.tokens import Axis
 
-__all__ = ["Cross", "Keys", "batch_axis", "cross_attention", "follow", "self_attention"]
+__all__ = ["batch_axis", "follow", "mixes_by_product"]
 
-aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Cross:
-    """An attention of the main stream's tokens to others: a prompt's.
-
-    Attributes:
-        attention: the name of its node, alone.
-        axis: where the stream's tokens lie in its queries.
-        batch: where the samples lie in them, None where there is one sample or they cannot be followed.
-    """
-
-    attention: tuple[str]
-    axis: Axis
-    batch: Axis | None
+_FLEX = torch.ops.higher_order.flex_attention
 
 
 def follow(target: fx.Node, axis: Axis, origin: fx.Node, flow: Dataflow) -> tuple[set[Axis], str]:
@@ -42,8 +25,22 @@ def follow(target: fx.Node, axis: Axis, origin: fx.Node, flow: Dataflow) -> tupl
     Returns:
         The axes under which `origin` is reached, and the reason why the tokens cannot be followed ("" if they can).
     """
+    found, node, reason = _follow(target, axis, origin, flow)
+    return found, f"{reason} ({source_line(node)})" if node is not None else ""
+
+
+def mixes_by_product(target: fx.Node, axis: Axis, origin: fx.Node, flow: Dataflow) -> bool:
+    """Whether it is a product of tokens, as in attention of any kind, that the tokens cannot be followed through."""
+    _, node, _ = _follow(target, axis, origin, flow)
+    return node is not None and (product(node) is not None or node.target is _FLEX)
+
+
+def _follow(target: fx.Node, axis: Axis, origin: fx.Node, flow: Dataflow) -> tuple[set[Axis], fx.Node | None, str]:
+    """Where the tokens arrive at `origin`, and the node that they cannot be followed through, with the reason."""
     found: set[Axis] = set()
-    keys = {place for attention in flow.attention.values() for place in attention.whole}
+    keys: dict[fx.Node, set[Path]] = {}
+    for user, path in (place for attention in flow.attention.values() for place in attention.whole):
+        keys.setdefault(user, set()).add(path)
     todo, seen = [(target, axis)], set()
     while todo:
         node, here = todo.pop()
@@ -56,106 +53,23 @@ def follow(target: fx.Node, axis: Axis, origin: fx.Node, flow: Dataflow) -> tupl
             try:
                 wanted = narrowing(node, here, 1).operands
             except NotTokenLocal as blocked:
-                return found, f"{blocked} ({source_line(node)})"
-            if product(node) is not None and any(
-                path not in wanted and (node, path) not in keys and (operand is origin or flow.depends(operand, origin))
-                for path, operand in operands(node)
-            ):
-                attention = "attention is recognised as product, softmax and product, or as torch's own operator"
-                return found, f"{node.target} mixes tokens; {attention} ({source_line(node)})"
+                return found, node, str(blocked)
+            if any(_left_out(node, wanted.keys() | keys.get(node, set()), origin, flow)):
+                if product(node) is not None:
+                    known = "attention is recognised as product, softmax and product, or as torch's own operator"
+                    return found, node, f"{node.target} ('{node.name}') mixes tokens; {known}"
+                if is_pointwise(node):
+                    return found, node, f"{node.target} ('{node.name}') takes what is computed from all tokens"
             todo += [(operand, wanted[path]) for path, operand in operands(node) if path in wanted]
-    return found, ""
+    return found, None, ""
 
 
-@dataclass(frozen=True)
-class Keys:
-    """Where the tokens and the samples of a stream lie in the keys and values of an attention, or why not."""
-
-    axis: Axis
-    batch: Axis | None
-    reason: str
-
-    @staticmethod
-    def of(node: fx.Node, origin: fx.Node, axis: Axis, batch: Axis | None, flow: Dataflow) -> Keys:
-        """Follow the keys and values of `node` up to the stream value `origin`, whose tokens lie along `axis`."""
-        first = ""
-        for here in _key_axes(node, axis, origin, flow):
-            rows = (flow.attention[node].key, flow.attention[node].value)
-            reasons = [_reason(r.node, here.at(r.axis.dim), axis, origin, flow) for r in rows]
-            reason = next(filter(None, reasons), "")
-            if not reason:
-                return Keys(here, _key_batch(node, origin, batch, flow), "")
-            first = first or reason
-        axes = _key_axes(node, axis, origin, flow)
-        return Keys(axes[0], _key_batch(node, origin, batch, flow), first)
-
-
-def _reason(operand: fx.Node, here: Axis, axis: Axis, origin: fx.Node, flow: Dataflow) -> str:
-    axes, reason = follow(operand, here, origin, flow)
-    if reason or axes == {axis}:
-        return reason
-    return "keys of its attention do not follow the stream's tokens"
-
-
-def _key_axes(node: fx.Node, axis: Axis, origin: fx.Node, flow: Dataflow) -> list[Axis]:
-    """Where the tokens may lie in the keys of `node`: as in the stream, or among others that are joined to them."""
-    key, dim = flow.attention[node].key.node, flow.attention[node].key.axis.dim
-    rows, tokens = shape(key)[dim], axis.count(shape(origin))
-    starts = [axis.before]
-    for join in flow.between(origin, [key]):
-        if join.target is aten.cat.default:
-            sizes = [shape(part)[cat_dim(join)] for _, part in operands(join)]
-            starts += [sum(sizes[:i]) + axis.before for i in range(len(sizes))]
-    fitting = dict.fromkeys(start for start in starts if start + tokens <= rows)
-    return [Axis(dim, before=start, after=rows - start - tokens) for start in fitting] or [Axis(dim)]
+def _left_out(node: fx.Node, known: Collection[Path], origin: fx.Node, flow: Dataflow) -> Iterator[bool]:
+    """For every operand but the `known` ones, whether it is computed from `origin`."""
+    return (o is origin or flow.depends(o, origin) for path, o in operands(node) if path not in known)
 
 
 def batch_axis(stream: fx.Node, axis: Axis) -> Axis | None:
     """Where the samples of a stream lie: its first dimension, or the second where the first counts tokens."""
     dim = 0 if axis.dim else 1
     return Axis(dim) if len(shape(stream)) > 2 and shape(stream)[dim] > 1 else None
-
-
-def _key_batch(node: fx.Node, origin: fx.Node, batch: Axis | None, flow: Dataflow) -> Axis | None:
-    """Where the samples of the stream `origin` lie in the keys and values of attention `node`, and in its weights.
-
-    They lie at one place in all of these, or it counts as not found.
-    """
-    attention = flow.attention[node]
-    dims = {attention.key.axis.dim, attention.value.axis.dim}
-    return _samples([attention.key.node, *attention.values], dims, origin, batch, flow)
-
-
-def _samples(
-    places: Sequence[fx.Node], dims: set[int], origin: fx.Node, batch: Axis | None, flow: Dataflow
-) -> Axis | None:
-    """Where the samples of the stream `origin` lie in all of `places`, whose dimensions `dims` count something else."""
-    if batch is None:
-        return None
-    samples = shape(origin)[batch.dim]
-    for dim, size in enumerate(shape(places[0])):
-        for outer in dict.fromkeys((1, size // samples)) if dim not in dims else ():
-            here = Axis(dim, outer, size // (samples * outer) if outer else 0)
-            if here.outer * here.inner * samples == size and all(
-                here.dim < len(shape(k)) and follow(k, here, origin, flow) == ({batch}, "") for k in places
-            ):
-                return here
-    return None
-
-
-def cross_attention(branch: Branch, axis: Axis, batch: Axis | None, flow: Dataflow) -> Cross | None:
-    """The attention of a branch to what is not of the stream, if there is one and its queries are the tokens."""
-    own = self_attention(branch, flow)
-    others = [flow.attention[node] for node in branch.attention if node not in own]
-    if len(others) != 1 or others[0].written is not None:
-        return None
-    query = others[0].query
-    if follow(query.node, query.axis, branch.origin, flow) != ({axis}, ""):
-        return None
-    samples = _samples([query.node], {query.axis.dim}, branch.origin, batch, flow)
-    return Cross((others[0].node.name,), query.axis, samples)
-
-
-def self_attention(branch: Branch, flow: Dataflow) -> list[fx.Node]:
-    """The attention nodes of a branch whose keys are computed from the stream."""
-    return [n for n in branch.attention if flow.depends(flow.attention[n].key.node, branch.origin)]

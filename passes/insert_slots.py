@@ -16,9 +16,9 @@ from torch import fx
 from tcc.passes.attention import find_attention
 from tcc.passes.base import Pass
 from tcc.passes.choose_tokens import Choice, age_slot, choose, map_slot, older, read_map
-from tcc.passes.follow import Cross
 from tcc.passes.gathers import gather, scatter
 from tcc.passes.graph import emit, fake_mode_of, output_values, value
+from tcc.passes.keys import Cross
 from tcc.passes.restrict_keys import restrict_keys
 from tcc.passes.sites import Site
 from tcc.passes.tokens import Axis

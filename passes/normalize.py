@@ -23,6 +23,12 @@ _LIKE: dict[Any, Any] = {
     aten.view_as.default: aten.view.default,
     aten.reshape_as.default: aten.reshape.default,
 }
+_MADE: dict[Any, Any] = {
+    aten.new_zeros.default: aten.zeros.default,
+    aten.new_ones.default: aten.ones.default,
+    aten.new_full.default: aten.full.default,
+    aten.new_empty.default: aten.empty.memory_format,
+}
 #: Of a dimension that is not 1, nothing is squeezed.
 _SQUEEZES = {aten.squeeze.dim, aten.squeeze.dims}
 _SAME = {aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default}
@@ -36,7 +42,7 @@ class Normalize(Pass):
     After:  `x`
 
     1. What reads another value for its dtype or shape alone no longer reads it: `type_as(x, y)` and `copy(y, x)` become
-       casts, `expand_as(x, y)` an expansion, so that nobody seems to need all of `y`.
+       casts, `expand_as(x, y)` an expansion, `new_zeros(y, s)` zeros, so that nobody seems to need all of `y`.
 
     So is a value that is cut in parts and joined again, as streams are between two blocks:
 
@@ -52,6 +58,8 @@ class Normalize(Pass):
                 gm.graph.erase_node(node)
             elif node.target in _LIKE:
                 _replace(gm.graph, node)
+            elif node.target in _MADE:
+                _make(gm.graph, node)
             elif (same := _same(node)) is not None:
                 node.replace_all_uses_with(same)
                 gm.graph.erase_node(node)
@@ -73,6 +81,15 @@ def _replace(graph: fx.Graph, node: fx.Node) -> None:
         if value(new).dtype != value(node).dtype or value(new).device != value(node).device:
             kinds = {"dtype": value(node).dtype, "device": value(node).device}
             new = emit(graph, aten._to_copy.default, (new,), kinds, like=node)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+
+
+def _make(graph: fx.Graph, node: fx.Node) -> None:
+    """Write out the dtype and device of a constant that are another value's."""
+    kinds = {"dtype": value(node).dtype, "device": value(node).device}
+    with graph.inserting_before(node):
+        new = emit(graph, _MADE[node.target], node.args[1:], kinds, like=node)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
 

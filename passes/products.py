@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import string
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch import fx
 from tcc.passes.graph import shape
 from tcc.passes.paths import Path
 
-__all__ = ["Product", "product"]
+__all__ = ["Product", "product", "with_dimension"]
 
 aten = torch.ops.aten
 _BATCH = 0x1000  # labels of leading dimensions: no letters, so that they never meet those of an einsum
@@ -32,6 +33,10 @@ class Product:
     factors: dict[Path, str]
     result: str
     addend: dict[Path, str]
+
+    def repeats(self, path: Path, dim: int) -> bool:
+        """Whether the operand at `path` may have 1, or nothing, where the result has its dimension `dim`."""
+        return path in self.addend or ord(self.result[dim]) >= _BATCH
 
     def summed(self) -> set[str]:
         """The labels that several factors share and the result does not have."""
@@ -84,3 +89,18 @@ def _einsum(node: fx.Node) -> Product | None:
 def _without_ellipsis(terms: list[str], ranks: list[int]) -> Iterator[str]:
     for term, rank in zip(terms, ranks, strict=True):
         yield term.replace("...", _leading(rank - len(term.replace("...", ""))))
+
+
+def with_dimension(node: fx.Node, paths: Collection[Path], dim: int) -> str | None:
+    """The equation of einsum `node` if the factors at `paths` had the result's dimension `dim` too, in front.
+
+    None where it is no einsum that can be read, or one of them has that dimension.
+    """
+    labels = product(node) if node.target is aten.einsum.default else None
+    if labels is None or any(labels.result[dim] in labels.factors[path] for path in paths):
+        return None
+    used = sorted({*"".join(labels.factors.values()), *labels.result})
+    free = (c for c in string.ascii_letters if c not in used)
+    letters = {c: c if ord(c) < _BATCH else next(free) for c in used}
+    terms = [labels.result[dim] * (path in paths) + found for path, found in labels.factors.items()]
+    return "".join(letters.get(c, c) for c in f"{','.join(terms)}->{labels.result}")

@@ -14,8 +14,9 @@ from tcc.passes.base import Pass
 from tcc.passes.gathers import gather
 from tcc.passes.graph import emit, shape, value
 from tcc.passes.joined_rows import Cut, find_cuts, move_cut
-from tcc.passes.paths import Path, operands, substitute
-from tcc.passes.token_axis import NotTokenLocal, narrowing
+from tcc.passes.paths import Path, at, operands, substitute
+from tcc.passes.products import with_dimension
+from tcc.passes.token_axis import NotTokenLocal, broadcasts, narrowing
 from tcc.passes.tokens import Axis, gather_tokens, scatter_tokens
 
 __all__ = ["PruneTokens", "Whole", "rows_beside"]
@@ -57,6 +58,7 @@ class PruneTokens(Pass):
             whole.add(kept)
             narrower = runs.setdefault(kept, _Narrower(gm.graph, kept, whole, todo))
             place = _place(*node.args[2:])
+            narrower.survey(source, place)
             new = narrower.narrow(source, place)
             if new is not node and not _gathers(new, node):
                 node.replace_all_uses_with(new)
@@ -146,7 +148,29 @@ class _Narrower:
     todo: list[fx.Node]
     done: dict[tuple[fx.Node, Place], fx.Node] = field(default_factory=dict)
     spread: dict[tuple[fx.Node, Place, tuple[int, ...]], fx.Node] = field(default_factory=dict)
+    ways: dict[tuple[fx.Node, Place], Way] = field(default_factory=dict)
     behind: int = 0
+
+    def survey(self, node: fx.Node, place: Place) -> None:
+        """Note what is needed for all tokens on the way up from `node`, so that nothing of it is narrowed too."""
+        todo, seen = [(node, place, True)], set()
+        while todo:
+            node, place, known = todo.pop()
+            if (node, place) in seen or (node, place) in self.done or self._rows(node, place) is not None:
+                continue
+            seen.add((node, place))
+            if node.target is gather_tokens and self._crosses(node, place):
+                todo.append((node.args[0], place, False))  # type: ignore[arg-type]
+                continue
+            found = self._way_up(node, place)
+            if found is None:
+                self.whole.add(node)
+                continue
+            for path, operand in operands(node):
+                if path in found.operands and path not in found.shared:
+                    todo.append((operand, found.operands[path], known))
+                elif known or path in found.shared:
+                    self.whole.add(operand)
 
     def narrow(self, node: fx.Node, place: Place) -> fx.Node:
         """`node` for the kept tokens alone."""
@@ -156,8 +180,9 @@ class _Narrower:
         return self.done[key]
 
     def _narrow(self, node: fx.Node, place: Place) -> fx.Node:
-        if node.target is scatter_tokens and node.args[2] is self.kept and _place(*node.args[4:]) == place:
-            return node.args[1]  # type: ignore[return-value]
+        rows = self._rows(node, place)
+        if rows is not None:
+            return rows
         if node.target is gather_tokens and self._crosses(node, place):
             return self._above(node, place)
         found = self._way_up(node, place)
@@ -177,6 +202,12 @@ class _Narrower:
             # fewer tokens may come out of attention in another layout, in which the same view does not exist
             target = aten.reshape.default if node.target is aten.view.default else node.target
             return emit(self.graph, target, args, kwargs, like=node)  # type: ignore[arg-type]
+
+    def _rows(self, node: fx.Node, place: Place) -> fx.Node | None:
+        """The rows of a scatter of this very token set."""
+        if node.target is scatter_tokens and node.args[2] is self.kept and _place(*node.args[4:]) == place:
+            return node.args[1]  # type: ignore[return-value]
+        return None
 
     def move(self, cut: Cut) -> bool:
         """Read rows beside the tokens from a value that has been narrowed to this token set; say if there is one."""
@@ -207,7 +238,10 @@ class _Narrower:
         if node in self.whole.nodes and (place.plain or node.target not in _VIEWS):
             return None
         try:
-            found = _way(node, place, shape(self.kept)[-1])
+            key = (node, place)
+            if key not in self.ways:
+                self.ways[key] = _way(node, place, shape(self.kept)[-1])
+            found = self.ways[key]
         except NotTokenLocal as blocked:
             logger.debug("a gather stops at %s: %s", node.name, blocked)
             return None
@@ -262,26 +296,28 @@ def _way(node: fx.Node, place: Place, count: int) -> Way:
     if place.batch is None:
         return Way({path: Place(axis) for path, axis in found.operands.items()}, {}, found.literals)
     samples = narrowing(node, place.batch, 1).operands
-    ways: dict[Path, Place] = {}
+    ways = {path: Place(axis, samples[path]) for path, axis in found.operands.items() if path in samples}
+    lacking = [path for path in found.operands if path not in samples]
+    equation = with_dimension(node, lacking, place.batch.dim) if place.batch.plain else None
     shared: dict[Path, tuple[int, ...]] = {}
-    for path, operand in operands(node):
-        if path in found.operands and path in samples:
-            ways[path] = Place(found.operands[path], samples[path])
-        elif path in found.operands:
-            shared[path], added = _for_each_sample(node, operand, place.batch)
-            axis = found.operands[path]
-            ways[path] = Place(axis.at(axis.dim + added), place.batch)
-    return Way(ways, shared, found.literals)
+    for path in lacking:
+        own, axis = shape(at(node, path)), found.operands[path]
+        if equation is not None:
+            shared[path], batch = (shape(node)[place.batch.dim], *own), Axis(0)
+        else:
+            shared[path], batch = _for_each_sample(node, path, place.batch), place.batch
+        ways[path] = Place(axis.at(axis.dim + len(shared[path]) - len(own)), batch)
+    return Way(ways, shared, found.literals | ({(0,): equation} if lacking and equation is not None else {}))
 
 
-def _for_each_sample(node: fx.Node, operand: fx.Node, batch: Axis) -> tuple[tuple[int, ...], int]:
-    """The shape of an operand without samples, broadcast over those of `node`, and its new leading dimensions."""
-    added = max(0, len(shape(node)) - len(shape(operand)))
-    sizes = [*[1] * added, *shape(operand)]
-    if len(sizes) != len(shape(node)) or sizes[batch.dim] != 1:
-        raise NotTokenLocal(f"{node.target} takes '{operand.name}' {list(shape(operand))}, which has no samples")
-    sizes[batch.dim] = shape(node)[batch.dim]
-    return tuple(sizes), added
+def _for_each_sample(node: fx.Node, path: Path, batch: Axis) -> tuple[int, ...]:
+    """The shape of an operand without samples, broadcast over those of `node`."""
+    own, sizes = shape(at(node, path)), list(shape(node))
+    expanded = [*[1] * (len(sizes) - len(own)), *own]
+    if not broadcasts(node, path, batch.dim) or len(expanded) != len(sizes) or expanded[batch.dim] != 1:
+        raise NotTokenLocal(f"{node.target} takes '{at(node, path).name}' {list(own)}, which has no samples")
+    expanded[batch.dim] = sizes[batch.dim]
+    return tuple(expanded)
 
 
 def _gathers(new: fx.Node, old: fx.Node) -> bool:

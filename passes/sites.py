@@ -13,9 +13,10 @@ import torch
 from torch import fx
 
 from tcc.passes.dataflow import Dataflow
-from tcc.passes.follow import Cross, Keys, batch_axis, cross_attention, follow, self_attention
+from tcc.passes.follow import batch_axis, follow
 from tcc.passes.graph import shape, value
 from tcc.passes.grid import find_grid
+from tcc.passes.keys import Cross, Keys, cross_attention, self_attention
 from tcc.passes.macs import count
 from tcc.passes.residual_adds import guess_axis
 from tcc.passes.streams import Block, Branch, Skip, Stream, find_streams
@@ -197,14 +198,20 @@ def _in_order(streams: Sequence[Stream]) -> list[tuple[Stream, Block]]:
 
 
 def _token_axis(stream: Stream, flow: Dataflow) -> Axis:
-    """The stream dimension that the first self-attention's queries count; the last but one where none tells."""
+    """The stream dimension that the first self-attention's queries count; the last but one where none tells.
+
+    Where samples, or windows of tokens, have a dimension of their own, the tokens have one too.
+    """
     for block in stream.blocks:
         for _, branch in block.branches:
             for node in branch.attention:
                 query = flow.attention[node].query
                 axes, reason = follow(query.node, query.axis, branch.origin, flow)
-                if not reason and len(axes) == 1 and not next(iter(axes)).others:
-                    return axes.pop()
+                found = next(iter(axes), None)
+                if reason or found is None or len(axes) > 1 or found.others:
+                    continue
+                if found.plain or len(stream.shape) < 3:
+                    return found
     return Axis(max(0, len(stream.shape) - 2))
 
 

@@ -19,6 +19,7 @@ from torch import fx
 from tcc.errors import AnalysisError
 from tcc.passes.chains import Chain, find_chains
 from tcc.passes.dataflow import Dataflow
+from tcc.passes.follow import mixes_by_product
 from tcc.passes.graph import cat_dim, module_path, shape
 from tcc.passes.residual_adds import Add, base_of, guess_axis
 
@@ -172,7 +173,8 @@ def _branches(chain: Chain, flow: Dataflow) -> list[Branch]:
 def _branch(item: Add, origin: fx.Node, nodes: tuple[fx.Node, ...], flow: Dataflow) -> Branch:
     attention = tuple(n for n in nodes if n in flow.attention)
     own = [n for n in attention if flow.depends(flow.attention[n].key.node, origin)]
-    kind = "attn" if own else ("cross" if attention else "mlp")
+    mixing = not attention and mixes_by_product(item.delta, guess_axis(item.add), origin, flow)
+    kind = "attn" if own or mixing else ("cross" if attention else "mlp")
     out = _before_gate(item.delta, origin, flow)
     return Branch(kind, item.add, item.stream_in, origin, item.delta, out, nodes, attention)
 

@@ -180,6 +180,19 @@ class Masked(nn.Module):
         return merged(scores.softmax(-1) @ v)
 
 
+class ByQuery(nn.Module):
+    """A bias computed from the query, of a table per distance or per pair (Shaw et al., arXiv 1803.02155)."""
+
+    def __init__(self, equation: str, *sizes: int) -> None:
+        super().__init__()
+        self.equation, self.table = equation, nn.Parameter(torch.zeros(*sizes, HEAD))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The bias goes onto the scores."""
+        scores = q @ k.transpose(-2, -1) + torch.einsum(self.equation, q, self.table)
+        return merged(scores.softmax(-1) @ v)
+
+
 class Angles(nn.Module):
     """Rotary positions: pairs of channels of `[B, H, S, d]` are turned by angles that depend on the token."""
 
@@ -343,6 +356,7 @@ def turned(pairs: Callable[[Tensor, Tensor, Tensor], Tensor], repeat: bool = Fal
 
 
 ONE_KEY_HEAD = Costs(keys=2 * WIDTH * HEAD)
+TABLE = Costs(pair=3 * WIDTH)
 STYLES: dict[str, Style] = {
     "qkv in front": Style(pre(in_front, fused)),
     "qkv by head": Style(pre(by_head, fused)),
@@ -353,6 +367,10 @@ STYLES: dict[str, Style] = {
     "einsum": Style(pre(heads_behind, by_einsum)),
     "einsum, open": Style(pre(chunked, by_open_einsum)),
     "mask and bias, written out": Style(lambda: PreNorm(Styled(chunked, Masked()))),
+    "bias of the query, by key": Style(lambda: PreNorm(Styled(chunked, ByQuery("bhqd,kd->bhqk", TOKENS))), TABLE),
+    "bias of the query, by pair": Style(
+        lambda: PreNorm(Styled(chunked, ByQuery("bhqd,qkd->bhqk", TOKENS, TOKENS))), TABLE
+    ),
     "one key head, repeated": Style(lambda: PreNorm(Styled(grouped, one_for_all, heads=(HEADS, 1, 1))), ONE_KEY_HEAD),
     "one key head, expanded": Style(lambda: PreNorm(Styled(grouped, expanded, heads=(HEADS, 1, 1))), ONE_KEY_HEAD),
     "one key head, shared": Style(lambda: PreNorm(Styled(grouped, shared_keys, heads=(HEADS, 1, 1))), ONE_KEY_HEAD),

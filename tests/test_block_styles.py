@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import tcc
-from tcc.plan import Action, Attention, CachePlan, Compute, Hold, Reuse, TopK, Update
+from tcc.plan import Action, Attention, CachePlan, Hold, Reuse, TopK, Update
 from tcc.program import build_program
 from tcc.runtime import Session, lower
 from tcc.scores import Norm, Score
@@ -18,15 +19,10 @@ from tests.running import CLOSE
 from tests.tiny_models import Block, Case, Tokens, relative_error, tensor_of, tokens_case
 
 KEPT = [0, 3, 4, 7, 10]
-ATTENTION: tuple[Attention, ...] = ("kept", "current", "cached")
-#: What attention sees and how its parts are written meet in these; the others take one mode each.
-EVERY_MODE = ("qkv by head", "matmul", "baddbmm", "einsum", "mask and bias, written out", "one product for both")
-
-
-def modes(every: tuple[str, ...]) -> list[tuple[str, Attention]]:
-    """Styles with modes: all three for `every`, one by turns for the others."""
-    turns = {name: (ATTENTION[i % 3],) for i, name in enumerate(STYLES)}
-    return [(name, mode) for name in STYLES for mode in (ATTENTION if name in every else turns[name])]
+ATTENTION: tuple[Attention, ...] = ("cached", "current", "kept")  # keys that later steps compute need no store
+CHOSEN = TopK("s", len(KEPT))
+#: Every mode with one token set for all samples, and with one for each.
+UPDATES = [(mode, tokens) for mode in ATTENTION for tokens in ("some", CHOSEN)]
 
 
 @functools.cache
@@ -35,29 +31,35 @@ def styled(name: str) -> Case:
     return STYLES[name].case()
 
 
-def mixed_plan(info: tcc.ModelInfo, attention: Attention, tokens: str | TopK = "some") -> CachePlan:
-    """All computed, tokens updated twice, one block reused beside updated tokens, the stream held, tokens again."""
-    whole = "block" if any(site.kind == "block" for site in info.sites.values()) else "delta"
-    kinds = {whole, "kv"} if attention == "cached" else {whole}
+def every_update(info: tcc.ModelInfo, sets: Sequence[str | TopK] = ("some", CHOSEN)) -> CachePlan:
+    """All computed; a step for each of `UPDATES`; a block reused beside updated tokens; the stream held.
+
+    What is not prunable is computed.
+    """
+    kinds = {"block" if any(s.kind == "block" and s.prunable for s in info.sites.values()) else "delta"}
+    updated = [site for site in info.sites.values() if site.kind in kinds and site.prunable]
+    keys = [site for site in info.sites.values() if site.kind == "kv" and site.prunable]
     actions: dict[tuple[int, str], Action] = {}
-    for site in (s for s in info.sites.values() if s.kind in kinds and "@" not in s.name):
-        update = Update(tokens, attention)
-        for step, action in enumerate([Compute(), update, update, update, Compute(), update]):
-            reused = step == 3 and site.block == 0
-            actions[step, site.name] = Reuse() if reused else action
-    actions |= {(step, "out.stream"): Hold() if step == 4 else Compute() for step in range(6)}
-    scores = {"s": Score(((1.0, Norm("blocks.0.stream")),))}
-    first, last = info.analysis.image_tokens
-    kept = torch.tensor([*range(first), *(first + place for place in KEPT), *range(last, info.num_tokens)])
-    given = {"tokens": {"some": kept}} if isinstance(tokens, str) else {"scores": scores}
-    return CachePlan(6, actions, **given)  # type: ignore[arg-type]
+    updates = [update for update in UPDATES if update[1] in sets]
+    for step, (mode, tokens) in enumerate(updates, 1):
+        for site in [*updated, *(keys if mode == "cached" else [])]:
+            cached = {name for key in keys for name in key.attention} >= set(site.attention)
+            actions[step, site.name] = Update(tokens, mode if cached or mode != "cached" else "current")
+    last = len(updates) + 1
+    for site in updated:
+        actions[last, site.name] = Reuse() if site.block == 0 else Update(sets[-1], "kept")
+    actions[last + 1, "out.stream"] = Hold()
+    first, end = info.analysis.image_tokens
+    kept = torch.tensor([*range(first), *(first + place for place in KEPT), *range(end, info.num_tokens)])
+    scores = {"s": Score(((1.0, Norm(next(s.name for s in info.sites.values() if s.kind == "stream"))),))}
+    return CachePlan(last + 2, actions, {"some": kept}, scores=scores if CHOSEN in sets else {})
 
 
-def run(which: Case, plan: CachePlan, calls: int, check: bool = False) -> list[int]:
+def run(which: Case, plan: CachePlan, check: bool = False) -> list[int]:
     """The MACs of every step; every call must agree with the reference, and the first has the model's own bits."""
     program = build_program(which.info.captured, which.info.analysis, plan, check=check)
     session, reference = Session(lower(program, "eager", check=check)), tcc.Reference(which.model, plan, which.info)
-    for step in range(calls):
+    for step in range(plan.num_steps + 1):
         args, kwargs = which.inputs(step)
         result, expected = (tensor_of(f(*args, **kwargs)) for f in (session, reference))
         assert relative_error(result, expected) < CLOSE, step
@@ -67,35 +69,30 @@ def run(which: Case, plan: CachePlan, calls: int, check: bool = False) -> list[i
     return [program.variants[binding.variant].macs for binding in program.bindings]
 
 
-@pytest.mark.parametrize(("name", "attention"), modes(EVERY_MODE))
-def test_a_style_is_pruned_to_the_last_mac(name: str, attention: Attention) -> None:
-    """Reused, held and pruned steps agree with the reference, and a pruned step costs what its tokens cost."""
+@pytest.mark.parametrize("name", STYLES)
+def test_a_style_is_pruned_to_the_last_mac(name: str) -> None:
+    """Reused, held and pruned steps agree with the reference, and a pruned step costs what its tokens cost.
+
+    Tokens that every sample chooses cost the same, and the choice itself nothing.
+    """
     which, costs = styled(name), STYLES[name].costs
     assert which.info.macs * BATCH == costs.step("current", TOKENS)
     assert all(site.prunable for site in which.info.sites.values() if site.kind not in ("stream", "skip"))
-    macs = run(which, mixed_plan(which.info, attention), 7)
-    assert macs[1] == costs.step(attention, len(KEPT))
-    assert macs[3] == costs.step(attention, len(KEPT), blocks=1)
-
-
-@pytest.mark.parametrize(("name", "attention"), [("matmul", "kept"), *modes(())])
-def test_samples_choose_tokens_of_their_own(name: str, attention: Attention) -> None:
-    """A dynamic set costs what a static one of its size does, and the choice itself nothing."""
-    which = styled(name)
-    macs = run(which, mixed_plan(which.info, attention, TopK("s", len(KEPT))), 4)
-    assert macs[1] == STYLES[name].costs.step(attention, len(KEPT))
+    macs = run(which, every_update(which.info))
+    assert macs[1:7] == [costs.step(mode, len(KEPT)) for mode, _ in UPDATES]
+    assert macs[7] == costs.step("kept", len(KEPT), blocks=1)
 
 
 def test_a_convolution_over_tokens_can_be_reused_but_not_pruned() -> None:
     """The reason names the operator; the other branch of the block is pruned as usual."""
     which = convolved()
     sites = which.info.sites
-    assert "no token rule for aten.conv1d" in sites["blocks.0.mlp.delta"].reason
+    assert "aten.conv1d.default convolves over" in sites["blocks.0.mlp.delta"].reason
     assert sites["blocks.0.attn.delta"].prunable
     actions: dict[tuple[int, str], Action] = {}
     for block in ("blocks.0", "blocks.1"):
         actions |= {(1, f"{block}.mlp.delta"): Reuse(), (1, f"{block}.attn.delta"): Update("some")}
-    assert len(set(run(which, CachePlan(2, actions, tokens={"some": torch.tensor(KEPT)}), 4))) == 2
+    assert len(set(run(which, CachePlan(2, actions, tokens={"some": torch.tensor(KEPT)})))) == 2
 
 
 class Odd(nn.Module):
@@ -129,9 +126,9 @@ def test_weights_that_others_share_or_read_are_not_pruned(kind: str) -> None:
     which = tokens_case(Tokens(blocks))
     sites = which.info.sites
     assert not any(site.kind == "kv" for site in sites.values())
-    assert all(sites[f"blocks.{i}.mlp.delta"].reason and sites[f"blocks.{i}.mlp2.delta"].prunable for i in range(2))
+    assert all(sites[f"blocks.{i}.attn.delta"].reason and sites[f"blocks.{i}.mlp.delta"].prunable for i in range(2))
     actions: dict[tuple[int, str], Action] = {
-        (1, "blocks.0.mlp2.delta"): Update("some"),
-        (1, "blocks.1.mlp.delta"): Reuse(),
+        (1, "blocks.0.mlp.delta"): Update("some"),
+        (1, "blocks.1.attn.delta"): Reuse(),
     }
-    run(which, CachePlan(2, actions, tokens={"some": torch.tensor(KEPT)}), calls=2)
+    run(which, CachePlan(2, actions, tokens={"some": torch.tensor(KEPT)}))

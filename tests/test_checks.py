@@ -157,7 +157,7 @@ def test_overlapping_sites_are_refused(one: str, other: str) -> None:
 def test_tokens_that_cannot_be_pruned_are_refused_with_the_reason() -> None:
     """The reason is the analysis's; whole-branch actions remain."""
     site = "blocks.0.mlp.delta"
-    message = rf"step 1, site '{site}': its tokens cannot be pruned: no token rule for aten.conv1d.* Use compute"
+    message = rf"step 1, site '{site}': its tokens cannot be pruned: aten.conv1d.default convolves.* Use compute"
     with pytest.raises(PlanError, match=message):
         check({(0, site): Compute(), (1, site): Update("T")}, "conv")
     check({(0, site): Compute(), (1, site): Reuse()}, "conv")

@@ -6,9 +6,8 @@ import functools
 
 import pytest
 
-from tcc.plan import Attention, TopK
 from tests.joint_styles import IMAGE, JOINT, costs
-from tests.test_block_styles import ATTENTION, KEPT, mixed_plan, run
+from tests.test_block_styles import CHOSEN, KEPT, UPDATES, every_update, run
 from tests.tiny_models import Case
 
 
@@ -18,19 +17,14 @@ def joined(name: str) -> Case:
     return JOINT[name]()
 
 
-@pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("name", JOINT)
-def test_image_tokens_are_pruned_while_the_text_is_whole(name: str, attention: Attention) -> None:
-    """Queries, keys and values of dropped image tokens are not computed; those of the text are."""
+def test_image_tokens_are_pruned_while_the_text_is_whole(name: str) -> None:
+    """Queries, keys and values of dropped image tokens are not computed; those of the text are.
+
+    So too where every sample chooses tokens of its own, but for one sequence, whose tokens are the text's too.
+    """
     which = joined(name)
     assert which.info.macs * 2 == costs("current", IMAGE)
-    assert run(which, mixed_plan(which.info, attention), 7)[1] == costs(attention, len(KEPT))
-
-
-@pytest.mark.parametrize("attention", ATTENTION)
-@pytest.mark.parametrize("name", [name for name in JOINT if name != "one sequence"])
-def test_samples_choose_image_tokens_of_their_own(name: str, attention: Attention) -> None:
-    """A dynamic set costs what a static one of its size does."""
-    which = joined(name)
-    plan = mixed_plan(which.info, attention, TopK("s", len(KEPT)))
-    assert run(which, plan, 4)[1] == costs(attention, len(KEPT))
+    sets = ("some",) if name == "one sequence" else ("some", CHOSEN)
+    macs = run(which, every_update(which.info, sets))
+    assert macs[1 : 3 * len(sets) + 1] == [costs(mode, len(KEPT)) for mode, tokens in UPDATES if tokens in sets]

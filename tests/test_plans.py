@@ -320,7 +320,7 @@ def test_a_policy_refuses_what_it_cannot_do(kind: str) -> None:
 
 def test_a_block_that_cannot_be_pruned_is_refused_with_the_reason() -> None:
     """And with the remedy."""
-    message = r"site 'blocks.0.delta' cannot be pruned: no token rule for aten.conv1d.default .*Leave its block out"
+    message = r"site 'blocks.0.delta' cannot be pruned: aten.conv1d.default convolves .*Leave its block out"
     with pytest.raises(PlanError, match=message):
         plans.tprr(case("conv").info, num_steps=4, tokens="uniform")
 

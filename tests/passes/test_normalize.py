@@ -88,6 +88,23 @@ def test_what_reads_a_shape_or_a_dtype_reads_no_value() -> None:
     assert set(calls(gm)) == {"aten._to_copy.default", "aten.expand.default"}
 
 
+def test_constants_made_like_another_value_do_not_read_it() -> None:
+    """`new_zeros` and the like take the dtype and the device of a value and nothing else."""
+    sketch = Sketch()
+    y = sketch.call(aten.exp.default, sketch.input("y", 2, 3, dtype=torch.float64))
+    made = [
+        sketch.call(aten.new_zeros.default, y, [2, 4]),
+        sketch.call(aten.new_ones.default, y, [3], dtype=torch.int64),
+    ]
+    made += [sketch.call(aten.new_full.default, y, [1, 5], 7.0)]
+    empty = sketch.call(aten.zeros_like.default, sketch.call(aten.new_empty.default, y, [2]))
+    gm = sketch.done(*made, empty)
+    before = gm(*values(gm))
+    assert edits(gm, Normalize()) == 4
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(gm(*values(gm)), before, strict=True))
+    assert "aten.exp.default" not in calls(gm)
+
+
 def test_parts_that_are_joined_again_are_the_whole() -> None:
     """Slices and the parts of a split, all of them and in order; turned round or cut elsewhere they are not."""
     sketch = Sketch()

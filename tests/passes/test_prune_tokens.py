@@ -292,6 +292,36 @@ def test_a_table_that_all_samples_share_is_gathered_for_each(sizes: tuple[int, .
     assert calls(gm).count("aten.expand.default") == 2
 
 
+@pytest.mark.parametrize(
+    ("equation", "tables", "dim"),
+    [
+        ("bsd,td->bst", [(S, D)], 2),
+        ("bsd,sd->bs", [(S, D)], 1),
+        ("...d,td->...t", [(S, D)], 2),
+        ("bsd,sde,se->bse", [(S, D, 2), (S, 2)], 1),
+    ],
+)
+def test_an_einsum_names_the_samples_of_a_table(equation: str, tables: list[tuple[int, ...]], dim: int) -> None:
+    """A factor that all samples share gets the dimension of the samples, in the equation too."""
+    sketch, (x,), kept = own()
+    factors = [sketch.call(aten.exp.default, x), *(sketch.weight(f"w{i}", *t) for i, t in enumerate(tables))]
+    product = sketch.call(aten.einsum.default, equation, factors)
+    gm = sketch.done(sketch.gather(product, kept, dim, 0))
+    assert prune_own(gm) == 1
+    (node,) = [n for n in gm.graph.nodes if n.target is aten.einsum.default]
+    assert node.meta["val"].shape[dim] == 3
+
+
+@pytest.mark.parametrize("inner", [1, D])
+def test_a_gather_stops_at_a_product_that_takes_no_samples(inner: int) -> None:
+    """`mm` has no place for them, whatever the size of the dimension that it sums over."""
+    sketch = Sketch()
+    x, w = sketch.input("x", B, inner), sketch.weight("w", inner, S)
+    kept = sketch.tokens(3, S, batch=B)[0]
+    gm = sketch.done(sketch.gather(sketch.call(aten.mm.default, x, w), kept, 1, 0))
+    assert prune_own(gm) == 0
+
+
 def test_samples_that_share_the_tokens_dimension_are_followed() -> None:
     """`[B * S, D]` above and below: the products run on three rows of each sample."""
     sketch, (x,), kept = own()
