@@ -72,7 +72,8 @@ def load(
             f"{folder}: its {manifest.target} engines run on an NVIDIA GPU ({manifest.arch}); "
             + ("torch sees none here" if where.type == "cuda" else f"it was to be loaded on {where}")
         )
-    where = _present(where)
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ExportError(f"device {where}: torch sees no CUDA device here: load with device='cpu'")
     try:
         tensors = load_file(folder / TENSORS, device=str(where))
     except (SafetensorError, OSError) as error:
@@ -81,6 +82,7 @@ def load(
         found = tensors.get(spec.name)
         if found is None or (tuple(found.shape), found.dtype) != (spec.shape, spec.torch_dtype):
             raise BundleError(f"{folder / TENSORS}: {spec.name!r:.80} is not as the manifest says")
+    where = next((tensor.device for tensor in tensors.values()), where)  # cuda:0 for cuda: what callers' tensors say
     return Runner(folder, manifest, _OPEN[manifest.target](folder, manifest, where), tensors, where)
 
 
@@ -89,15 +91,6 @@ def _device(name: str | torch.device) -> torch.device:
         return torch.device(name)
     except RuntimeError as error:
         raise BundleError(f"unknown device {str(name)!r:.40}: use cpu or cuda") from error
-
-
-def _present(device: torch.device) -> torch.device:
-    """The device as its tensors name it."""
-    if device.type != "cuda":
-        return device
-    if not torch.cuda.is_available():
-        raise ExportError(f"device {device}: torch sees no CUDA device here: load with device='cpu'")
-    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
 def _check(spec: TensorSpec, tensor: Any, device: torch.device) -> None:
