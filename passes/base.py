@@ -11,10 +11,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tcc.errors import PassError, TccError, VerificationError
 from tcc.passes import dump
-from tcc.passes.graph import UNKNOWN, evaluate, fake_mode_of, graph_text, size, source_line
+from tcc.passes.fake_values import evaluate, fake_mode_of
+from tcc.passes.graph import UNKNOWN, graph_text, size, source_line
 
 __all__ = ["Pass", "PassRecord", "run_passes", "verify"]
 
@@ -76,13 +78,13 @@ def run_passes(
     verified: Verified = {}
     _drop_dead(gm)  # before the first pass, so that it is not blamed for dead code that came with the graph
     dump.write(label, 0, "captured", gm.graph)
+    text = graph_text(gm.graph) if check else ""
     for number, item in enumerate(passes, start=1):
-        before, text = len(gm.graph.nodes), graph_text(gm.graph) if check else ""
-        start = time.perf_counter()
+        before, start = len(gm.graph.nodes), time.perf_counter()
         edits = _run_one(gm, item, [r.name for r in records])
         _drop_dead(gm)
         if check:
-            _check_count(item, edits, text, graph_text(gm.graph))
+            text = _check_count(item, edits, text, gm.graph)
         if check and (edits or number == 1):  # an unchanged graph has been verified already
             verify(gm, f"{label}: {item.name}", verified)
         records.append(PassRecord(item.name, edits, before, len(gm.graph.nodes), time.perf_counter() - start))
@@ -106,7 +108,9 @@ def _run_one(gm: fx.GraphModule, item: Pass, ran_before: list[str]) -> int:
 
 
 def _drop_dead(gm: fx.GraphModule) -> None:
-    gm.graph.eliminate_dead_code(is_impure_node=_has_effect)
+    for node in reversed(gm.graph.nodes):
+        if not node.users and not _has_effect(node):
+            gm.graph.erase_node(node)
 
 
 def _has_effect(node: fx.Node) -> bool:
@@ -115,10 +119,13 @@ def _has_effect(node: fx.Node) -> bool:
     return node.op in ("placeholder", "output") or (schema is not None and schema.is_mutable)
 
 
-def _check_count(item: Pass, edits: int, before: str, after: str) -> None:
+def _check_count(item: Pass, edits: int, before: str, graph: fx.Graph) -> str:
+    """Compare the count with what changed; the graph's text."""
+    after = graph_text(graph)
     if (edits > 0) != (before != after):
         did = "changed" if before != after else "did not change"
         raise PassError(f"{item.name} reported {edits} edits but {did} the graph: run() must return the true count")
+    return after
 
 
 def verify(gm: fx.GraphModule, where: str, verified: Verified | None = None) -> None:
@@ -137,22 +144,22 @@ def verify(gm: fx.GraphModule, where: str, verified: Verified | None = None) -> 
     except RuntimeError as error:
         raise VerificationError(f"{where}: the graph is not well formed: {str(error).splitlines()[0]}") from error
     verified = {} if verified is None else verified
-    with fake_mode_of(gm.graph), torch.no_grad():
-        for node in gm.graph.nodes:
-            if node.op not in ("call_function", "call_method"):
-                continue
-            values = [node.meta.get("val"), *(n.meta.get("val") for n in node.all_input_nodes)]
-            state = (node.target, node.args, node.kwargs, tuple(map(id, values)))
-            if verified.get(node) != state:
-                _check_value(node, where)
-                verified[node] = state
+    mode = fake_mode_of(gm.graph)
+    for node in gm.graph.nodes:
+        if node.op not in ("call_function", "call_method"):
+            continue
+        values = [node.meta.get("val"), *(n.meta.get("val") for n in node.all_input_nodes)]
+        state = (node.target, node.args, node.kwargs, tuple(map(id, values)))
+        if verified.get(node) != state:
+            _check_value(node, mode, where)
+            verified[node] = state
 
 
-def _check_value(node: fx.Node, where: str) -> None:
+def _check_value(node: fx.Node, mode: FakeTensorMode, where: str) -> None:
     if "val" not in node.meta:
         raise VerificationError(_report(node, where, "every node carries a value", "this one has none"))
     try:
-        new = evaluate(node)
+        new = evaluate(node, mode)
     except Exception as error:
         raise VerificationError(_report(node, where, "every call is valid for its inputs", str(error))) from error
     kept = node.meta["val"]

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule  # torch has no public one (2.11-2.13)
 
 from tcc.errors import PassError
+from tcc.passes.fake_values import evaluate, fake_mode_of
 
 __all__ = [
     "UNKNOWN",
+    "copy_of",
     "emit",
     "fake_mode_of",
     "graph_hash",
@@ -26,6 +28,7 @@ __all__ = [
     "sized_by_data",
     "source_line",
     "value",
+    "write_code",
 ]
 
 #: A size that depends on the data, such as how many elements of a mask are true.
@@ -56,23 +59,16 @@ def sized_by_data(node: fx.Node) -> bool:
     return any(UNKNOWN in shape(n) or isinstance(n.meta.get("val"), torch.SymInt) for n in around)
 
 
-def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
-    """The fake mode under which the graph's values were made."""
-    for node in graph.nodes:
-        mode = getattr(node.meta.get("val"), "fake_mode", None)
-        if isinstance(mode, FakeTensorMode):
-            return mode
-    return FakeTensorMode()
+def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph with the same weights, whose code is written when it is first called: most are not."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    return _LazyGraphModule(gm, graph)
 
 
-def evaluate(node: fx.Node) -> Any:
-    """The fake value of `node`, computed anew from the values of its inputs."""
-    args, kwargs = fx.map_arg((node.args, node.kwargs), value)
-    if node.op == "call_function":
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    return node.meta["val"]
+def write_code(gm: fx.GraphModule) -> None:
+    """Write the code of a copy now."""
+    _LazyGraphModule.force_recompile(gm)
 
 
 def emit(
@@ -101,8 +97,7 @@ def emit(
             if key in like.meta:
                 node.meta[key] = like.meta[key]
     try:
-        with fake_mode_of(graph), torch.no_grad():
-            node.meta["val"] = evaluate(node)
+        node.meta["val"] = evaluate(node, fake_mode_of(graph))
     except Exception as error:
         made_for = f" made for node '{like.name}', {source_line(like)}" if like is not None else ""
         raise RuntimeError(f"{target}{made_for}: {error}") from error

@@ -47,7 +47,7 @@ def find_cuts(graph: fx.Graph) -> dict[fx.Node, list[Cut]]:
 
 
 def _cuts(user: fx.Node, source: fx.Node) -> Iterable[Cut]:
-    if sized_by_data(user):
+    if (user.target is not aten.slice.Tensor and user.target not in _SPLITS) or sized_by_data(user):
         return
     args: list[Any] = [*user.args[1:], *[None] * 4]
     rank = len(shape(source))
@@ -55,7 +55,7 @@ def _cuts(user: fx.Node, source: fx.Node) -> Iterable[Cut]:
         dim = (args[0] or 0) % rank
         start, stop, _ = slice(args[1], args[2]).indices(shape(source)[dim])
         yield Cut(user, source, dim, start, stop)
-    elif user.target in _SPLITS:
+    elif user.target is not aten.slice.Tensor:
         along: Any = args[1] if args[1] is not None else user.kwargs.get("dim", 0)
         dim = int(along) % rank
         starts = [0]

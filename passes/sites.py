@@ -76,6 +76,9 @@ class Site:
     beside: tuple[str, ...] = ()
     guarded: bool = True
 
+    def __hash__(self) -> int:
+        return hash(self.name)  # kinds of steps hold all their sites, and are looked up for every step
+
     @property
     def stream(self) -> str:
         """The name of its stream, "" for the main one."""

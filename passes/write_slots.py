@@ -27,6 +27,7 @@ class WriteSlots(Pass):
     1. Older values of a history are written before the newer ones that they are read from. They also come first among
        the inputs: AOTAutograd writes mutated inputs in that order, whatever the order of the calls.
     2. A model output that is a slot itself, or a view of one, is cloned: the next step would overwrite it.
+    3. A value is written as soon as it exists and nobody reads the old one any more, so that it is not kept twice.
     """
 
     def run(self, gm: fx.GraphModule) -> int:
@@ -37,15 +38,28 @@ class WriteSlots(Pass):
         output = gm.graph.output_node()
         with gm.graph.inserting_before(output):
             own, edits = _without_aliases(gm.graph, own)
-            pairs = zip(stores, values[len(own) :], strict=True)
-            for name, val in sorted(pairs, key=lambda pair: age_of(pair[0]), reverse=True):
-                emit(gm.graph, aten.copy_.default, (_slot(gm.graph, name, val), val))
+        pairs = zip(stores, values[len(own) :], strict=True)
+        for name, val in sorted(pairs, key=lambda pair: age_of(pair[0]), reverse=True):
+            _write(gm.graph, _slot(gm.graph, name, val), val)
         if edits or stores:
             output.args = (tuple(own),)
             gm.meta["stores"] = ()
         if any(map(age_of, stores)):
             _oldest_first(gm.graph)
         return edits + len(stores)
+
+
+def _write(graph: fx.Graph, slot: fx.Node, val: fx.Node) -> None:
+    last, todo = max(slot, val), [slot]
+    while todo:  # what reads the slot, or a view of it, comes first
+        for user in (user for user in todo.pop().users if user.op != "output"):
+            last = max(last, user)
+            if _is_view(user):
+                todo.append(user)
+    if last.op == "placeholder":
+        last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    with graph.inserting_after(last):
+        emit(graph, aten.copy_.default, (slot, val))
 
 
 def _oldest_first(graph: fx.Graph) -> None:

@@ -270,6 +270,7 @@ def compile(
     on_shape_change: OnShapeChange = "error",
     max_shapes: int = 16,
     noise_level: str | None = None,
+    max_slot_bytes: int | None = None,
 ) -> CompiledModel:
     """Compile `model` to run `plan`.
 
@@ -290,6 +291,8 @@ def compile(
         noise_level: the name of the input that is the noise level (the timestep). By default it is searched in the
             graph (`tcc.passes.noise_level`); without one, steps are counted and callers that make too many or too few
             calls are not noticed. `tcc.inspect(...).table()` says so.
+        max_slot_bytes: the most bytes that one session may allocate for slots (one session per image and guidance
+            branch); a plan that needs more is refused. `plan.memory(info)` says what it needs.
 
     Returns:
         A model with the same forward signature.
@@ -305,7 +308,7 @@ def compile(
         raise CallError(f"on_shape_change={on_shape_change!r}: use 'error' or 'recapture'")
     if max_shapes < 1:
         raise CallError(f"max_shapes={max_shapes}: keep one set of shapes at least")
-    given = Options(backend, options, progress, mode, on_shape_change, max_shapes, noise_level)
+    given = Options(backend, options, progress, mode, on_shape_change, max_shapes, noise_level, max_slot_bytes)
     compiled = CompiledModel(Prepared(model, plan, given))
     if example_inputs is not None:
         args, kwargs = example_inputs

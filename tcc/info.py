@@ -10,11 +10,12 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from tcc.capture import Captured, capture
+from tcc.memory import Memory
 from tcc.passes.macs import count
 from tcc.passes.pipeline import StepKind
 from tcc.passes.sites import Analysis, Site, analyse
 from tcc.plan import CachePlan, ModelKey
-from tcc.program import Variant, build_program
+from tcc.program import Program, Variant, build_program
 
 __all__ = ["ModelInfo", "inspect"]
 
@@ -83,8 +84,20 @@ class ModelInfo:
         Raises:
             PlanError: the plan does not fit the model.
         """
-        program = build_program(self.captured, self.analysis, plan, check=False, known=self._counted)
-        return replace(plan, model=self.key, cost=program.cost(self.analysis))
+        return replace(plan, model=self.key, cost=self._rewritten(plan).cost(self.analysis))
+
+    def memory(self, plan: CachePlan, max_slot_bytes: int | None = None) -> Memory:
+        """The slots of `plan`: what a session allocates, and when each is needed. `plan.memory(info)` is the same.
+
+        Raises:
+            PlanError: the plan does not fit the model, or the budget that `tcc.compile` is to be given.
+        """
+        return self._rewritten(plan, max_slot_bytes).memory
+
+    def _rewritten(self, plan: CachePlan, max_slot_bytes: int | None = None) -> Program:
+        return build_program(
+            self.captured, self.analysis, plan, check=False, known=self._counted, max_slot_bytes=max_slot_bytes
+        )
 
     def layer_macs(self, plan: CachePlan) -> int:
         """MACs of the whole run per image and guidance branch, without the products inside attention.
@@ -92,7 +105,7 @@ class ModelInfo:
         The convention of counters that watch layers, and of the tables that were made with them (Learning-to-Cache);
         everywhere else tcc counts all products.
         """
-        program = build_program(self.captured, self.analysis, plan, check=False, known=self._counted)
+        program = self._rewritten(plan)
         macs = [count(variant.gm.graph.nodes, products=False) for variant in program.variants]
         return sum(macs[binding.variant] for binding in program.bindings) // self.batch
 

@@ -136,6 +136,7 @@ def live_stores(plan: CachePlan, span: Span, num_tokens: int) -> list[frozenset[
     depth = forecast_depth(plan, name)
     everything, nothing = torch.ones(num_tokens, dtype=torch.bool), torch.zeros(num_tokens, dtype=torch.bool)
     live = [nothing] * depth
+    read = any(_reads(score, name) for score in plan.scores.values())
     stores: list[frozenset[int]] = []
     for step, action in reversed(list(plan.column(name))):
         store: set[int] = set()
@@ -153,7 +154,7 @@ def live_stores(plan: CachePlan, span: Span, num_tokens: int) -> list[frozenset[
         elif isinstance(action, (Reuse, Hold)):
             order = action.order if isinstance(action, Reuse) else 0
             live = [everything if age <= order else live[age] for age in range(depth)]
-        if not isinstance(action, Compute) and any(_reads(score, name) for score in _scores_at(plan, step)):
+        if read and not isinstance(action, Compute) and any(_reads(score, name) for score in _scores_at(plan, step)):
             live = [everything, *live[1:]]
         stores.append(frozenset(store))
     return stores[::-1]

@@ -7,15 +7,19 @@ one safetensors file.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 
 from tcc.errors import PlanError
 from tcc.scores import Mapped, Score, Stale, check_score, check_table
 from tcc.site_name import SITE_KINDS, SiteName
+
+if TYPE_CHECKING:
+    from tcc.info import Memory, ModelInfo
 
 __all__ = [
     "Action",
@@ -106,7 +110,7 @@ class Reuse:
             raise PlanError(
                 f"Reuse(order={self.order}) takes {expected} coefficients (newest first), got {len(self.coefficients)}"
             )
-        if not all(map(_finite, self.coefficients)):
+        if not all(map(math.isfinite, self.coefficients)):
             raise PlanError(f"Reuse(order={self.order}): the coefficients must be finite, got {self.coefficients}")
 
 
@@ -270,6 +274,10 @@ class CachePlan:
         """The bytes of all slots, for the captured batch."""
         return self._cost().slot_bytes
 
+    def memory(self, info: ModelInfo, max_slot_bytes: int | None = None) -> Memory:
+        """The slots that a session of the plan allocates, known before it runs; `.table()` shows them."""
+        return info.memory(self, max_slot_bytes)
+
     def save(self, path: str) -> None:
         """Write the plan as one safetensors file: a JSON header and the token sets."""
         from tcc.plan_file import save  # here: plan_file builds plans
@@ -369,7 +377,9 @@ class CachePlan:
             if not isinstance(term, Stale):
                 continue
             column = list(self.column(term.site)) if term.site in self.sites else []
-            if not any(isinstance(a, Update) and _chosen_by(a, name) for _, a in column):
+            if not any(
+                isinstance(a, Update) and isinstance(a.tokens, TopK) and a.tokens.score == name for _, a in column
+            ):
                 raise PlanError(
                     f"{where}: score '{name}' counts the age of the tokens of '{term.site}', but the plan never "
                     "updates that site with a set chosen by the score: update it so, or name another site"
@@ -379,14 +389,6 @@ class CachePlan:
                     f"{where}: score '{name}' counts the age of the tokens of '{term.site}', which no earlier step "
                     "computes: compute it at an earlier step"
                 )
-
-
-def _chosen_by(action: Update, score: str) -> bool:
-    return isinstance(action.tokens, TopK) and action.tokens.score == score
-
-
-def _finite(x: float) -> bool:
-    return x == x and abs(x) != float("inf")
 
 
 def _check_tokens(name: str, kept: torch.Tensor) -> None:

@@ -21,7 +21,7 @@ from tcc.passes.sites import analyse
 from tcc.plan import CachePlan
 from tcc.plan_start import start_at
 from tcc.program import Variant, build_program
-from tcc.runtime import Backend, Compiled, Executable, lower
+from tcc.runtime import Backend, Compiled, Executable, Known, lower
 
 __all__ = ["OnShapeChange", "Options", "Policy", "Prepared", "Ready"]
 
@@ -39,6 +39,7 @@ class Options(NamedTuple):
     on_shape_change: OnShapeChange
     max_shapes: int
     noise_level: str | None
+    max_slot_bytes: int | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +49,7 @@ class _Shape:
     info: ModelInfo
     parts: list[Any]
     variants: dict[StepKind, Variant] = field(default_factory=dict)
-    runners: dict[StepKind, Compiled] = field(default_factory=dict)
+    runners: dict[Known, Compiled] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +83,10 @@ class Ready:
         if start not in self.executables:
             plan, shape, options = start_at(self.plan, start), self.shape, self.options
             captured, analysis, progress = shape.info.captured, shape.info.analysis, options.progress
-            program = build_program(captured, analysis, plan, progress=progress, known=shape.variants)
+            program = build_program(
+                captured, analysis, plan, progress=progress, known=shape.variants,
+                max_slot_bytes=options.max_slot_bytes,
+            )  # fmt: skip
             self.executables[start] = lower(
                 program, options.backend, options.options, progress, mode=options.mode, known=shape.runners
             )

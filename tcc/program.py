@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,9 +11,10 @@ from torch import fx
 from tcc.capture import Captured
 from tcc.checks import check_sites, forecast_depth
 from tcc.liveness import Span, find_spans, live_ages, live_maps, live_stores, slot_names
+from tcc.memory import Memory, find_memory
 from tcc.passes.base import PassRecord, run_passes
 from tcc.passes.choose_tokens import Choice, age_slot, map_slot
-from tcc.passes.graph import output_values, value
+from tcc.passes.graph import copy_of, output_values, value, write_code
 from tcc.passes.insert_slots import Entry, Records
 from tcc.passes.macs import count
 from tcc.passes.pipeline import StepKind, variant_passes
@@ -71,12 +72,21 @@ class Binding:
 
 @dataclass(frozen=True)
 class Program:
-    """All variants of a plan, the step -> variant table, and the slots."""
+    """All variants of a plan, the step -> variant table, and the slots.
+
+    Attributes:
+        captured: the model's graph.
+        variants: the variants; a slot that has the buffer of another goes by that one's name.
+        bindings: what every step runs.
+        slots: the slots that have a buffer of their own.
+        memory: all slots, with their sizes and the steps that need them.
+    """
 
     captured: Captured
     variants: tuple[Variant, ...]
     bindings: tuple[Binding, ...]
     slots: tuple[SlotSpec, ...]
+    memory: Memory
 
     @property
     def slot_bytes(self) -> int:
@@ -98,6 +108,7 @@ def build_program(
     check: bool = True,
     progress: Callable[[str], None] | None = None,
     known: dict[StepKind, Variant] | None = None,
+    max_slot_bytes: int | None = None,
 ) -> Program:
     """Rewrite the captured graph once per distinct kind of step.
 
@@ -108,26 +119,70 @@ def build_program(
         check: verify the graph after every pass.
         progress: called with a line before each variant is built.
         known: variants of the same graph that exist already; new ones are added to it.
+        max_slot_bytes: the most bytes that a session may allocate for slots. Steps that differ in nothing but what
+            they store share a variant, and store alike; where that takes too much, they get variants of their own.
 
     Raises:
-        PlanError: the plan does not fit the graph.
+        PlanError: the plan does not fit the graph, or its slots take more than `max_slot_bytes`.
         PassError, VerificationError: a pass failed.
     """
     check_sites(plan, analysis)
     kinds, tables = _step_kinds(plan, analysis)
-    distinct = list(dict.fromkeys(kinds))
-    known = {} if known is None else known
-    for number, kind in enumerate(distinct):
-        if kind not in known:
-            if progress:
-                progress(f"rewriting variant {number + 1}/{len(distinct)}")
-            known[kind] = _build_variant(captured.gm, kind, f"variant{number}", check)
-    variants = [known[kind] for kind in distinct]
-    bindings = tuple(
-        Binding(distinct.index(kind), _tensors(plan, analysis, table))
-        for kind, table in zip(kinds, tables, strict=True)
-    )
-    return Program(captured, tuple(variants), bindings, _slots(variants))
+    made = _Making(captured, analysis, plan, tables, check, progress, {} if known is None else known)
+    program = made.program(_share_stores(kinds))
+    if max_slot_bytes is not None and program.slot_bytes > max_slot_bytes:  # more variants, and fewer slots at a time
+        program = made.program(kinds)
+    program.memory.check(max_slot_bytes)
+    return program
+
+
+@dataclass(frozen=True)
+class _Making:
+    """What programs of one plan are made of."""
+
+    captured: Captured
+    analysis: Analysis
+    plan: CachePlan
+    tables: list[_Table]
+    check: bool
+    progress: Callable[[str], None] | None
+    known: dict[StepKind, Variant]
+
+    def program(self, kinds: list[StepKind]) -> Program:
+        """The program whose steps are of these kinds."""
+        distinct = list(dict.fromkeys(kinds))
+        for number, kind in enumerate(distinct):
+            if kind not in self.known:
+                if self.progress:
+                    self.progress(f"rewriting variant {number + 1}/{len(distinct)}")
+                self.known[kind] = _build_variant(self.captured.gm, kind, f"variant{number}", self.check)
+        variants = [self.known[kind] for kind in distinct]
+        numbers = {kind: number for number, kind in enumerate(distinct)}
+        bindings = tuple(
+            Binding(numbers[kind], _tensors(self.plan, self.analysis, table))
+            for kind, table in zip(kinds, self.tables, strict=True)
+        )
+        slots = _slots(variants)
+        memory = find_memory(slots, variants, bindings, self.analysis.sites)
+        shared = {slot.name: slot.buffer for slot in memory.slots if slot.buffer != slot.name}
+        variants = [_renamed(variant, shared) for variant in variants]
+        own = tuple(slot for slot in slots if slot.name not in shared)
+        return Program(self.captured, tuple(variants), bindings, own, memory)
+
+
+def _renamed(variant: Variant, names: Mapping[str, str]) -> Variant:
+    """`variant` with other names for some slots."""
+    if not names.keys() & {*variant.stores, *(name.removeprefix("slot:") for name in variant.extras)}:
+        return variant
+    gm = copy_of(variant.gm)
+    for node in gm.graph.nodes:
+        if node.meta.get("slot") in names:
+            slot = names[node.meta["slot"]]
+            node.meta |= {"slot": slot, "input": f"slot:{slot}"}
+    stores = tuple(names.get(slot, slot) for slot in variant.stores)
+    gm.meta["stores"] = stores
+    extras = tuple(n.meta["input"] for n in gm.graph.nodes if n.op == "placeholder" and "input" in n.meta)
+    return replace(variant, gm=gm, extras=extras, stores=stores)
 
 
 @dataclass(frozen=True)
@@ -142,12 +197,13 @@ class _Table:
 def _step_kinds(plan: CachePlan, analysis: Analysis) -> tuple[list[StepKind], list[_Table]]:
     spans = find_spans(plan, analysis)
     stores = [live_stores(plan, span, analysis.num_tokens) for span in spans]
+    depths = [forecast_depth(plan, span[0].name) for span in spans]
     terms = list(dict.fromkeys(term for score in plan.scores.values() for _, term in score.terms))
     maps = {term: live_maps(plan, term) for term in terms if isinstance(term, Mapped)}
     ages = {term.site: live_ages(plan, term.site) for term in terms if isinstance(term, Stale)}
     kinds, tables = [], []
     for step in range(plan.num_steps):
-        entries, table = _entries(plan, spans, step)
+        entries, table = _entries(plan, spans, depths, step)
         live = {
             name for entry, kept in zip(entries, stores, strict=True) for name in slot_names(entry.slots, kept[step])
         }
@@ -162,7 +218,7 @@ def _step_kinds(plan: CachePlan, analysis: Analysis) -> tuple[list[StepKind], li
         records = _records(plan, analysis, step, table, maps, ages)
         kinds.append(StepKind(entries, frozenset(live), sets, analysis.num_tokens, records))
         tables.append(table)
-    return _share_stores(kinds), tables
+    return kinds, tables
 
 
 def _choice(plan: CachePlan, analysis: Analysis, step: int, tokens: TopK, tables: tuple[str, ...]) -> Choice:
@@ -224,11 +280,11 @@ def _share_stores(kinds: list[StepKind]) -> list[StepKind]:
     return [replace(kind, live=live[replace(kind, live=frozenset())]) for kind in kinds]
 
 
-def _entries(plan: CachePlan, spans: list[Span], step: int) -> tuple[tuple[Entry, ...], _Table]:
+def _entries(plan: CachePlan, spans: list[Span], depths: list[int], step: int) -> tuple[tuple[Entry, ...], _Table]:
     tokens: list[str | TopK] = []
     coefficients: list[tuple[float, ...]] = []
     entries = []
-    for span in spans:
+    for span, depth in zip(spans, depths, strict=True):
         action: Action = plan.action(step, span[0].name)
         number = 0
         if isinstance(action, Update):
@@ -238,22 +294,21 @@ def _entries(plan: CachePlan, spans: list[Span], step: int) -> tuple[tuple[Entry
             coefficients += [action.coefficients] if action.coefficients not in coefficients else []
             number = coefficients.index(action.coefficients)
             action = Reuse(action.order, (0.0,) * (action.order + 1))
-        entries.append(Entry(span, action, forecast_depth(plan, span[0].name), number))
+        entries.append(Entry(span, action, depth, number))
     scores = [plan.score_of(dynamic) for dynamic in tokens if isinstance(dynamic, TopK)]
     tables = tuple(dict.fromkeys(name for score in scores for name in score.tables))
     return tuple(entries), _Table(tuple(tokens), tuple(coefficients), tables)
 
 
 def _build_variant(gm: fx.GraphModule, kind: StepKind, label: str, check: bool) -> Variant:
-    graph = fx.Graph()
-    output = graph.graph_copy(gm.graph, {})
-    graph.output(output)
-    copy = fx.GraphModule(gm, graph)
+    copy = copy_of(gm)
     records = run_passes(copy, variant_passes(kind), label=label, check=check)
     for node in list(copy.graph.nodes):
         if node.op == "placeholder" and "input" in node.meta and not node.users:
             copy.graph.erase_node(node)
     copy.recompile()
+    if check:  # it will run
+        write_code(copy)
     extras = tuple(n.meta["input"] for n in copy.graph.nodes if n.op == "placeholder" and "input" in n.meta)
     stores = copy.meta.get("stores", ())
     return Variant(copy, kind, extras, stores, count(copy.graph.nodes), tuple(records))

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 Runner = Callable[..., Sequence[torch.Tensor]]
 #: A compiled variant, and the names of its inputs after the model's own.
 Compiled = tuple[Runner, tuple[str, ...]]
+#: What makes two variants of one model the same: their kind, and the names of their slots.
+Known = tuple[StepKind, tuple[str, ...], tuple[str, ...]]
 
 #: `backend(gm, example_inputs)` returns a function of the same inputs: the protocol of `torch.compile` backends.
 Backend = Callable[[fx.GraphModule, list[torch.Tensor]], Runner]
@@ -64,7 +66,7 @@ def lower(
     *,
     check: bool = True,
     mode: str = "default",
-    known: dict[StepKind, Compiled] | None = None,
+    known: dict[Known, Compiled] | None = None,
 ) -> Executable:
     """Compile every variant of `program`.
 
@@ -88,11 +90,12 @@ def lower(
     runners, extras, seconds = [], [], []
     for number, variant in enumerate(program.variants):
         start = time.perf_counter()
-        if variant.kind not in known:
+        key = (variant.kind, variant.extras, variant.stores)
+        if key not in known:
             if progress:
                 progress(f"compiling variant {number + 1}/{len(program.variants)}")
-            known[variant.kind] = _compile(variant, compile_one, check)
-        runner, names = known[variant.kind]
+            known[key] = _compile(variant, compile_one, check)
+        runner, names = known[key]
         runners.append(runner)
         extras.append(names)
         seconds.append(time.perf_counter() - start)

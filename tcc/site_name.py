@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 __all__ = ["SITE_KINDS", "SiteName"]
@@ -24,6 +25,7 @@ class SiteName:
     stream: str = ""
 
     @staticmethod
+    @functools.cache  # rules over steps and sites ask again and again
     def parse(name: str) -> SiteName:
         """The parts of `name`, whether or not they name a site that exists."""
         path, _, stream = name.partition("@")

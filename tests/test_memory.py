@@ -1,0 +1,170 @@
+"""The slots of a plan: known before it runs, equal to what sessions and bundles hold, shared where lifetimes allow."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import tcc
+from tcc.errors import PlanError
+from tcc.memory import share_buffers, steps_in_use
+from tcc.plan import Action, CachePlan, Compute, Reuse, Update
+from tcc.program import SlotSpec, build_program
+from tests.tiny_models import case, dit, relative_error, tensor_of
+
+R, C = Reuse(), Compute()
+DELTA = 2 * 16 * 32 * 4  # bytes of `[2, 16, 32]` in float32
+
+
+def plan_of(letters: Mapping[str, str], num_steps: int) -> CachePlan:
+    """A plan from `{site: letters}`: C computes, R reuses, F forecasts, U updates the even tokens."""
+    looks: dict[str, Action] = {"C": C, "R": R, "F": Reuse(1, (2.0, -1.0)), "U": Update("even")}
+    actions = {(step, site): looks[letter] for site, column in letters.items() for step, letter in enumerate(column)}
+    return CachePlan(num_steps, actions, {"even": torch.arange(0, 16, 2)})
+
+
+PHASES = {"blocks.0.attn.delta": "CRRCCC", "blocks.1.mlp.delta": "CCCCRR"}
+PLANS: dict[str, tuple[dict[str, str], int]] = {
+    "two sites at other steps": (PHASES, DELTA),
+    "two sites at the same steps": ({"blocks.0.attn.delta": "CRR", "blocks.1.mlp.delta": "CRR"}, 2 * DELTA),
+    "a read where the other is written": ({"blocks.0.attn.delta": "CRRCC", "blocks.1.mlp.delta": "CCCRR"}, 2 * DELTA),
+    "in turns": ({"blocks.0.attn.delta": "CRCCCRCC", "blocks.1.mlp.delta": "CCCRCCCR"}, 2 * DELTA),
+    "a history": ({"blocks.0.attn.delta": "CCFCCC", "blocks.1.mlp.delta": "CCCCRR"}, 2 * DELTA),
+    "an update": ({"blocks.0.attn.delta": "CUUCCC", "blocks.1.mlp.delta": "CCCCUU"}, DELTA),
+}
+
+
+@pytest.mark.parametrize("kind", PLANS)
+def test_what_is_known_before_is_what_a_session_allocates(kind: str) -> None:
+    """The bytes of the plan are those of the session's distinct buffers; the outputs are the reference's."""
+    letters, expected = PLANS[kind]
+    which, plan = case("dit"), plan_of(letters, len(next(iter(letters.values()))))
+    found, inputs = plan.memory(which.info, expected), (which.args, which.kwargs)
+    compiled = tcc.compile(which.model, plan, example_inputs=inputs, backend="eager", max_slot_bytes=expected)
+    session = compiled.new_session()
+    assert found.total == session.slot_bytes == expected
+    assert found.peak <= found.total <= sum(slot.bytes for slot in found.slots)
+    reference = tcc.Reference(which.model, plan, which.info)
+    for step in [*range(plan.num_steps)] * 2:  # twice: buffers hold what the run before left there
+        args, kwargs = which.inputs(step)
+        assert relative_error(tensor_of(session(*args, **kwargs)), tensor_of(reference(*args, **kwargs))) < 1e-5
+
+
+def test_the_table_names_every_slot_once() -> None:
+    """Names, live steps and shared buffers."""
+    found = plan_of(PHASES, 6).memory(case("dit").info, DELTA)
+    assert [(s.name, s.steps, s.buffer) for s in found.slots] == [
+        ("blocks.0.attn.delta", (0, 1, 2), "blocks.0.attn.delta"),
+        ("blocks.1.mlp.delta", (3, 4, 5), "blocks.0.attn.delta"),
+    ]
+    cells = [list(column.cells) for column in found.table().columns]
+    assert cells[0] == ["blocks.0.attn.delta", "blocks.1.mlp.delta"]
+    assert cells[4:] == [["0-2", "3-5"], ["own", "blocks.0.attn.delta"]]
+
+
+def test_plans_share_variants_under_other_names() -> None:
+    """A variant whose slot has another name in the next plan is not taken for that one."""
+    which = case("dit")
+    first = tcc.compile(which.model, plan_of(PHASES, 6), example_inputs=(which.args, which.kwargs), backend="eager")
+    apart = plan_of({"blocks.0.attn.delta": "CRRCRR", "blocks.1.mlp.delta": "CCCCRR"}, 6)
+    both = plan_of({"blocks.0.attn.delta": "CRRCCR", "blocks.1.mlp.delta": "CCCCRR"}, 6)
+    for plan in (both, apart, plan_of(PHASES, 6)):
+        session = first.with_plan(plan).prepare(*which.args, **which.kwargs).new_session()
+        reference = tcc.Reference(which.model, plan, which.info)
+        for step in range(plan.num_steps):
+            args, kwargs = which.inputs(step)
+            assert relative_error(tensor_of(session(*args, **kwargs)), tensor_of(reference(*args, **kwargs))) < 1e-5
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.dictionaries(st.sampled_from("abcdefgh"), st.integers(1, 2**12 - 1)), st.data())
+def test_no_two_slots_of_a_buffer_are_needed_at_one_step(used: dict[str, int], data: st.DataObject) -> None:
+    """And they are alike in shape and dtype; the slot that names a buffer lives in it."""
+    shapes, dtypes = st.sampled_from([(2,), (3,)]), st.sampled_from([torch.float32, torch.float16])
+    slots = [SlotSpec(name, data.draw(shapes), data.draw(dtypes), torch.device("cpu")) for name in used]
+    named = {slot.name: slot for slot in slots}
+    chosen = share_buffers(slots, used)
+    assert chosen.keys() == used.keys()
+    for a, b in itertools.combinations(used, 2):
+        if chosen[a] == chosen[b]:
+            assert not used[a] & used[b]
+            assert (named[a].shape, named[a].dtype) == (named[b].shape, named[b].dtype)
+    assert all(chosen[owner] == owner for owner in chosen.values())
+
+
+def test_a_store_that_nobody_reads_keeps_its_buffer() -> None:
+    """Steps that share a variant store the same, whether or not it is read: nothing else may be there then."""
+    info = case("dit").info
+    program = build_program(info.captured, info.analysis, plan_of({"blocks.0.attn.delta": "CRCRCC"}, 6), check=False)
+    (used,) = steps_in_use(program.variants, program.bindings).values()
+    assert used == 0b111111  # the last two steps run the variant of steps 0 and 2
+
+
+def test_a_budget_is_kept_or_the_plan_refused() -> None:
+    """The error names the largest slots and what would save; a plan within the budget compiles."""
+    which = case("dit")
+    sites = [f"blocks.{b}.{name}" for b in range(2) for name in ("attn.kv", "attn.delta", "mlp.delta")]
+    update = Update("even", "cached")
+    actions = {(step, site): update if step else C for site in sites for step in range(3)}
+    plan = CachePlan(3, actions, {"even": torch.arange(0, 16, 2)})
+    inputs, needed = (which.args, which.kwargs), plan.memory(which.info).total
+    tcc.compile(which.model, plan, example_inputs=inputs, backend="eager", max_slot_bytes=needed)
+    message = r"the plan's slots take .*max_slot_bytes allows .*The largest: '.*without stored keys saves 16 KiB"
+    with pytest.raises(PlanError, match=message):
+        tcc.compile(which.model, plan, example_inputs=inputs, backend="eager", max_slot_bytes=needed - 1)
+
+
+class Allocations(TorchDispatchMode):
+    """Watches what operators allocate.
+
+    Attributes:
+        peak: the most bytes of their results that were alive at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator, and count."""
+        out = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in given:
+                storage = x.untyped_storage()
+                self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+        return out
+
+
+PEAKS: dict[str, Any] = {
+    "reuse": lambda info: tcc.plans.fora(info, num_steps=4, interval=2),
+    "forecast": lambda info: tcc.plans.taylorseer(info, num_steps=5, interval=2, order=1),
+    "tokens": lambda info: tcc.plans.tprr(info, num_steps=4, k1=1, k2=1, keep=0.5, attention="cached", level="out"),
+}
+
+
+@pytest.mark.parametrize("policy", PEAKS)
+def test_no_step_takes_more_than_the_model_and_the_slots(policy: str) -> None:
+    """Peak memory of a run: that of the uncached model, and the slots that were declared, within 5 %."""
+    which = dit(depth=4, hidden_size=32)
+    plan = PEAKS[policy](which.info)
+    session = tcc.compile(which.model, plan, example_inputs=(which.args, which.kwargs), backend="eager").new_session()
+    with Allocations() as uncached, torch.no_grad():
+        which.info.captured.gm(*which.info.captured.flatten(which.args, which.kwargs))
+    with Allocations() as cached:
+        for _ in range(plan.num_steps):
+            session(*which.args, **which.kwargs)
+    declared = plan.memory(which.info).total
+    assert cached.peak + declared <= 1.05 * (uncached.peak + declared)
