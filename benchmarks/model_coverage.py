@@ -1,7 +1,8 @@
 """Every transformer class of diffusers, from capture to a plan that runs: what works, and why not where it does not.
 
-    python benchmarks/model_coverage.py --results benchmarks/results      all classes: coverage.md and coverage.json
+    python benchmarks/model_coverage.py --results benchmarks/results      all classes: coverage.json, .md, the README
     python benchmarks/model_coverage.py --only WanTransformer3DModel FluxTransformer2DModel
+    python benchmarks/model_coverage.py --backend inductor --results benchmarks/results --resume      hours on a CPU
 
 Each class is built small, with random weights (`coverage_models*.py`), and goes through four columns:
 
@@ -12,6 +13,10 @@ Each class is built small, with random weights (`coverage_models*.py`), and goes
   all that can be pruned and computes the rest, over those of the full step;
 - matches: every output of every step against the reference interpreter, relative to its largest magnitude, at most
   1e-4, and further away than that from the uncached model, so that the comparison means something.
+
+With another backend than `eager`, what is compared is what that backend compiled: the uncached plan with the compiled
+original, and the plan with the reference. Its rows go to `coverage-<backend>.json`. They are written as they are made,
+each with the commit that it was made at; `--resume` keeps those that are there, and `--only` makes some of them anew.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ import argparse
 import json
 import multiprocessing
 import re
+import subprocess
 import sys
 import time
 import traceback
@@ -38,9 +44,9 @@ import coverage_models_video  # noqa: F401
 import torch
 from coverage_models import ENTRIES, Built, build
 from coverage_plan import STEPS, actions_of, mixed_plan
+from coverage_table import markdown, read, results_name, summary, table, write_readme
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -51,7 +57,7 @@ from tcc.runtime import Session, lower
 
 TOLERANCE = 1e-4
 TIMEOUT = 600.0
-COLUMNS = ("captured", "sites", "plan", "matches")
+README = Path(__file__).parents[1] / "README.md"
 
 
 @dataclass
@@ -65,6 +71,7 @@ class Row:
         note: what the entry leaves out.
         seconds: how long it took.
         stage: the part of the work that it got to.
+        commit: what it was made at.
         details: the numbers behind the columns.
     """
 
@@ -77,29 +84,13 @@ class Row:
     note: str = ""
     seconds: float = 0.0
     stage: str = "built"
+    commit: str = ""
     details: dict[str, Any] = field(default_factory=dict)
 
     @property
     def whole(self) -> bool:
         """Whether all four columns hold."""
         return self.captured and self.sites and self.plan and self.matches
-
-    def cells(self) -> list[str]:
-        """The row as text."""
-        d = self.details
-        sites = f"{d['found']}/{d['blocks']}" if "found" in d else ""
-        prunable = f"{d['prunable']}/{d['branches']}" if "prunable" in d else ""
-        plan = ", ".join(d.get("actions", ())) + (f" ({d['pruned_macs']:.2f})" if "pruned_macs" in d else "")
-        error = f"{d['error']:.0e}" if "error" in d else ""
-        marks = [_mark(self.captured), f"{_mark(self.sites)} {sites}", prunable, f"{_mark(self.plan)} {plan}"]
-        return [self.name, *marks, f"{_mark(self.matches)} {error}", "; ".join(filter(None, (self.why, self.note)))]
-
-
-HEADS = ("class", "captured", "blocks", "prunable", "plan (MACs)", "matches", "why not; what is left out")
-
-
-def _mark(good: bool) -> str:
-    return "yes" if good else "no"
 
 
 def examine(name: str, backend: str) -> Row:
@@ -240,6 +231,7 @@ def _worker(connection: Connection, backend: str, threads: int) -> None:
     diffusers.utils.logging.set_verbosity_error()
     while name := connection.recv():
         connection.send(examine(name, backend))
+        torch.compiler.reset()  # one class's compiled code must not use up the limits of the next one's
 
 
 class Examiner:
@@ -278,74 +270,67 @@ class Examiner:
         self.connection.close()
 
 
-def examine_all(names: Sequence[str], backend: str, threads: int) -> list[Row]:
-    """A row for every class, with a progress bar."""
+def examine_all(names: Sequence[str], options: argparse.Namespace, done: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for every class, with a progress bar; the rows so far are written after each of them."""
     columns = (TextColumn("{task.description:36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    rows = []
-    examiner = Examiner(backend, threads)
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    rows, commit = [], commit_now()
+    examiner = Examiner(options.backend, options.threads)
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=len(names))
         for name in names:
             progress.update(task, description=name)
-            row = examiner.row(name) if name in ENTRIES else Row(name, why="no entry in coverage_models*.py")
-            if not row.whole:
-                progress.print(f"{name}: {row.why}", markup=False)
-            rows.append(row)
+            if name not in done:
+                row = examiner.row(name) if name in ENTRIES else Row(name, why="no entry in coverage_models*.py")
+                row.commit = commit
+                done[name] = asdict(row)
+                if not row.whole:
+                    progress.print(f"{name}: {row.why}", markup=False)
+                if options.results:
+                    write(Path(options.results), options.backend, list(done.values()))
+            rows.append(done[name])
             progress.advance(task)
     examiner.stop()
     return rows
 
 
-def summary(rows: Sequence[Row]) -> str:
-    """How many classes hold in each column."""
-    counts = ", ".join(f"{column} {sum(getattr(row, column) for row in rows)}" for column in COLUMNS)
-    return f"{sum(row.whole for row in rows)} of {len(rows)} classes through all four columns ({counts})"
-
-
-def markdown(rows: Sequence[Row], backend: str) -> str:
-    """The table as a file."""
-    import diffusers
-
-    about = (
-        f"`python benchmarks/model_coverage.py`, diffusers {diffusers.__version__}, torch {torch.__version__}, backend "
-        f"`{backend}`, float32: {summary(rows)}. Small random models; the columns are explained in the script."
-    )
-    lines = [
-        "# Which transformer classes of diffusers run with a plan",
-        "",
-        about,
-        "",
-        "| " + " | ".join(HEADS) + " |",
-        "|" + "---|" * len(HEADS),
+def commit_now() -> str:
+    """The commit of the checkout, marked where files differ from it."""
+    changed = ["status", "--porcelain", "--", ":/passes", ":/tcc", ":/benchmarks/*.py"]
+    found = [
+        subprocess.run(["git", *command], capture_output=True, text=True, check=False, cwd=Path(__file__).parent).stdout
+        for command in (["rev-parse", "--short", "HEAD"], changed)
     ]
-    return "\n".join([*lines, *("| " + " | ".join(row.cells()) + " |" for row in rows), ""])
+    return found[0].strip() + ("-changed" if found[1].strip() else "")
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """The table for a terminal."""
-    found = Table(*HEADS, "s", title=summary(rows))
-    for row in rows:
-        found.add_row(*row.cells(), f"{row.seconds:.1f}")
-    return found
-
-
-def as_json(rows: Sequence[Row], backend: str) -> str:
+def as_json(rows: Sequence[dict[str, Any]], backend: str) -> str:
     """The rows with all details, for programs."""
     import diffusers
 
     versions = {"diffusers": diffusers.__version__, "torch": torch.__version__, "backend": backend}
-    found = {**versions, "summary": summary(rows), "rows": [asdict(row) for row in rows]}
-    return without_folders(json.dumps(found, indent=1))
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    found = {**versions, "commit": commits, "summary": summary(rows), "rows": rows}
+    return without_folders(json.dumps(found, indent=1)) + "\n"
+
+
+def write(folder: Path, backend: str, rows: Sequence[dict[str, Any]]) -> None:
+    """The rows of one backend, in one step, so that a run that is cut off leaves a whole file."""
+    order = list(coverage_models.classes())
+    rows = sorted(rows, key=lambda row: order.index(row["name"]) if row["name"] in order else len(order))
+    path = folder / results_name(backend)
+    path.with_suffix(".tmp").write_text(as_json(rows, backend))
+    path.with_suffix(".tmp").replace(path)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--only", nargs="+", metavar="NAME", help="these classes alone")
-    found.add_argument("--backend", default="eager", help="see tcc.compile (default: eager; inductor takes an hour)")
+    found.add_argument("--backend", default="eager", help="see tcc.compile (default: eager; inductor takes hours)")
     found.add_argument("--threads", type=int, default=1)
     found.add_argument("--json", metavar="FILE", help="write the rows with all details")
-    found.add_argument("--results", metavar="FOLDER", help="write coverage.md and coverage.json")
+    found.add_argument("--results", metavar="FOLDER", help="write coverage.json, coverage.md and the README's table")
+    found.add_argument("--resume", action="store_true", help="keep the rows that the folder holds for this backend")
     return found
 
 
@@ -356,14 +341,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = sorted(set(options.only or ()) - set(known))
     if unknown:
         sys.exit(f"diffusers has no transformer class {', '.join(unknown)}")
-    rows = examine_all(options.only or list(known), options.backend, options.threads)
+    done: dict[str, Any] = {}
+    if options.resume:
+        if not options.results:
+            sys.exit("--resume goes on with the rows in a folder: name it with --results")
+        rows = read(Path(options.results), options.backend).get("rows", ())
+        done = {row["name"]: row for row in rows if row["name"] not in (options.only or ())}
+    rows = examine_all(options.only or list(known), options, done)
     Console(width=None if sys.stdout.isatty() else 240).print(table(rows))
     if options.json:
         Path(options.json).write_text(as_json(rows, options.backend))
-    if options.results:
+    if options.results and not options.only:
         folder = Path(options.results)
-        (folder / "coverage.md").write_text(markdown(rows, options.backend))
-        (folder / "coverage.json").write_text(as_json(rows, options.backend) + "\n")
+        (folder / "coverage.md").write_text(markdown(read(folder), read(folder, "inductor")))
+        write_readme(README, read(folder), read(folder, "inductor"))
     return 0
 
 

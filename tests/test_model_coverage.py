@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 
@@ -57,7 +59,81 @@ def test_what_fails_is_a_row(script: ModuleType, monkeypatch: pytest.MonkeyPatch
     row = script.examine("Broken", "eager")
 
     assert (row.whole, row.captured, row.why) == (False, False, "built: ValueError: no such size")
-    assert row.cells()[-1] == "built: ValueError: no such size; half of it"
+    assert sys.modules["coverage_table"].cells(asdict(row))[-1] == "built: ValueError: no such size; half of it"
+
+
+def test_the_readme_has_the_table_of_the_results(script: ModuleType) -> None:
+    """The table between the two marks is the one that the results make, and so is the file's."""
+    tables, folder = sys.modules["coverage_table"], BENCHMARKS / "results"
+    eager, inductor = tables.read(folder), tables.read(folder, "inductor")
+    text = (BENCHMARKS.parent / "README.md").read_text()
+    assert tables.block(eager, inductor) in text
+    assert tables.markdown(eager, inductor) == (folder / "coverage.md").read_text()
+    assert {row["name"] for row in eager["rows"]} == set(script.ENTRIES)
+    assert eager["commit"]
+    assert text.count("<details>") == text.count("</details>")
+
+
+def made(name: str, **details: object) -> dict[str, object]:
+    """A row of one backend."""
+    good = dict.fromkeys(("captured", "sites", "plan", "matches"), True)
+    return {"name": name, **good, "why": "", "note": "", "seconds": 1.0, "stage": "matches", "details": details}
+
+
+def test_the_table_is_written_between_its_marks(script: ModuleType, tmp_path: Path) -> None:
+    """The rest of the file stays; Inductor's column stands where it was run; a reason is cut to a length."""
+    tables = sys.modules["coverage_table"]
+    good = made("A", found=2, blocks=3, prunable=4, branches=5, pruned_macs=0.5, error=2e-7)
+    bad = made("B") | {"captured": False, "why": "x | " * 100}
+    path = tmp_path / "README.md"
+    path.write_text(f"one\n{tables.BEGIN}\nold\n{tables.END}\ntwo\n")
+    for inductor, cell in (({}, ""), ({"rows": [good]}, "yes, 2e-07 | ")):
+        tables.write_readme(path, {"rows": [good, bad]}, inductor)
+        lines = path.read_text().splitlines()
+        assert (lines[0], lines[1], lines[-2], lines[-1]) == ("one", tables.BEGIN, tables.END, "two")
+        assert f"| A | 2/3 | 4/5 | 0.50 | 2e-07 | {cell} |" in lines
+        assert any(line.startswith("| B |") and line.endswith(" ... |") and "\\|" in line for line in lines)
+        assert "<summary>All 2 classes, 1 of them through all columns</summary>" in lines
+    path.write_text("no marks")
+    with pytest.raises(ValueError, match="has no place for the table"):
+        tables.write_readme(path, {"rows": [good]}, {})
+
+
+def test_a_run_that_was_cut_off_goes_on(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are written as they are made, with their commit; a resumed run makes the others alone."""
+    asked: list[str] = []
+
+    class Examiner:
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def row(self, name: str) -> object:
+            asked.append(name)
+            if len(asked) == 2:
+                raise KeyboardInterrupt
+            return script.Row(name)
+
+        def stop(self) -> None:
+            pass
+
+    monkeypatch.setattr(script, "Examiner", Examiner)
+    monkeypatch.setattr(script, "README", tmp_path / "README.md")
+    (tmp_path / "README.md").write_text("<!-- coverage: begin --><!-- coverage: end -->")
+    monkeypatch.setattr(
+        script.coverage_models, "classes", lambda: dict.fromkeys(("WanTransformer3DModel", "SD3Transformer2DModel"))
+    )
+    options = ["--results", str(tmp_path), "--resume"]
+    with pytest.raises(KeyboardInterrupt):
+        script.main(options)
+    first = json.loads((tmp_path / "coverage.json").read_text())
+    assert [row["name"] for row in first["rows"]] == asked[:1]
+    assert first["rows"][0]["commit"] == first["commit"] != ""
+    script.main(options)
+    assert len(asked) == 3
+    assert {row["name"] for row in json.loads((tmp_path / "coverage.json").read_text())["rows"]} == set(asked)
+    assert "All 2 classes, 0 of them" in (tmp_path / "README.md").read_text()
+    with pytest.raises(SystemExit, match="--resume goes on with the rows in a folder: name it with --results"):
+        script.main(["--resume"])
 
 
 def test_a_block_is_found_by_its_path(script: ModuleType) -> None:
