@@ -73,25 +73,29 @@ class CompiledModel(StandIn):
             CaptureError, AnalysisError, PlanError: on the first call, which captures and compiles.
             CallError: the call differs from the captured one, or the caller is at another step than the session.
         """
-        context = self._place.context
         with self._images.working() as image:
             with self._prepared.lock:
-                ready, tensors = self._match(image, args, kwargs)
+                place, options = self._place, self._prepared.options
+                ready, tensors = self._match(image, place.context, args, kwargs)
                 uniform = ready.executable(self._start).alike
-                level = None if uniform or self._place.step is not None else ready.noise_level(tensors)
-                step, new = (self._start, False) if uniform else self._step(image, ready, level)
-                session = self._session_at(image, ready, step, new=new, uniform=uniform)
+                level = None if uniform or place.step is not None else ready.noise_level(tensors)
+                if not uniform and not place.context and options.calls_per_step > 1:
+                    place = _Place(image.next_call(level, options.calls_per_step))
+                step, new = (self._start, False) if uniform else self._step(image, place, ready, level)
+                session = self._session_at(image, place, ready, step, new=new, uniform=uniform)
             output = session.run(tensors, begin=not uniform and step == session.start)
             if uniform:
-                image.sessions[context] = session
+                image.sessions[place.context] = session
             else:
-                image.note(context, session, step, level, new=new, told=self._place.step is not None)
+                image.note(place.context, session, step, level, new=new, told=place.step is not None)
         return output
 
-    def _match(self, image: Image, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Ready, list[torch.Tensor]]:
+    def _match(
+        self, image: Image, context: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Ready, list[torch.Tensor]]:
         """The plan for calls like this one. In the middle of an image, only one that there is."""
-        session = image.sessions.get(self._place.context)
-        busy = session is not None and image.is_amid(self._place.context, session.num_steps)
+        session = image.sessions.get(context)
+        busy = session is not None and image.is_amid(context, session.num_steps)
         try:
             return self._prepared.match(args, kwargs, busy=busy)
         except ShapeError as error:
@@ -99,9 +103,9 @@ class CompiledModel(StandIn):
                 raise
             raise ShapeError(_other_shape(session, str(error).partition(": ")[0])) from error
 
-    def _step(self, image: Image, ready: Ready, level: torch.Tensor | None) -> tuple[int, bool]:
+    def _step(self, image: Image, place: _Place, ready: Ready, level: torch.Tensor | None) -> tuple[int, bool]:
         """The step of the plan that a call is at, and whether it begins a new image."""
-        place, count = self._place, ready.plan.num_steps
+        count = ready.plan.num_steps
         if place.num_steps not in (None, count - self._start):
             raise CallError(
                 f"the pipeline runs {place.num_steps} steps, but the model's plan has {count - self._start}: call it "
@@ -114,9 +118,9 @@ class CompiledModel(StandIn):
             self._images.check_thread(image, place.context, level)
         return (self._start, True) if found is None else (found, False)
 
-    def _session_at(self, image: Image, ready: Ready, step: int, *, new: bool, uniform: bool) -> Session:
+    def _session_at(self, image: Image, place: _Place, ready: Ready, step: int, *, new: bool, uniform: bool) -> Session:
         """The session of the context at `step`: the one there is, or one that begins there."""
-        session = image.sessions.get(self._place.context)
+        session = image.sessions.get(place.context)
         same = session is not None and session.executable is ready.executables.get(session.start)
         if session is None or new or (uniform and session.step == session.start):
             self._prepared.check_parts()
@@ -124,7 +128,7 @@ class CompiledModel(StandIn):
             raise ShapeError(_other_shape(session, "the call's inputs have other shapes than those of the call before"))
         if session is not None and same and (session.start == step or (session.step == step and not new)):
             return session
-        return Session(ready.executable(step), start=step, watched=self._place.step is None)
+        return Session(ready.executable(step), start=step, watched=place.step is None)
 
     @property
     def session(self) -> Session:
@@ -271,6 +275,7 @@ def compile(
     max_shapes: int = 16,
     noise_level: str | None = None,
     max_slot_bytes: int | None = None,
+    calls_per_step: int = 1,
 ) -> CompiledModel:
     """Compile `model` to run `plan`.
 
@@ -293,6 +298,8 @@ def compile(
             calls are not noticed. `tcc.inspect(...).table()` says so.
         max_slot_bytes: the most bytes that one session may allocate for slots (one session per image and guidance
             branch); a plan that needs more is refused. `plan.memory(info)` says what it needs.
+        calls_per_step: how many calls, of one guidance branch each, a loop makes at a step outside of `cache_context`.
+            Pipelines that use no contexts make two. They are told apart by their order and the noise level.
 
     Returns:
         A model with the same forward signature.
@@ -306,9 +313,11 @@ def compile(
         raise CallError("example_inputs is a pair (args, kwargs), a tuple and a dict: write ((x, t, y), {})")
     if on_shape_change not in get_args(OnShapeChange):
         raise CallError(f"on_shape_change={on_shape_change!r}: use 'error' or 'recapture'")
-    if max_shapes < 1:
-        raise CallError(f"max_shapes={max_shapes}: keep one set of shapes at least")
-    given = Options(backend, options, progress, mode, on_shape_change, max_shapes, noise_level, max_slot_bytes)
+    if max_shapes < 1 or calls_per_step < 1:
+        raise CallError(f"max_shapes={max_shapes}, calls_per_step={calls_per_step}: both are 1 at least")
+    given = Options(
+        backend, options, progress, mode, on_shape_change, max_shapes, noise_level, max_slot_bytes, calls_per_step
+    )
     compiled = CompiledModel(Prepared(model, plan, given))
     if example_inputs is not None:
         args, kwargs = example_inputs

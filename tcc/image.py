@@ -57,6 +57,7 @@ class Image:
         self._ran: dict[str, int] = {}
         self._level: torch.Tensor | None = None
         self._led: dict[str, int] = {}
+        self._last = ""
 
     def reset(self) -> None:
         """The next call begins a new image."""
@@ -89,6 +90,16 @@ class Image:
                 "once per step and context, in order, and reset() before a new image"
             )
         return False
+
+    def next_call(self, level: torch.Tensor | None, count: int) -> str:
+        """The context of a call that says none, in a loop that makes up to `count` of them at every step.
+
+        They are numbered, and the numbers begin again at another noise level.
+        """
+        names = [f"call {number}" for number in range(count)]
+        last = names.index(self._last) if self._last in names else -1
+        known = level is not None and self._level is not None
+        return names[0 if known and float(level) != float(self._level) else (last + 1) % count]
 
     def find_step(self, context: str, level: torch.Tensor | None, count: int) -> int | None:
         """The step of a call that does not say it; None where it begins a new image.
@@ -136,7 +147,7 @@ class Image:
                     other.reset()
             self._forget(step, level)
         self.sessions[context] = session
-        self._ran[context] = step
+        self._ran[context], self._last = step, context
         if step != self.step:
             self.step, self._level, self._led[context] = step, level, step
 

@@ -40,6 +40,7 @@ class Options(NamedTuple):
     max_shapes: int
     noise_level: str | None
     max_slot_bytes: int | None
+    calls_per_step: int
 
 
 @dataclass(frozen=True, eq=False)

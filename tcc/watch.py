@@ -19,7 +19,8 @@ _SHARED = (
     "step {step} of {count}: this call has the sample and the noise level of the call before it, and other conditions. "
     "Two guidance branches share one session, so that one would reuse what the other stored, and each call would count "
     "as a step: call each branch in a context of its own, `with model.cache_context('cond'):` and "
-    "`with model.cache_context('uncond'):`, or both in one call as a doubled batch"
+    "`with model.cache_context('uncond'):`, or both in one call as a doubled batch; if the calls are a pipeline's, "
+    "compile with calls_per_step=2"
 )
 _BACK = (
     "step {step} of {count}: the noise level went back, from {before:g} to {now:g}: a new image began before the "

@@ -123,6 +123,21 @@ def test_a_loop_may_say_its_steps(model: tcc.CompiledModel, order: str) -> None:
                     assert context == "cond" or relative_error(out, wanted[step]) <= CLOSE
 
 
+@pytest.mark.parametrize("interval", INTERVALS)
+def test_calls_without_contexts_are_told_apart_by_their_order(interval: str, where: str) -> None:
+    """For pipelines that make two calls at a step, or one, and do not say which is which."""
+    guided = list(INTERVALS[interval])
+    model = tcc.compile(case("dit").model, planned().plan, backend="eager", calls_per_step=2)
+    model._prepared.shapes = planned()._prepared.shapes
+    for seed in (0, 1):
+        wanted = expected(guided, seed)
+        for step in range(STEPS):
+            model(*inputs("cond", step, seed))
+            if step in guided:
+                assert relative_error(model(*inputs("uncond", step, seed)), wanted[step]) <= CLOSE
+    assert set(model._images.mine().sessions) == {"call 0", "call 1"}
+
+
 def test_guidance_that_ends_early_is_no_image_that_ends_early(model: tcc.CompiledModel) -> None:
     """At the end of a pipeline's image: the loop is done, one context is not, and there is no warning."""
     loop(model, range(3))

@@ -175,7 +175,7 @@ def test_the_shapes_not_used_for_longest_are_dropped_with_a_warning() -> None:
     with pytest.warns(UserWarning, match=r"\(x \[3, 12, 16\]\) is dropped"), torch.no_grad():
         assert torch.equal(fast(noise(2, 12, 16)), model(noise(2, 12, 16)))
     assert made == [1, 2, 3, 2]
-    with pytest.raises(CallError, match="max_shapes=0: keep one set of shapes at least"):
+    with pytest.raises(CallError, match="max_shapes=0, calls_per_step=1: both are 1 at least"):
         tcc.compile(model, policy, max_shapes=0)
 
 
