@@ -50,7 +50,7 @@ def lay_out(folder: Path, old: Manifest) -> Manifest:
     save_file(starts, version / TENSORS)
     files = {name: old.files[name] for name in (PLAN, WEIGHTS)}
     files |= {name: manifests.file_entry(version / name) for name in (MODEL, TENSORS)}
-    new = _bundle(old, files, sum(len(graph.node) for graph in _graphs(proto.graph)))
+    new = _bundle(old, dict(sorted(files.items())), sum(len(graph.node) for graph in _graphs(proto.graph)))
     manifests.write(new, version)
     (folder / CONFIG).write_text(config(new))
     return new

@@ -53,7 +53,7 @@ def inspect(
         screen.out().print(plan.summary(), soft_wrap=True, markup=False)
         screen.write_json(json, facts(plan))
         return
-    if Path(name, MANIFEST).exists():
+    if Path(name, MANIFEST).exists() or any(Path(name).glob(f"*/{MANIFEST}")):  # a Triton model has it in `1`
         manifest = read(Path(name))
         for table in bundle_tables(name, manifest):
             screen.out().print(table)

@@ -6,11 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from tcc.cli import app
 from tcc.cli.bundles import ranges
+from tcc.driver import compile
+from tcc.metrics import psnr
+from tcc.models import reference_model
+from tcc.plan import CachePlan
+from tcc.samplers import sample
 
 pytest.importorskip("onnx", reason="needs the ONNX packages: pip install 'tcc[onnx]'")
 
@@ -58,7 +64,7 @@ def test_inspect_prints_a_bundle(folder: Path) -> None:
 
 
 def test_run_draws(folder: Path) -> None:
-    """Guidance, a picture or the numbers; the same seed draws the same."""
+    """Guidance, a picture or the numbers; the same seed draws the same: the images of the compiled model, to 60 dB."""
     bundle, numbers = str(folder / "bundle"), folder / "images.safetensors"
     arguments = ("run", bundle, "--classes", "7,9", "--null-class", "10")
     assert tcc(*arguments, "--out", str(folder / "images.png"))[0] == 0
@@ -68,6 +74,12 @@ def test_run_draws(folder: Path) -> None:
     assert first["images"].shape == (2, 1, 32, 32)
     assert tcc(*arguments, "--out", str(numbers))[0] == 0
     assert first["images"].equal(load_file(numbers)["images"])
+    inputs = (torch.zeros(4, 1, 32, 32), torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64))
+    plan = CachePlan.load(str(folder / "plan.safetensors"))
+    compiled = compile(reference_model(), plan, example_inputs=(inputs, {}), backend="eager")
+    noise = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = sample(compiled, noise, torch.tensor([7, 9]), num_steps=4, cfg_scale=1.5)
+    assert psnr(first["images"], images).min() >= 60
 
 
 @pytest.mark.parametrize(
@@ -87,6 +99,21 @@ def test_run_refuses(folder: Path, arguments: tuple[str, ...], message: str) -> 
     assert code != 0
     assert message in output
     assert not (folder / "no.png").exists()
+
+
+def test_a_model_for_triton(folder: Path, tmp_path: Path) -> None:
+    """Its version folder is verified and inspected as a bundle; the folder above says where that is."""
+    arguments = ("--plan", str(folder / "plan.safetensors"), "--out", str(tmp_path / "dit"), "--layout", "triton")
+    code, output = tcc("export", *arguments, "--verify", "--backend", "eager", "--json", str(tmp_path / "n.json"))
+    assert code == 0, output
+    assert max(error["relative"] for error in json.loads((tmp_path / "n.json").read_text())["errors"]) < 1e-5
+    assert (tmp_path / "dit" / "config.pbtxt").exists()
+    code, output = tcc("inspect", str(tmp_path / "dit"))
+    assert code == 1
+    assert f"load {tmp_path}/dit/1" in output
+    code, output = tcc("inspect", str(tmp_path / "dit" / "1"))
+    assert code == 0
+    assert "model.onnx" in output
 
 
 def test_export_refuses_an_existing_folder(folder: Path) -> None:
