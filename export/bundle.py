@@ -24,7 +24,7 @@ from tcc.export import manifest as manifests
 from tcc.export.graphs import model_outputs
 from tcc.export.machine import Machine, versions
 from tcc.export.manifest import PLAN, TENSORS, WEIGHTS, Manifest, Step, TensorSpec, dtype_name, file_entry
-from tcc.export.targets import TARGETS
+from tcc.export.targets import TARGETS, Writer, write_profiles
 from tcc.export.triton import VERSION, lay_out
 from tcc.export.weights import collect
 from tcc.info import inspect
@@ -66,6 +66,7 @@ def bundle(
     *,
     target: str = "onnx",
     arch: str | None = None,
+    profiles: bool = False,
     layout: str = "plain",
     progress: Callable[[str], None] | None = None,
 ) -> Written:
@@ -80,6 +81,8 @@ def bundle(
         target: `onnx`, `aoti`, or an engine per graph: `tensorrt` (made by Torch-TensorRT), `tensorrt-onnx` (by
             TensorRT's own parser) or `tensorrt-rtx` (TensorRT for RTX, run by ONNX Runtime).
         arch: the GPU architecture that engines are for, such as `sm89`; the one of the GPU at hand if not given.
+        profiles: for `tensorrt-onnx`: one engine, with an optimisation profile for each count, for all graphs that
+            differ only in how many tokens they keep.
         layout: `plain`, or for ONNX `triton`: the folder becomes a model of a Triton model repository, under its own
             name; the bundle is its folder `1`.
         progress: called with a line of text before each graph.
@@ -93,10 +96,14 @@ def bundle(
         raise ExportError(f"target={target!r}: use one of {', '.join(TARGETS)}")
     if layout not in _LAYOUTS or (layout != "plain" and target != "onnx"):
         raise ExportError(f"layout={layout!r} of target={target!r}: use plain, or triton for the target onnx")
+    if profiles and target != "tensorrt-onnx":
+        raise ExportError(
+            f"profiles=True with target={target!r}: only tensorrt-onnx makes one engine of several graphs"
+        )
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ExportError(f"{folder} exists: name a new folder, or remove it first")
-    machine = TARGETS[target].machine(arch)
+    machine, writer = TARGETS[target].machine(arch), write_profiles if profiles else TARGETS[target].write
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))  # a bundle is whole, or not there
@@ -104,7 +111,7 @@ def bundle(
         raise ExportError(f"{folder}: cannot be written ({error.strerror}): name another folder") from error
     try:
         program, chosen = _program(model, plan, example_inputs, progress)
-        made, seconds = _write(program, chosen, draft, target, machine, progress or (lambda _: None))
+        made, seconds = _write(program, chosen, draft, target, machine, writer, progress or (lambda _: None))
         if layout == "triton":
             made, seconds = lay_out(draft, made), (sum(seconds),)
         if folder.exists():
@@ -141,7 +148,13 @@ def _program(
 
 
 def _write(
-    program: Program, plan: CachePlan, folder: Path, target: str, machine: Machine, progress: Callable[[str], None]
+    program: Program,
+    plan: CachePlan,
+    folder: Path,
+    target: str,
+    machine: Machine,
+    writer: Writer,
+    progress: Callable[[str], None],
 ) -> tuple[Manifest, tuple[float, ...]]:
     outputs = _outputs(program)
     plan.save(str(folder / PLAN))
@@ -149,7 +162,7 @@ def _write(
     weights.save(folder / WEIGHTS)
     tensors, steps = _tensors(program)
     save_file(tensors or {"none": torch.zeros(0)}, folder / TENSORS)
-    graphs, seconds = TARGETS[target].write(program, weights, folder, machine, progress)
+    graphs, seconds = writer(program, weights, folder, machine, progress)
     for path in folder.iterdir():
         path.chmod(0o644)
     files = {path.name: file_entry(path) for path in sorted(folder.iterdir())}

@@ -88,8 +88,6 @@ class OnnxEngine:
             feeds: contiguous tensors on the device, for all inputs but the slots.
             slots: the slots; those that the graph stores are swapped.
         """
-        if self._device.type == "cuda":  # ONNX Runtime runs on a stream of its own, and waits for it before it returns
-            torch.cuda.current_stream(self._device).synchronize()
         binding = self._session.io_binding()
         for name in self._graph.inputs:
             self._bind(binding.bind_input, name, slots.current[name] if name in self._slots else feeds[name])

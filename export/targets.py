@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,15 +15,18 @@ from tcc.export.graphs import input_names
 from tcc.export.machine import Machine, versions
 from tcc.export.manifest import WEIGHTS, Graph
 from tcc.export.onnx import require_onnx, write_onnx
+from tcc.export.profiles import merge
 from tcc.export.tensorrt import compile_onnx, compile_program, tensorrt_machine, torch_tensorrt_machine
 from tcc.export.tensorrt_rtx import compile_context, rtx_machine
 from tcc.export.weights import Weights, places
 from tcc.program import Program, Variant
 
-__all__ = ["TARGETS", "Target"]
+__all__ = ["TARGETS", "Target", "Writer", "write_profiles"]
 
 Progress = Callable[[str], None]
 Graphs = tuple[tuple[Graph, ...], tuple[float, ...]]
+#: Writes the graphs into a folder that has the weights; returns them and the seconds of each.
+Writer = Callable[[Program, Weights, Path, Machine, Progress], Graphs]
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,11 @@ class Target:
     Attributes:
         machine: what the graphs are made for and with, given the GPU architecture that the caller asks for. It is
             called before any work is done, and raises `ExportError` where a library or a GPU is missing.
-        write: writes the graphs into a folder that has the weights; returns them and the seconds of each.
+        write: the writer.
     """
 
     machine: Callable[[str | None], Machine]
-    write: Callable[[Program, Weights, Path, Machine, Progress], Graphs]
+    write: Writer
 
 
 def _onnx_machine(arch: str | None) -> Machine:
@@ -77,7 +80,7 @@ def _write_aoti(program: Program, weights: Weights, folder: Path, machine: Machi
     return graphs
 
 
-def _write_engines(compile: Callable[[Path, Path, Machine], None], suffix: str) -> Callable[..., Graphs]:
+def _write_engines(compile: Callable[[Path, Path, Machine], None], suffix: str) -> Writer:
     """A writer that compiles the ONNX form of each graph; the engine holds its weights itself."""
 
     def write_all(program: Program, weights: Weights, folder: Path, machine: Machine, progress: Progress) -> Graphs:
@@ -92,6 +95,40 @@ def _write_engines(compile: Callable[[Path, Path, Machine], None], suffix: str) 
         return _timed(program, progress, "compiling", write)
 
     return write_all
+
+
+def write_profiles(program: Program, weights: Weights, folder: Path, machine: Machine, progress: Progress) -> Graphs:
+    """Write TensorRT engines, one for all graphs that differ only in how many tokens they keep.
+
+    Raises:
+        ExportError: no two graphs do.
+    """
+    import onnx
+
+    where = places(folder / WEIGHTS)
+    sources = [folder / f"source{number}.onnx" for number in range(len(program.variants))]
+
+    def write(number: int, variant: Variant) -> Graph:
+        return _graph(variant, "", write_onnx(variant, weights, where, sources[number]), ())
+
+    graphs, seconds = map(list, _timed(program, progress, "writing", write))
+    groups = merge([onnx.load(source, load_external_data=False) for source in sources])
+    if len(groups) == len(sources):
+        raise ExportError(
+            "profiles=True: no two graphs differ only in how many tokens they keep, so each needs an engine of its "
+            "own: leave profiles out"
+        )
+    for group in groups:
+        progress(f"compiling graph {', '.join(str(number + 1) for number in group.numbers)}/{len(sources)}")
+        began, name = time.perf_counter(), f"step{group.numbers[0]}.engine"
+        onnx.save(group.model, sources[group.numbers[0]])
+        compile_onnx(sources[group.numbers[0]], folder / name, machine, group.shapes)
+        for profile, number in enumerate(group.numbers):
+            graphs[number] = replace(graphs[number], file=name, entry=str(profile) if group.shapes else "")
+            seconds[number] += (time.perf_counter() - began) / len(group.numbers)
+    for source in sources:
+        source.unlink()
+    return tuple(graphs), tuple(seconds)
 
 
 def _write_tensorrt(program: Program, weights: Weights, folder: Path, machine: Machine, progress: Progress) -> Graphs:

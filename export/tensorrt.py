@@ -7,6 +7,7 @@ gets. Networks are strongly typed, and float32 means float32 (no TF32).
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,16 @@ def torch_tensorrt_machine(arch: str | None) -> Machine:
     return Machine(gpu_arch("tensorrt", arch), versions("torch", "torch-tensorrt") | {"tensorrt": version})
 
 
-def compile_onnx(source: Path, out: Path, machine: Machine) -> None:
+def compile_onnx(
+    source: Path, out: Path, machine: Machine, profiles: Sequence[dict[str, tuple[int, ...]]] = ()
+) -> None:
     """Build the engine of an ONNX graph.
+
+    Args:
+        source: the graph; its weights lie beside it.
+        out: the file to write.
+        machine: what the engine is built for; TensorRT builds for the GPU at hand.
+        profiles: the shapes that open inputs can have; each becomes an optimisation profile for exactly these shapes.
 
     Raises:
         ExportError: TensorRT refuses the graph; says at which node.
@@ -81,6 +90,11 @@ def compile_onnx(source: Path, out: Path, machine: Machine) -> None:
         raise ExportError(f"TensorRT cannot read the graph: {reasons}")
     config = builder.create_builder_config()  # the flag REFIT stays off
     config.clear_flag(trt.BuilderFlag.TF32)
+    for shapes in profiles:
+        profile = builder.create_optimization_profile()
+        for name, shape in shapes.items():
+            profile.set_shape(name, shape, shape, shape)
+        config.add_optimization_profile(profile)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise ExportError("TensorRT cannot build an engine of the graph: its log says why")

@@ -28,17 +28,13 @@ def open_tensorrt(folder: Path, manifest: Manifest, device: torch.device) -> lis
     trt = require_tensorrt(manifest.target)
     refuse_other(str(folder), manifest.arch, manifest.tools, device, tensorrt=trt.__version__)
     runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-    loaded = []
-    for graph in manifest.graphs:
-        engine = runtime.deserialize_cuda_engine((folder / graph.file).read_bytes())
-        if engine is None:
-            raise BundleError(f"{folder / graph.file}: TensorRT cannot load the engine: export the bundle anew")
-        loaded.append(engine)
-    shared = Activations(max(engine.device_memory_size_v2 for engine in loaded), device)
-    return [
-        TensorrtEngine(trt, engine, graph, manifest, shared, keep=runtime)
-        for engine, graph in zip(loaded, manifest.graphs, strict=True)
-    ]
+    loaded: dict[str, Any] = {}
+    for file in dict.fromkeys(graph.file for graph in manifest.graphs):
+        loaded[file] = runtime.deserialize_cuda_engine((folder / file).read_bytes())
+        if loaded[file] is None:
+            raise BundleError(f"{folder / file}: TensorRT cannot load the engine: export the bundle anew")
+    shared = Activations(max(engine.device_memory_size_v2 for engine in loaded.values()), device)
+    return [TensorrtEngine(trt, loaded[graph.file], graph, manifest, shared, keep=runtime) for graph in manifest.graphs]
 
 
 class Activations:
@@ -68,7 +64,7 @@ class Activations:
 
 
 class TensorrtEngine:
-    """One engine; called with the values of its inputs by name, and the slots.
+    """One engine, or one optimisation profile of it; called with the values of its inputs by name, and the slots.
 
     Args:
         trt: the module `tensorrt`.
@@ -79,7 +75,7 @@ class TensorrtEngine:
         keep: what must live as long as the engine.
 
     Raises:
-        BundleError: inputs or outputs are not as the manifest says.
+        BundleError: inputs or outputs are not as the manifest says, or there is no such profile.
     """
 
     def __init__(
@@ -101,6 +97,7 @@ class TensorrtEngine:
         self._check(found, {self._names[name]: _described(trt, spec) for name, spec in outputs.items()})
         self._context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         shared.give(self._context)
+        self._profile(engine, graph.entry, {name: inputs[name].shape for name in self._inputs if name in inputs})
 
     def __call__(self, feeds: Mapping[str, torch.Tensor], slots: Slots) -> list[torch.Tensor]:
         """Run the engine on torch's current stream: read `feeds` and the slots, write the outputs and spare slots.
@@ -123,12 +120,27 @@ class TensorrtEngine:
             slots.swap(name)
         return outputs
 
+    def _profile(self, engine: Any, entry: str, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Choose an optimisation profile, for good, and give open inputs their shapes."""
+        if not entry:
+            return
+        if not entry.isdecimal() or int(entry) >= engine.num_optimization_profiles:
+            raise BundleError(f"{self._graph.file}: the engine has no optimisation profile {entry!r:.40}")
+        stream = torch.cuda.current_stream(self._shared.memory.device)
+        accepted = self._context.set_optimization_profile_async(int(entry), stream.cuda_stream)
+        stream.synchronize()
+        for name, shape in shapes.items():
+            if -1 in tuple(engine.get_tensor_shape(self._names[name])):
+                accepted = self._context.set_input_shape(self._names[name], shape) and accepted
+        if not accepted:
+            raise BundleError(f"{self._graph.file}: the optimisation profile {entry} is for other shapes")
+
     def _bind(self, name: str, tensor: torch.Tensor) -> None:
         if not self._context.set_tensor_address(self._names[name], tensor.data_ptr()):
             raise BundleError(f"{self._graph.file}: the engine does not take the tensor {name!r:.80}")
 
     @staticmethod
-    def _tensors(trt: Any, engine: Any, mode: Any) -> dict[str, tuple[object, ...]]:
+    def _tensors(trt: Any, engine: Any, mode: Any) -> dict[str, tuple[Any, ...]]:
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         return {
             name: (tuple(engine.get_tensor_shape(name)), engine.get_tensor_dtype(name))
@@ -136,14 +148,20 @@ class TensorrtEngine:
             if engine.get_tensor_mode(name) == mode
         }
 
-    def _check(self, found: dict[str, tuple[object, ...]], wanted: dict[str, tuple[object, ...]]) -> None:
-        """Raise where the engine's inputs or outputs are not what the manifest says."""
-        if found != wanted:
-            differ = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
-            raise BundleError(f"{self._graph.file}: the engine has other tensors than the manifest says: {differ[:5]}")
+    def _check(self, found: dict[str, tuple[Any, ...]], wanted: dict[str, tuple[Any, ...]]) -> None:
+        """Raise where the engine's inputs or outputs are not what the manifest says; -1 is an open dimension."""
+        differ = found.keys() ^ wanted.keys()
+        for name in found.keys() & wanted.keys():
+            (shape, kind), (sizes, expected) = found[name], wanted[name]
+            fits = len(shape) == len(sizes) and all(a in (-1, b) for a, b in zip(shape, sizes, strict=True))
+            if not fits or kind != expected:
+                differ |= {name}
+        if differ:
+            file = self._graph.file
+            raise BundleError(f"{file}: the engine has other tensors than the manifest says: {sorted(differ)[:5]}")
 
 
-def _described(trt: Any, spec: TensorSpec) -> tuple[object, ...]:
+def _described(trt: Any, spec: TensorSpec) -> tuple[Any, ...]:
     """A tensor's shape, and its dtype as TensorRT names it; None for a dtype that engines do not have."""
     names = {
         torch.float32: "FLOAT", torch.float16: "HALF", torch.bfloat16: "BF16", torch.int64: "INT64",

@@ -35,6 +35,12 @@ Arch = Annotated[
         metavar="ARCH", help="The GPU that engines are for, such as sm89; else the one at hand.", show_default=False
     ),
 ]
+Profiles = Annotated[
+    bool,
+    typer.Option(
+        "--profiles", help="tensorrt-onnx: one engine for graphs that differ only in how many tokens they keep."
+    ),
+]
 Layout = Annotated[
     Literal["plain", "triton"],
     typer.Option(help="[bold]triton[/]: the folder of a model in a Triton model repository, one graph for all steps."),
@@ -53,6 +59,7 @@ def export(
     out: Out,
     target: Target = "onnx",
     arch: Arch = None,
+    profiles: Profiles = False,
     layout: Layout = "plain",
     verify: Verify = False,
     backend: options.Backend = "inductor",
@@ -84,6 +91,7 @@ def export(
             out,
             target=target,
             arch=arch,
+            profiles=profiles,
             layout=layout,
             progress=status.update,
         )

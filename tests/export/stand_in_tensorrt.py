@@ -8,6 +8,7 @@ every tensor where it belongs. They tell nothing about TensorRT.
 from __future__ import annotations
 
 import importlib.machinery
+import json
 import types
 import warnings
 from typing import Any
@@ -38,9 +39,23 @@ class Network:
     model: onnx.ModelProto
 
 
+class Profile:
+    def __init__(self) -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def set_shape(self, name: str, least: tuple[int, ...], best: tuple[int, ...], most: tuple[int, ...]) -> None:
+        assert least == best == most
+        self.shapes[name] = best
+
+
 class Config:
     def __init__(self) -> None:
         self.flags = {"TF32"}
+        self.profiles: list[Profile] = []
+
+    def add_optimization_profile(self, profile: Profile) -> int:
+        self.profiles.append(profile)
+        return len(self.profiles) - 1
 
     def clear_flag(self, flag: str) -> None:
         self.flags.discard(flag)
@@ -60,10 +75,15 @@ class Builder:
     def create_builder_config(self) -> Config:
         return Config()
 
+    def create_optimization_profile(self) -> Profile:
+        return Profile()
+
     def build_serialized_network(self, network: Network, config: Config) -> memoryview | None:
         CALLS.append(("build", frozenset(config.flags)))
         if "refuse" in network.model.doc_string:
             return None
+        profiles = json.dumps([profile.shapes for profile in config.profiles])
+        network.model.metadata_props.add(key="profiles", value=profiles)
         return memoryview(MAGIC + network.model.SerializeToString())
 
 
@@ -87,6 +107,16 @@ class OnnxParser:
 class Context:
     def __init__(self, engine: Engine) -> None:
         self.engine, self.addresses, self.memory = engine, dict[str, int](), (0, 0)
+        self.profile, self.shapes = 0, dict[str, tuple[int, ...]]()
+
+    def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
+        self.profile = profile
+        CALLS.append(("profile", profile))
+        return True
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shapes[name] = shape
+        return self.engine.profiles[0][self.profile].get(name) == list(shape)
 
     def set_device_memory(self, memory: int, size: int) -> None:
         self.memory = (memory, size)
@@ -101,7 +131,7 @@ class Context:
         binding = self.engine.session.io_binding()
         for name, (mode, shape, kind) in self.engine.tensors.items():
             bind = binding.bind_input if mode == "INPUT" else binding.bind_output
-            bind(name, "cpu", 0, kind, shape, self.addresses[name])
+            bind(name, "cpu", 0, kind, self.shapes.get(name, shape), self.addresses[name])
         self.engine.session.run_with_iobinding(binding)
         CALLS.append(("execute", stream))
         return True
@@ -113,12 +143,14 @@ class Engine:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        self.profiles = [json.loads(entry.value) for entry in proto.metadata_props if entry.key == "profiles"]
+        self.num_optimization_profiles = max(len(self.profiles[0]), 1) if self.profiles else 1
         self.device_memory_size_v2 = 1000 * len(proto.graph.node)
         self.tensors: dict[str, tuple[str, tuple[int, ...], int]] = {}
         for mode, values in (("INPUT", proto.graph.input), ("OUTPUT", proto.graph.output)):
             for value in values:
                 kind = value.type.tensor_type
-                self.tensors[value.name] = (mode, tuple(dim.dim_value for dim in kind.shape.dim), kind.elem_type)
+                self.tensors[value.name] = (mode, tuple(dim.dim_value or -1 for dim in kind.shape.dim), kind.elem_type)
 
     @property
     def num_io_tensors(self) -> int:
@@ -152,6 +184,8 @@ class Stream:
     """For `torch.cuda.Stream`: says what waits for what."""
 
     cuda_stream = 7
+
+    def synchronize(self) -> None: ...
 
     def wait_event(self, event: Event) -> None:
         CALLS.append(("wait", id(event)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import tcc
 from tcc.errors import BundleError, ExportError
 from tcc.export import Runner, bundle
 from tcc.export import tensorrt as builder
 from tcc.export.manifest import Manifest, read
 from tcc.export.tensorrt_engine import open_tensorrt
 from tcc.export.verify import verify
+from tcc.info import ModelInfo
+from tcc.plan import Action, CachePlan, Compute, Update
 from tests.export.bundles import STEPS, flat_inputs, half, mixed, session
 from tests.running import CLOSE
 from tests.tiny_models import case
@@ -87,6 +91,56 @@ def test_engines_run_the_plan_on_bound_memory(target: str, tmp_path: Path, calls
     assert named(calls, "execute") == [[stand_in.Stream.cuda_stream]] * (2 * STEPS)
     order = [name for name, *_ in calls if name in ("wait", "execute", "record")]
     assert order == ["wait", "execute", "record"] * (2 * STEPS)  # engines of two streams never share activations
+
+
+def counts(info: ModelInfo) -> CachePlan:
+    """Two kinds of P-steps that differ in how many tokens they keep, after I-steps."""
+    start, stop = info.image_tokens
+    others = [i for i in range(info.num_tokens) if not start <= i < stop]
+    tokens = {name: torch.tensor(sorted([*others, *range(start, stop, n)])) for name, n in (("half", 2), ("few", 4))}
+    sites = [f"{block}.{branch}.delta" for block in info.blocks for branch in ("attn", "mlp")]
+    actions: dict[tuple[int, str], Action] = {(step, site): Compute() for step in (0, 2) for site in sites}
+    for step, name in ((1, "half"), (3, "few")):
+        actions |= {(step, site): Update(name, "kept") for site in sites}
+    return info.count(CachePlan(num_steps=4, actions=actions, tokens=tokens))
+
+
+def test_one_engine_has_a_profile_for_each_count(tmp_path: Path, calls: list[tuple[Any, ...]]) -> None:
+    """Graphs that differ in that alone share a file; the others have their own; all compute the same as before."""
+    which = case("dit")
+    example = (which.args, which.kwargs)
+    written = bundle(which.model, counts, example, tmp_path / "made", target="tensorrt-onnx", profiles=True)
+    manifest = written.manifest
+    assert [(g.file, g.entry) for g in manifest.graphs] == [
+        ("step0.engine", ""), ("step1.engine", "0"), ("step1.engine", "1")
+    ]  # fmt: skip
+    assert {*manifest.files} == {"plan.safetensors", "tensors.safetensors", "step0.engine", "step1.engine"}
+    runner = opened(written.folder)
+    assert named(calls, "profile") == [[0], [1]]
+    model = tcc.compile(which.model, counts, example_inputs=example, backend="eager")
+    inputs = functools.partial(flat_inputs, which)
+    errors = list(verify(runner, lambda *tensors: model.session._run(list(tensors)), inputs))
+    assert len(errors) == 4
+    assert max(error.relative for error in errors) < CLOSE
+    for entry in ("7", "-1", "one"):
+        graphs = tuple(replace(graph, entry=entry) for graph in manifest.graphs)
+        with pytest.raises(BundleError, match=rf"step0.engine: the engine has no optimisation profile '{entry}'"):
+            open_tensorrt(written.folder, replace(manifest, graphs=graphs), CPU)
+    swapped = (manifest.graphs[0], replace(manifest.graphs[1], entry="1"), manifest.graphs[2])
+    with pytest.raises(BundleError, match=r"step1.engine: the optimisation profile 1 is for other shapes"):
+        open_tensorrt(written.folder, replace(manifest, graphs=swapped), CPU)
+
+
+def test_profiles_are_refused_where_they_do_not_apply(tmp_path: Path, calls: list[tuple[Any, ...]]) -> None:
+    """Graphs that differ in more than counts, and other targets."""
+    which = case("dit")
+    example = (which.args, which.kwargs)
+    plan = CachePlan(num_steps=1, actions={})
+    with pytest.raises(ExportError, match=r"no two graphs differ only in how many tokens they keep"):
+        bundle(which.model, plan, example, tmp_path / "made", target="tensorrt-onnx", profiles=True)
+    with pytest.raises(ExportError, match=r"profiles=True with target='onnx': only tensorrt-onnx"):
+        bundle(which.model, plan, example, tmp_path / "made", profiles=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_no_engine_or_another_one_is_refused(tmp_path: Path, calls: list[tuple[Any, ...]]) -> None:
