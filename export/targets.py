@@ -111,7 +111,8 @@ def write_profiles(program: Program, weights: Weights, folder: Path, machine: Ma
     def write(number: int, variant: Variant) -> Graph:
         return _graph(variant, "", write_onnx(variant, weights, where, sources[number]), ())
 
-    graphs, seconds = map(list, _timed(program, progress, "writing", write))
+    written, spent = _timed(program, progress, "writing", write)
+    graphs, seconds = list(written), list(spent)
     groups = merge([onnx.load(source, load_external_data=False) for source in sources])
     if len(groups) == len(sources):
         raise ExportError(

@@ -48,7 +48,7 @@ class Activations:
     def __init__(self, size: int, device: torch.device) -> None:
         self.memory = torch.empty(max(size, 1), dtype=torch.uint8, device=device)
         self.lock = threading.Lock()
-        self._free = torch.cuda.Event()
+        self._free: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def give(self, context: Any) -> None:
         """Let an execution context use it."""
