@@ -111,6 +111,8 @@ def bundle(
         raise ExportError(f"{folder}: cannot be written ({error.strerror}): name another folder") from error
     try:
         program, chosen = _program(model, plan, example_inputs, progress)
+        for slot in program.slots:
+            dtype_name(slot.dtype)  # refused before anything is made
         made, seconds = _write(program, chosen, draft, target, machine, writer, progress or (lambda _: None))
         if layout == "triton":
             made, seconds = lay_out(draft, made), (sum(seconds),)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from tcc.passes.base import Pass
 from tcc.passes.choose_tokens import Choice
 from tcc.passes.drop_dead_stores import DropDeadStores
-from tcc.passes.insert_slots import NO_RECORDS, Entry, InsertSlots, Records
+from tcc.passes.insert_slots import NO_RECORDS, Entry, InsertSlots, Records, history
 from tcc.passes.lower_tokens import LowerTokens
 from tcc.passes.merge_runs import MergeRuns
+from tcc.passes.narrow_slots import NarrowSlots
 from tcc.passes.prune_tokens import PruneTokens
 from tcc.passes.split_projections import SplitProjections
 
@@ -26,6 +29,7 @@ class StepKind:
         sets: every token set that the actions name by number: its size, or how it is chosen.
         num_tokens: the tokens of the stream.
         records: what the step notes down for the scores of later steps.
+        slot_dtype: what slots keep wider values in.
     """
 
     entries: tuple[Entry, ...]
@@ -33,14 +37,22 @@ class StepKind:
     sets: tuple[int | Choice, ...]
     num_tokens: int
     records: Records = NO_RECORDS
+    slot_dtype: torch.dtype | None = None
+
+    @property
+    def slots(self) -> frozenset[str]:
+        """The slots of the actions."""
+        return frozenset(history(slot, age) for e in self.entries for slot in e.slots for age in range(e.depth))
 
 
 def variant_passes(kind: StepKind) -> list[Pass]:
     """The passes for one kind of step, in order."""
+    narrow = [NarrowSlots(kind.slots, kind.slot_dtype)] if kind.slot_dtype else []
     return [
         # first: names of sites are names of this graph
         InsertSlots(kind.entries, kind.sets, kind.num_tokens, kind.records),
         DropDeadStores(kind.live),  # before pruning: a dead store would keep whole values alive
+        *narrow,  # after: a dead store needs no rounding
         MergeRuns(),  # before pruning: gathers that cancel need not move
         SplitProjections(),  # before pruning: a fused projection is one value, needed whole for its keys
         PruneTokens(),

@@ -276,6 +276,7 @@ def compile(
     noise_level: str | None = None,
     max_slot_bytes: int | None = None,
     calls_per_step: int = 1,
+    slot_dtype: torch.dtype | None = None,
 ) -> CompiledModel:
     """Compile `model` to run `plan`.
 
@@ -300,6 +301,8 @@ def compile(
             branch); a plan that needs more is refused. `plan.memory(info)` says what it needs.
         calls_per_step: how many calls, of one guidance branch each, a loop makes at a step outside of `cache_context`.
             Pipelines that use no contexts make two. They are told apart by their order and the noise level.
+        slot_dtype: keep wider values in this dtype, such as `torch.bfloat16`: half the bytes, and an error that you
+            measure; see `CachePlan.slot_dtype`, which it replaces.
 
     Returns:
         A model with the same forward signature.
@@ -316,8 +319,9 @@ def compile(
     if max_shapes < 1 or calls_per_step < 1:
         raise CallError(f"max_shapes={max_shapes}, calls_per_step={calls_per_step}: both are 1 at least")
     given = Options(
-        backend, options, progress, mode, on_shape_change, max_shapes, noise_level, max_slot_bytes, calls_per_step
-    )
+        backend, options, progress, mode, on_shape_change, max_shapes, noise_level, max_slot_bytes, calls_per_step,
+        slot_dtype,
+    )  # fmt: skip
     compiled = CompiledModel(Prepared(model, plan, given))
     if example_inputs is not None:
         args, kwargs = example_inputs

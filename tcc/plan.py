@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 import torch
 
 from tcc.errors import PlanError
+from tcc.plan_facts import Cost, ModelKey, Schedule
 from tcc.scores import Mapped, Score, Stale, check_score, check_table
 from tcc.site_name import SITE_KINDS, SiteName
 
@@ -26,6 +27,7 @@ __all__ = [
     "Attention",
     "CachePlan",
     "Compute",
+    "Cost",
     "Hold",
     "ModelKey",
     "Reuse",
@@ -133,51 +135,6 @@ COMPUTE = Compute()
 
 
 @dataclass(frozen=True)
-class ModelKey:
-    """The model a plan was made for.
-
-    Attributes:
-        graph_hash: content hash of the captured graph.
-        inputs: name and shape of every tensor input, in order.
-        num_tokens: the tokens of the stream.
-    """
-
-    graph_hash: str
-    inputs: tuple[tuple[str, tuple[int, ...]], ...]
-    num_tokens: int
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The kind of every step: `I` where all sites are computed, `P` where some are not."""
-
-    letters: str
-
-    def __str__(self) -> str:
-        return self.letters
-
-    @property
-    def i_steps(self) -> tuple[int, ...]:
-        """The steps that compute everything."""
-        return tuple(i for i, letter in enumerate(self.letters) if letter == "I")
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a plan costs on the model it was made for.
-
-    Attributes:
-        full_macs: MACs of one uncached step, for one image and one guidance branch.
-        step_macs: MACs of every step of the plan, likewise.
-        slot_bytes: the bytes of all slots, for the captured batch.
-    """
-
-    full_macs: int
-    step_macs: tuple[int, ...]
-    slot_bytes: int
-
-
-@dataclass(frozen=True)
 class CachePlan:
     """The table step x site -> action, with the token sets and the scores it names.
 
@@ -190,6 +147,9 @@ class CachePlan:
         tokens: `{name: [k] int64}`, sorted positions in the stream.
         scores: `{name: score}`, what dynamic token sets (`TopK`) are chosen by.
         tables: `{name: tensor}`, floating-point tensors that the scores read.
+        slot_dtype: what slots keep values in that are wider: `torch.bfloat16`, or a float8 type. Values are rounded
+            when they are stored, after those out of its range have been clamped to it, and computed with as they are.
+            None keeps them as they are computed.
         model: the model it was made for, or None for a plan written by hand.
         policy: the policy that made it, with its options, for the record.
         cost: what it costs, where a policy has counted it.
@@ -206,10 +166,13 @@ class CachePlan:
     cost: Cost | None = None
     scores: Mapping[str, Score] = field(default_factory=dict)
     tables: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    slot_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.num_steps, int) or self.num_steps < 1:
             raise PlanError(f"a plan needs at least one step, a whole number, got num_steps={self.num_steps}")
+        if self.slot_dtype is not None and not getattr(self.slot_dtype, "is_floating_point", False):
+            raise PlanError(f"slot_dtype={self.slot_dtype}: use a floating-point type, such as torch.bfloat16")
         for name, kept in self.tokens.items():
             _check_tokens(name, kept)
         for name, table in self.tables.items():

@@ -48,6 +48,7 @@ def save(plan: CachePlan, path: str) -> None:
         "model": None if plan.model is None else asdict(plan.model),
         "policy": dict(plan.policy),
         "cost": None if plan.cost is None else asdict(plan.cost),
+        "slot_dtype": None if plan.slot_dtype is None else str(plan.slot_dtype).removeprefix("torch."),
     }
     tensors = {f"tokens.{i}": kept.contiguous() for i, kept in enumerate(plan.tokens.values())}
     tensors |= {f"tables.{i}": table.detach().cpu().clone() for i, table in enumerate(plan.tables.values())}
@@ -102,6 +103,9 @@ def _decode(body: dict[str, Any], tensors: dict[str, torch.Tensor]) -> CachePlan
         model = ModelKey(model["graph_hash"], inputs, model["num_tokens"])
     if cost is not None:
         cost = Cost(cost["full_macs"], tuple(cost["step_macs"]), cost["slot_bytes"])
+    dtype = body.get("slot_dtype")  # none in older files
+    if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise PlanError(f"the plan's slot_dtype {dtype!r:.40} is none of this torch version")
     return CachePlan(
         num_steps=body["num_steps"],
         actions={(step, site): kinds[kind] for step, site, kind in body["actions"]},
@@ -111,6 +115,7 @@ def _decode(body: dict[str, Any], tensors: dict[str, torch.Tensor]) -> CachePlan
         cost=cost,
         scores={name: _score(entry) for name, entry in body.get("scores", {}).items()},  # none in older files
         tables={name: tensors[f"tables.{i}"] for i, name in enumerate(body.get("tables", ()))},
+        slot_dtype=getattr(torch, dtype) if dtype else None,
     )
 
 

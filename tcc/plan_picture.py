@@ -8,6 +8,8 @@ from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from tcc.plan import Action, CachePlan, Reuse, TopK, Update
 from tcc.scores import Score
 
@@ -50,6 +52,7 @@ def facts(plan: CachePlan) -> dict[str, Any]:
         "full_macs": cost.full_macs * plan.num_steps if cost else None,
         "bound": plan.bound if cost else None,
         "slot_bytes": plan.slot_bytes if cost else None,
+        "slot_dtype": _name(plan.slot_dtype) if plan.slot_dtype else None,
     }
 
 
@@ -69,7 +72,8 @@ def summary(plan: CachePlan) -> str:
         full = plan.cost.full_macs * plan.num_steps
         rows.append(("MACs", f"{_giga(plan.macs)} of {_giga(full)} GMAC per run, image and guidance branch"))
         rows.append(("bound", f"{plan.bound:.2f}x: the speedup that the MACs allow; measure to know the real one"))
-        rows.append(("slots", f"{_size(plan.slot_bytes)} for the batch it was made for"))
+        kept = f", wider values rounded to {_name(plan.slot_dtype)}" if plan.slot_dtype else ""
+        rows.append(("slots", f"{_size(plan.slot_bytes)} for the batch it was made for{kept}"))
     return "\n".join(f"{name:<9}{text}" for name, text in rows)
 
 
@@ -231,6 +235,10 @@ def _formula(score: Score) -> str:
 
 def _share(plan: CachePlan, count: int) -> float | None:
     return count / plan.model.num_tokens if plan.model else None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _giga(macs: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -41,6 +41,7 @@ class Options(NamedTuple):
     noise_level: str | None
     max_slot_bytes: int | None
     calls_per_step: int
+    slot_dtype: torch.dtype | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,6 +161,8 @@ class Prepared:
             if not self.readies:
                 raise
             raise PlanError(f"{error}; or give tcc.compile a policy, which makes a plan for each shape") from error
+        if self.options.slot_dtype is not None:
+            plan = shape.info.count(replace(plan, slot_dtype=self.options.slot_dtype))
         ready = Ready(shape, plan, self.options)
         self.readies = [known for known in self.readies if known.shape in self.shapes] + [ready]
         self._use(ready)

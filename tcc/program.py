@@ -216,7 +216,7 @@ def _step_kinds(plan: CachePlan, analysis: Analysis) -> tuple[list[StepKind], li
             for tokens in table.tokens
         )
         records = _records(plan, analysis, step, table, maps, ages)
-        kinds.append(StepKind(entries, frozenset(live), sets, analysis.num_tokens, records))
+        kinds.append(StepKind(entries, frozenset(live), sets, analysis.num_tokens, records, plan.slot_dtype))
         tables.append(table)
     return kinds, tables
 

@@ -121,13 +121,13 @@ class Reference:
         """The site's value under `action`, by the definitions of DESIGN section 3; updates what is stored."""
         stored = self._stored.setdefault(slot, [])
         if isinstance(action, Compute):
-            stored.insert(0, computed.clone())
+            stored.insert(0, self._as_kept(computed))
             return computed
         if isinstance(action, Update):
             kept = _spread(self._kept(action, env), computed, site.axis, site.batch)
             value = torch.where(kept, computed, stored[0])
             if action.store:
-                stored[0] = value
+                stored[0] = self._as_kept(value)
             return value
         if isinstance(action, Skip):
             return torch.zeros_like(computed)
@@ -135,6 +135,14 @@ class Reference:
             return sum((c * v for c, v in zip(action.coefficients, stored, strict=False)), torch.zeros_like(computed))
         assert isinstance(action, (Reuse, Hold))
         return stored[0]
+
+    def _as_kept(self, computed: torch.Tensor) -> torch.Tensor:
+        """A copy with what the plan's slots keep of it."""
+        dtype = self._plan.slot_dtype
+        if dtype is None or not computed.is_floating_point() or dtype.itemsize >= computed.dtype.itemsize:
+            return computed.clone()
+        most = torch.finfo(dtype).max
+        return computed.clamp(-most, most).to(dtype).to(computed.dtype)
 
     def _attend(
         self, name: str, actions: dict[Site, Action], args: Any, kwargs: Any, env: dict[str, Any]
