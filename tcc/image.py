@@ -98,8 +98,9 @@ class Image:
         """
         names = [f"call {number}" for number in range(count)]
         last = names.index(self._last) if self._last in names else -1
-        known = level is not None and self._level is not None
-        return names[0 if known and float(level) != float(self._level) else (last + 1) % count]
+        if level is not None and self._level is not None and float(level) != float(self._level):
+            return names[0]
+        return names[(last + 1) % count]
 
     def find_step(self, context: str, level: torch.Tensor | None, count: int) -> int | None:
         """The step of a call that does not say it; None where it begins a new image.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import types
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -208,7 +209,7 @@ class Prepared:
         """
         now = parts_of(self.model) if self.shapes else []
         for shape in self.shapes[:1]:
-            if len(now) != len(shape.parts) or any(a is not b for a, b in zip(now, shape.parts, strict=True)):
+            if len(now) != len(shape.parts) or not all(map(_is_same, now, shape.parts)):
                 raise CallError(
                     "layers, weights, buffers or functions of the model were replaced after it was compiled, by an "
                     "adapter for example, and the compiled steps do not have them: call tcc.compile anew, or load "
@@ -223,11 +224,27 @@ def _move_to_end(known: list[Any], used: Any) -> None:
 
 
 def parts_of(model: nn.Module | ExportedProgram) -> list[Any]:
-    """The layers, weights, buffers, hooks and functions of a model; that they are others, not that values are."""
+    """The layers, weights, buffers, hooks and functions of a model; that they are others, not that values are.
+
+    An object that is called like a function, such as an attention processor, counts as its class and what it holds.
+    """
     found: list[Any] = []
     for module in model.modules() if isinstance(model, nn.Module) else ():
         held = vars(module)
         hooks = (*held["_forward_pre_hooks"].values(), *held["_forward_hooks"].values())
         weights = (*held["_parameters"].values(), *held["_buffers"].values())
-        found += [module, *weights, *hooks, *(part for part in held.values() if callable(part))]
+        found += [module, *weights, *hooks]
+        for part in held.values():
+            if callable(part):
+                found += (
+                    [part] if isinstance(part, _FUNCTIONS) else [type(part), *getattr(part, "__dict__", {}).values()]
+                )
     return found
+
+
+_FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, type)
+
+
+def _is_same(now: Any, then: Any) -> bool:
+    """Whether a part is the one that it was; the values that an object holds may be equal instead."""
+    return now is then or (isinstance(then, (int, float, str)) and type(now) is type(then) and bool(now == then))

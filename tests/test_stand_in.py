@@ -17,17 +17,28 @@ from tests.running import CLOSE, call, compiled
 from tests.tiny_models import Case, Tokens, _blocks, case, fill, noise, relative_error
 
 
+class Times:
+    """Something that is called and is no module, as attention processors are."""
+
+    def __init__(self, by: float) -> None:
+        self.by = by
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The product."""
+        return x * self.by
+
+
 class Scaled(nn.Module):
     """Blocks after a buffer, a function and an attribute that the forward reads."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner, self.scale, self.act = Tokens(_blocks()), 2.0, torch.tanh
+        self.inner, self.scale, self.act, self.process = Tokens(_blocks()), 2.0, torch.tanh, Times(1.5)
         self.register_buffer("shift", torch.ones(16))
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the blocks."""
-        out: Tensor = self.inner(self.act(x * self.scale + self.shift))
+        out: Tensor = self.inner(self.process(self.act(x * self.scale + self.shift)))
         return out
 
 
@@ -123,6 +134,7 @@ REPLACED: dict[str, Callable[[Any], None]] = {
     "a function": lambda model: setattr(model, "act", torch.sin),
     "a hook": hooked,
     "a forward": patched,
+    "a processor": lambda model: setattr(model, "process", Times(4.0)),
 }
 
 
@@ -136,6 +148,15 @@ def test_what_is_replaced_after_compilation_is_refused_at_the_next_image(what: s
     fast.reset()
     with pytest.raises(CallError, match=r"weights, buffers or functions of the model were replaced after it was comp"):
         fast(x)
+
+
+def test_a_processor_that_is_set_anew_is_the_same() -> None:
+    """Pipelines with perturbed attention set their own before every image, and the model's after it."""
+    model, fast, x = scaled()
+    first = fast(x)
+    model.process = Times(1.5)
+    fast.reset()
+    assert torch.equal(fast(x), first)
 
 
 @pytest.mark.parametrize("start", [-1, 2.5, 3])
