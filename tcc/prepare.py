@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import types
 import warnings
@@ -242,7 +243,7 @@ def parts_of(model: nn.Module | ExportedProgram) -> list[Any]:
     return found
 
 
-_FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, type)
+_FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial, type)
 
 
 def _is_same(now: Any, then: Any) -> bool:

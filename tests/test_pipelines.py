@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +15,14 @@ from torch import Tensor, nn
 
 import tcc
 from tcc.errors import CallError
-from tests.tiny_models import relative_error
+from tests.tiny_models import noise, relative_error
 from tests.tiny_pipelines import (
     BUILDERS,
     NAMES,
     POLICIES,
     STEPS,
     Oracle,
+    arguments,
     by_hand,
     captured,
     pipeline,
@@ -135,6 +139,58 @@ def test_guidance_branches_have_sessions_of_their_own() -> None:
     with using("flux", captured("flux").with_plan(POLICIES["fora"])) as pipe:
         run(pipe, "flux", steps=STEPS)
         assert set(pipe.transformer._images.mine().sessions) == {"cond", "uncond"}
+
+
+def test_a_pipeline_without_contexts_calls_twice_at_a_step() -> None:
+    """Image-to-image of Flux does not say which guidance branch it is at: refused, unless that is known."""
+    from diffusers import FluxImg2ImgPipeline
+
+    given = arguments("flux") | {"image": noise(1, 3, 16, 16).sigmoid(), "strength": 1.0}
+    policy = POLICIES["fora"]
+    with using("flux", captured("flux").with_plan(policy)) as pipe:
+        edit = FluxImg2ImgPipeline(**pipe.components)
+    edit.set_progress_bar_config(disable=True)
+    with pytest.raises(CallError, match=r"guidance branches share one session, .*compile with calls_per_step=2"):
+        run(edit, "", steps=STEPS, given=given)
+    original = pipeline("flux").transformer
+    model = edit.transformer = tcc.compile(original, policy, backend="eager", calls_per_step=2)
+    made = [run(edit, "", steps=STEPS, given=given) for _ in range(2)]
+    edit.transformer = Turns(original, model.plan, model.info)
+    assert torch.equal(run(edit, "", steps=STEPS, given=given), made[0])
+    assert torch.equal(*made)
+
+
+class Turns(Oracle):
+    """The reference where a call says no context: two runs, in turns."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The next step of the run whose turn it is."""
+        with self.cache_context("first" if self.context == "" and not self.turn else "second"):
+            self.turn = not self.turn
+            return super().forward(*args, **kwargs)
+
+    turn = False
+
+
+def test_pipelines_in_threads_share_a_compiled_model() -> None:
+    """Each makes the images that it makes alone, though both are at it at the same time."""
+    model = planned("sd3", "fora")
+    with using("sd3", model) as pipe:
+        expected = [run(pipe, "sd3", steps=STEPS, seed=seed) for seed in (0, 1)]
+        both = [type(pipe)(**pipe.components | {"scheduler": copy.deepcopy(pipe.scheduler)}) for _ in expected]
+    turn = threading.Barrier(2)
+
+    def step(pipe: Any, index: int, timestep: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+        turn.wait(timeout=60)
+        return given
+
+    def work(seed: int) -> list[Tensor]:
+        both[seed].set_progress_bar_config(disable=True)
+        return [run(both[seed], "sd3", steps=STEPS, seed=seed, callback_on_step_end=step) for _ in range(2)]
+
+    with ThreadPoolExecutor(2) as pool:
+        for wanted, made in zip(expected, pool.map(work, (0, 1)), strict=True):
+            assert all(torch.equal(image, wanted) for image in made)
 
 
 @pytest.mark.compiles
