@@ -284,8 +284,10 @@ def _check(manifest: Manifest) -> None:
             raise _Malformed(f"{name!r:.80} is no file of a bundle: file names are letters, digits, '.', '_' and '-'")
     if (manifest.target in ENGINES) != bool(manifest.arch):
         raise _Malformed(f"target {manifest.target!r:.40} with arch {manifest.arch!r:.40}: engines have one, no others")
-    weights = () if manifest.arch else (WEIGHTS,)
-    for name in (PLAN, *weights, TENSORS, *(graph.file for graph in manifest.graphs)):
+    files = [graph.file for graph in manifest.graphs]
+    if manifest.target == "tensorrt-rtx":  # a graph names its engine, the file beside it
+        files += [str(Path(file).with_suffix(".engine")) for file in files]
+    for name in (PLAN, *(() if manifest.arch else (WEIGHTS,)), TENSORS, *files):
         if name not in manifest.files:
             raise _Malformed(f"the file {name!r:.80} is not listed")
     _check_graphs(manifest)

@@ -108,7 +108,7 @@ class TensorrtEngine:
         """
         device = self._shared.memory.device
         outputs = [torch.empty(spec.shape, dtype=spec.torch_dtype, device=device) for spec in self._outputs]
-        with self._shared.lock:  # a context has one set of addresses
+        with self._shared.lock, _current(device):  # a context has one set of addresses
             for name in self._inputs:
                 self._bind(name, slots.current[name] if name in self._slots else feeds[name])
             for spec, tensor in zip(self._outputs, outputs, strict=True):
@@ -159,6 +159,11 @@ class TensorrtEngine:
         if differ:
             file = self._graph.file
             raise BundleError(f"{file}: the engine has other tensors than the manifest says: {sorted(differ)[:5]}")
+
+
+def _current(device: torch.device) -> torch.cuda.device:
+    """The GPU that TensorRT works on, as long as the context lasts."""
+    return torch.cuda.device(-1 if device.index is None else device.index)
 
 
 def _described(trt: Any, spec: TensorSpec) -> tuple[Any, ...]:

@@ -125,12 +125,13 @@ def _device(device: torch.device) -> Any:
     """
     onnxruntime, plugin = _plugin()
     found = [each for each in onnxruntime.get_ep_devices() if each.ep_name == plugin.get_ep_name()]
-    if len(found) <= (device.index or 0):
-        raise ExportError(
-            f"target={TARGET!r} on {device}: the provider sees {len(found)} GPUs that it can use: it needs an NVIDIA "
-            "GPU of the architecture sm86, sm89, or sm120 and newer, and its driver"
-        )
-    return found[device.index or 0]
+    for each in found:
+        if each.ep_metadata.get("device_id") == str(device.index or 0):
+            return each
+    raise ExportError(
+        f"target={TARGET!r} on {device}: the provider can use {len(found)} GPUs here, and not this one: it needs an "
+        "NVIDIA GPU of the architecture sm86, sm89, or sm120 and newer, and its driver"
+    )
 
 
 def _options(onnxruntime: Any, device: torch.device, settings: dict[str, str]) -> Any:

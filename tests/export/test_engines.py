@@ -16,8 +16,10 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import tcc
+from tcc.cli import app
 from tcc.errors import BundleError, ExportError
 from tcc.export import bundle, load
 from tcc.export.machine import refuse_other
@@ -77,6 +79,22 @@ def test_graphs_for_any_device_have_no_architecture(target: str, tmp_path: Path)
         bundle(torch.nn.Identity(), mixed, ((), {}), tmp_path / "new", target=target, arch="sm89")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_command_line_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one sentence, with exit code 1, and without a folder."""
+    for package in ("tensorrt", "torch_tensorrt", "onnxruntime_ep_nv_tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, package, None)
+    info = tcc.inspect(case("dit").model, *case("dit").args)
+    plan = tmp_path / "plan.safetensors"
+    info.count(tcc.CachePlan(num_steps=1, actions={})).save(str(plan))
+    for target in TARGETS:
+        command = ["export", "--plan", str(plan), "--out", str(tmp_path / "out"), "--target", target, "--arch", "sm89"]
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 1
+        assert f"target='{target}' needs the package" in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle with engines in name alone: bytes that no library made, where the engines lie."""
@@ -115,6 +133,22 @@ def test_without_a_gpu_a_bundle_says_what_it_needs(original: Path) -> None:
         load(original)
     with pytest.raises(ExportError, match=r"run on an NVIDIA GPU \(sm89\); it was to be loaded on cpu"):
         load(original, device="cpu")
+
+
+def test_an_engine_that_a_graph_names_must_be_listed(original: Path, tmp_path: Path) -> None:
+    """TensorRT for RTX has two files for a graph, and both are checked."""
+    folder = Path(shutil.copytree(original, tmp_path / "bundle"))
+    (folder / "step0.onnx").write_bytes(b"names step0.engine")
+
+    def change(document: dict[str, Any]) -> None:
+        document.update(target="tensorrt-rtx")
+        document["graphs"][0].update(file="step0.onnx")
+        document["files"]["step0.onnx"] = vars(file_entry(folder / "step0.onnx"))
+        del document["files"]["step0.engine"]
+
+    rewrite(folder, change)
+    with pytest.raises(BundleError, match=r"the file 'step0.engine' is not listed"):
+        read(folder)
 
 
 def test_engines_run_on_the_version_and_the_gpu_they_were_built_for(monkeypatch: pytest.MonkeyPatch) -> None:

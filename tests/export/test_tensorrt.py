@@ -146,7 +146,9 @@ def test_profiles_are_refused_where_they_do_not_apply(tmp_path: Path, calls: lis
 def test_what_is_no_engine_or_another_one_is_refused(tmp_path: Path, calls: list[tuple[Any, ...]]) -> None:
     """By the file's name, when the bundle is opened; in half precision, whose types are the model's."""
     model, example = half(case("dit"))
-    folder = bundle(model, mixed, example, tmp_path / "made", target="tensorrt-onnx").folder
+    actions = {(1, "blocks.0.mlp.delta"): Update("few")}
+    plan = CachePlan(num_steps=2, actions=actions, tokens={"few": torch.arange(0, 16, 3)})
+    folder = bundle(model, plan, example, tmp_path / "made", target="tensorrt-onnx").folder
     assert {spec.dtype for spec in read(folder).slots} == {"float16"}
     opened(folder)
     first, second = folder / "step0.engine", folder / "step1.engine"
