@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 
 import tcc
 from tcc.errors import BundleError, ExportError
-from tcc.export import Runner, bundle
+from tcc.export import Runner, bundle, load
 from tcc.export import tensorrt as builder
+from tcc.export.machine import arch_of
 from tcc.export.manifest import Manifest, read
+from tcc.export.profiles import merge
 from tcc.export.tensorrt_engine import open_tensorrt
 from tcc.export.verify import verify
 from tcc.info import ModelInfo
@@ -131,6 +133,30 @@ def test_one_engine_has_a_profile_for_each_count(tmp_path: Path, calls: list[tup
         open_tensorrt(written.folder, replace(manifest, graphs=swapped), CPU)
 
 
+def reshaping(count: int, target: list[int]) -> Any:
+    """An ONNX graph that reshapes an input of `[count, 6]`."""
+    helper, kinds = stand_in.onnx.helper, stand_in.onnx.TensorProto
+    graph = helper.make_graph(
+        [helper.make_node("Reshape", ["x", "target"], ["y"])],
+        "graph",
+        [helper.make_tensor_value_info("x", kinds.FLOAT, [count, 6])],
+        [helper.make_tensor_value_info("y", kinds.FLOAT, None)],
+        [helper.make_tensor("target", kinds.INT64, [len(target)], target)],
+    )
+    return helper.make_model(graph)
+
+
+def test_graphs_are_one_where_a_single_number_differs() -> None:
+    """Two numbers, or one beside a -1 that nothing explains, keep graphs apart."""
+    (merged,) = merge([reshaping(4, [2, 2, 6]), reshaping(8, [2, 4, 6])])
+    assert (merged.numbers, merged.shapes) == ((0, 1), ({"x": (4, 6)}, {"x": (8, 6)}))
+    assert stand_in.onnx.numpy_helper.to_array(merged.model.graph.initializer[0]).tolist() == [2, -1, 6]
+    assert merged.model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "x.0"
+    for other in (reshaping(8, [4, 4, 3]), reshaping(8, [8, 6]), reshaping(8, [2, 4, 3, 2])):
+        assert [each.numbers for each in merge([reshaping(4, [2, 2, 6]), other])] == [(0,), (1,)]
+    assert [each.numbers for each in merge([reshaping(4, [-1, 2, 6]), reshaping(8, [-1, 4, 6])])] == [(0,), (1,)]
+
+
 def test_profiles_are_refused_where_they_do_not_apply(tmp_path: Path, calls: list[tuple[Any, ...]]) -> None:
     """Graphs that differ in more than counts, and other targets."""
     which = case("dit")
@@ -178,3 +204,35 @@ def test_what_tensorrt_refuses_is_told(tmp_path: Path, calls: list[tuple[Any, ..
     with pytest.raises(ExportError, match=r"TensorRT cannot build an engine of the graph"):
         builder.compile_onnx(tmp_path / "source.onnx", tmp_path / "out", machine)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="engines need a CUDA device, and there is none")
+@pytest.mark.parametrize(
+    ("target", "package"),
+    [
+        ("tensorrt", "torch_tensorrt"),
+        ("tensorrt-onnx", "tensorrt"),
+        ("tensorrt-rtx", "onnxruntime_ep_nv_tensorrt_rtx"),
+    ],
+)
+def test_engines_compute_what_the_compiled_model_computes(target: str, package: str, tmp_path: Path) -> None:
+    """On a GPU, in half precision, at every step of two runs: without stand-ins."""
+    pytest.importorskip(package, reason=f"target {target} needs {package}")
+    arch = arch_of(torch.device("cuda"))
+    if target == "tensorrt-rtx" and arch not in ("sm86", "sm89") and int(arch.removeprefix("sm")) < 120:
+        pytest.skip(f"TensorRT for RTX does not run on {arch}")
+    which = case("dit")
+    model, (args, _) = half(which)
+    example = (tuple(value.cuda() for value in args), {})
+    runner = load(bundle(model.cuda(), mixed, example, tmp_path / "made", target=target).folder)
+    compiled = tcc.compile(model, mixed, example_inputs=example, backend="eager")
+
+    def inputs(step: int) -> list[torch.Tensor]:
+        return [x.half().cuda() if x.is_floating_point() else x.cuda() for x in flat_inputs(which, step)]
+
+    for _ in range(2):
+        errors = list(verify(runner, lambda *tensors: compiled.session._run(list(tensors)), inputs))
+        assert len(errors) == STEPS
+        assert max(error.relative for error in errors) < 2e-2
+    assert runner.copied_bytes == 0
