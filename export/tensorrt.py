@@ -94,7 +94,8 @@ def compile_onnx(
         profile = builder.create_optimization_profile()
         for name, shape in shapes.items():
             profile.set_shape(name, shape, shape, shape)
-        config.add_optimization_profile(profile)
+        if config.add_optimization_profile(profile) < 0:
+            raise ExportError(f"TensorRT refuses an optimisation profile for the shapes {shapes}")
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise ExportError("TensorRT cannot build an engine of the graph: its log says why")

@@ -96,8 +96,8 @@ class TensorrtEngine:
         found = self._tensors(trt, engine, trt.TensorIOMode.OUTPUT)
         self._check(found, {self._names[name]: _described(trt, spec) for name, spec in outputs.items()})
         self._context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        shared.give(self._context)
         self._profile(engine, graph.entry, {name: inputs[name].shape for name in self._inputs if name in inputs})
+        shared.give(self._context)
 
     def __call__(self, feeds: Mapping[str, torch.Tensor], slots: Slots) -> list[torch.Tensor]:
         """Run the engine on torch's current stream: read `feeds` and the slots, write the outputs and spare slots.

@@ -20,7 +20,10 @@ ROOT = Path(__file__).parents[1]
 #: folder of the tree -> folder of the wheel
 MAPPED = {"tcc": "tcc", "passes": "tcc/passes", "export": "tcc/export"}
 #: needed by one target or one command each: imported in the functions that need them
-HEAVY = {"diffusers", "matplotlib", "onnx", "onnxruntime", "onnxscript", "tensorrt", "torch_tensorrt", "transformers"}
+HEAVY = {
+    "diffusers", "matplotlib", "onnx", "onnxruntime", "onnxruntime_ep_nv_tensorrt_rtx", "onnxscript", "tensorrt",
+    "torch_tensorrt", "transformers",
+}  # fmt: skip
 
 IMPORT_ALL = """
 import importlib, json, pkgutil, sys

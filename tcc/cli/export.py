@@ -76,6 +76,7 @@ def export(
 
       tcc plan -p forecast --batch 4 --out plan.safetensors
       tcc export --plan plan.safetensors --out bundle --verify
+      tcc export --plan plan.safetensors --out engines --target tensorrt-rtx --arch sm89
       tcc inspect bundle
       tcc run bundle --classes 7,9 --null-class 10
     """

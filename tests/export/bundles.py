@@ -13,7 +13,7 @@ from tcc.info import ModelInfo
 from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, Skip, Update
 from tests.tiny_models import Case
 
-__all__ = ["STEPS", "flat_inputs", "half", "mixed", "session"]
+__all__ = ["STEPS", "counts", "flat_inputs", "half", "mixed", "session"]
 
 STEPS = 6
 
@@ -37,6 +37,18 @@ def mixed(info: ModelInfo) -> CachePlan:
         (3, end): Hold(), (5, end): Hold(),
     }  # fmt: skip
     return info.count(CachePlan(num_steps=STEPS, actions=actions, tokens={"even": kept}))
+
+
+def counts(info: ModelInfo) -> CachePlan:
+    """Two kinds of P-steps that differ in how many tokens they keep, after I-steps."""
+    start, stop = info.image_tokens
+    others = [i for i in range(info.num_tokens) if not start <= i < stop]
+    tokens = {name: torch.tensor(sorted([*others, *range(start, stop, n)])) for name, n in (("half", 2), ("few", 4))}
+    sites = [f"{block}.{branch}.delta" for block in info.blocks for branch in ("attn", "mlp")]
+    actions: dict[tuple[int, str], Action] = {(step, site): Compute() for step in (0, 2) for site in sites}
+    for step, name in ((1, "half"), (3, "few")):
+        actions |= {(step, site): Update(name, "kept") for site in sites}
+    return info.count(CachePlan(num_steps=4, actions=actions, tokens=tokens))
 
 
 def flat_inputs(which: Case, step: int) -> list[torch.Tensor]:

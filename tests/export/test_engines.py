@@ -207,11 +207,13 @@ def _on_cpu(load_file: Callable[..., Any]) -> Callable[..., Any]:
 BUILD = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-import pytest, tcc
+from pathlib import Path
+import onnx, pytest, tcc, torch
 from tests.export import no_driver
-from tests.export.bundles import half, mixed
+from tests.export.bundles import counts, half, mixed
 from tests.tiny_models import case
-from tcc.export import bundle
+from tcc.export import bundle, tensorrt_rtx
+from tcc.export.profiles import merge
 
 with pytest.MonkeyPatch.context() as patch:
     no_driver.pretend(patch)
@@ -222,6 +224,18 @@ with pytest.MonkeyPatch.context() as patch:
         bundle(model, mixed, example, f"{sys.argv[2]}/none", target="tensorrt-rtx", arch="sm77")
     except Exception as error:
         print(type(error).__name__, error)
+    made = bundle(model, counts, example, f"{sys.argv[2]}/graphs")
+    merged = merge([onnx.load(made.folder / g.file, load_external_data=False) for g in made.manifest.graphs])[1]
+    onnx.save(merged.model, made.folder / "merged.onnx")
+    ((name,),) = {tuple(shapes) for shapes in merged.shapes}
+    shapes = ",".join(f"{name}:{shapes[name][0]}" for shapes in merged.shapes)
+    settings = {f"nv_profile_{which}_shapes": shapes for which in ("min", "opt", "max")}
+    settings |= {"nv_target_sm": "sm89", "nv_multi_profile_enable": "1"}
+    onnxruntime = tensorrt_rtx._plugin()[0]
+    options = tensorrt_rtx._options(onnxruntime, torch.device("cuda"), settings)
+    compiled = f"{sys.argv[2]}/profiles.onnx"
+    onnxruntime.ModelCompiler(options, made.folder / "merged.onnx", True).compile_to_file(compiled)
+    print("profiles", shapes, [node.op_type for node in onnx.load(compiled).graph.node])
 """
 
 
@@ -235,6 +249,9 @@ def test_tensorrt_rtx_builds_an_engine_for_every_graph(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "ExportError TensorRT for RTX cannot compile the graph for sm77" in done.stdout
+    assert (
+        "profiles kept_0:8,kept_0:4 ['EPContext']" in done.stdout
+    )  # what tensorrt-onnx gives TensorRT with --profiles
     made = [read(tmp_path / arch) for arch in ("sm89", "sm120")]
     assert [manifest.arch for manifest in made] == ["sm89", "sm120"]
     for folder, manifest in ((tmp_path / manifest.arch, manifest) for manifest in made):

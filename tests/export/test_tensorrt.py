@@ -22,9 +22,8 @@ from tcc.export.manifest import Manifest, read
 from tcc.export.profiles import merge
 from tcc.export.tensorrt_engine import open_tensorrt
 from tcc.export.verify import verify
-from tcc.info import ModelInfo
-from tcc.plan import Action, CachePlan, Compute, Update
-from tests.export.bundles import STEPS, flat_inputs, half, mixed, session
+from tcc.plan import CachePlan, Update
+from tests.export.bundles import STEPS, counts, flat_inputs, half, mixed, session
 from tests.running import CLOSE
 from tests.tiny_models import case
 
@@ -93,18 +92,6 @@ def test_engines_run_the_plan_on_bound_memory(target: str, tmp_path: Path, calls
     assert named(calls, "execute") == [[stand_in.Stream.cuda_stream]] * (2 * STEPS)
     order = [name for name, *_ in calls if name in ("wait", "execute", "record")]
     assert order == ["wait", "execute", "record"] * (2 * STEPS)  # engines of two streams never share activations
-
-
-def counts(info: ModelInfo) -> CachePlan:
-    """Two kinds of P-steps that differ in how many tokens they keep, after I-steps."""
-    start, stop = info.image_tokens
-    others = [i for i in range(info.num_tokens) if not start <= i < stop]
-    tokens = {name: torch.tensor(sorted([*others, *range(start, stop, n)])) for name, n in (("half", 2), ("few", 4))}
-    sites = [f"{block}.{branch}.delta" for block in info.blocks for branch in ("attn", "mlp")]
-    actions: dict[tuple[int, str], Action] = {(step, site): Compute() for step in (0, 2) for site in sites}
-    for step, name in ((1, "half"), (3, "few")):
-        actions |= {(step, site): Update(name, "kept") for site in sites}
-    return info.count(CachePlan(num_steps=4, actions=actions, tokens=tokens))
 
 
 def test_one_engine_has_a_profile_for_each_count(tmp_path: Path, calls: list[tuple[Any, ...]]) -> None:
