@@ -81,12 +81,12 @@ def _without_aliases(graph: fx.Graph, values: tuple[fx.Node, ...]) -> tuple[tupl
 
 def _views_a_slot(node: fx.Node) -> bool:
     """Whether `node` is a slot input, or reaches one through operators that return a view of their input."""
-    while node.op == "call_function" and _is_view(node):
+    while node.op == "call_function" and is_view(node):
         node = node.args[0]  # type: ignore[assignment]
     return "slot" in node.meta
 
 
-def _is_view(node: fx.Node) -> bool:
+def is_view(node: fx.Node) -> bool:
     if node.target is operator.getitem:  # a part of what a split returned
         return True
     schema = getattr(node.target, "_schema", None)
