@@ -62,7 +62,7 @@ class _Segment:
         nodes: the calls, in the graph's order.
         inputs: the values from outside, in the order of their first use.
         used: the calls whose values are used outside.
-        outputs: what the segment returns: those of `used` that own their memory, and the owners of those that are views.
+        outputs: what the segment returns: those of `used` that own their memory, and the owners of the views.
         form: what is computed from the inputs: equal for copies.
     """
 
@@ -86,7 +86,7 @@ class _Segment:
 
 
 def _key(node: fx.Node) -> object:
-    """What a call does, whatever values it is given; for one that must stay where it is, something unlike all others."""
+    """What a call does, whatever values it is given; the call itself if it is like no other, and stays."""
     vals = _flat(node.meta.get("val"))
     schema = getattr(node.target, "_schema", None)
     if schema is None and node.target is not operator.getitem:
@@ -131,7 +131,7 @@ def _best(calls: Sequence[fx.Node], alike: _Numbers) -> list[_Segment]:
 def _repeats(alike: _Numbers) -> Iterator[_Repeat]:
     """Stretches that look alike and do not overlap: those that save at least half as much as the best one before."""
     most = 2 * SHORTEST
-    for length in sorted(_lengths(alike)):
+    for length in sorted(_lengths(alike)) if len(alike) >= 2 * SHORTEST else ():
         _, number, counts = np.unique(_fingerprints(alike, length), return_inverse=True, return_counts=True)
         starts = np.split(np.argsort(number, kind="stable"), np.cumsum(counts)[:-1])
         for group in np.flatnonzero(length * (counts - 1) * 2 >= most):
@@ -147,10 +147,13 @@ def _lengths(alike: _Numbers) -> set[int]:
     lengths = set()
     for at, seed in enumerate(_fingerprints(alike, SHORTEST).tolist()):
         if (before := found.get(seed)) is not None:
-            same = alike[before:at] == np.append(alike[at : 2 * at - before], [-1] * max(0, 2 * at - before - len(alike)))
-            lengths.add(int(same.argmin()) or at - before)
+            apart = (at - before) * -(-SHORTEST // (at - before))  # several turns of what turns fast
+            ahead = np.full(apart, -1)
+            ahead[: len(alike) - at] = alike[at : at + apart]
+            differ = np.flatnonzero(alike[before : before + apart] != ahead)
+            lengths.add(int(differ[0]) if len(differ) else apart)
         found[seed] = at
-    return {length for length in lengths if length >= SHORTEST}
+    return lengths
 
 
 def _fingerprints(alike: _Numbers, length: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
@@ -220,7 +223,9 @@ def _call(graph: fx.Graph, name: str, nodes: Sequence[fx.Node]) -> fx.Node:
     with graph.inserting_after(nodes[-1]):
         call = graph.create_node("call_function", invoke_subgraph, ())
     with graph.inserting_before(call):
-        call.args = (graph.get_attr(name), name, *segment.inputs)
+        sub = graph.get_attr(name)
+        sub.meta["val"] = getattr(graph.owning_module, name)
+        call.args = (sub, name, *segment.inputs)
     call.meta["val"] = tuple(node.meta["val"] for node in segment.outputs)
     made: dict[fx.Node, fx.Node] = {}
     with graph.inserting_before(call.next):

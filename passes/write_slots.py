@@ -54,7 +54,7 @@ def _write(graph: fx.Graph, slot: fx.Node, val: fx.Node) -> None:
     while todo:  # what reads the slot, or a view of it, comes first
         for user in (user for user in todo.pop().users if user.op != "output"):
             last = max(last, user)
-            if _is_view(user):
+            if is_view(user):
                 todo.append(user)
     if last.op == "placeholder":
         last = [n for n in graph.nodes if n.op == "placeholder"][-1]
@@ -87,6 +87,7 @@ def _views_a_slot(node: fx.Node) -> bool:
 
 
 def is_view(node: fx.Node) -> bool:
+    """Whether the call returns a view of its input, or a part of what a call returned."""
     if node.target is operator.getitem:  # a part of what a split returned
         return True
     schema = getattr(node.target, "_schema", None)

@@ -277,6 +277,7 @@ def compile(
     max_slot_bytes: int | None = None,
     calls_per_step: int = 1,
     slot_dtype: torch.dtype | None = None,
+    regional: bool = False,
 ) -> CompiledModel:
     """Compile `model` to run `plan`.
 
@@ -303,6 +304,8 @@ def compile(
             Pipelines that use no contexts make two. They are told apart by their order and the noise level.
         slot_dtype: keep wider values in this dtype, such as `torch.bfloat16`: half the bytes, and an error that you
             measure; see `CachePlan.slot_dtype`, which it replaces.
+        regional: compile what a variant repeats, its blocks, once (regional compilation): deep models compile many
+            times faster, at the price of fusions from one block into the next.
 
     Returns:
         A model with the same forward signature.
@@ -321,6 +324,7 @@ def compile(
     given = Options(
         backend, options, progress, mode, on_shape_change, max_shapes, noise_level, max_slot_bytes, calls_per_step,
         slot_dtype,
+        regional,
     )  # fmt: skip
     compiled = CompiledModel(Prepared(model, plan, given))
     if example_inputs is not None:

@@ -44,6 +44,7 @@ class Options(NamedTuple):
     max_slot_bytes: int | None
     calls_per_step: int
     slot_dtype: torch.dtype | None
+    regional: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,8 +93,9 @@ class Ready:
                 max_slot_bytes=options.max_slot_bytes,
             )  # fmt: skip
             self.executables[start] = lower(
-                program, options.backend, options.options, progress, mode=options.mode, known=shape.runners
-            )
+                program, options.backend, options.options, progress, mode=options.mode, regional=options.regional,
+                known=shape.runners,
+            )  # fmt: skip
         return self.executables[start]
 
 

@@ -14,8 +14,9 @@ from torch import fx
 
 from tcc.cuda_graphs import Replay
 from tcc.errors import CallError
-from tcc.passes.base import run_passes
+from tcc.passes.base import Pass, run_passes
 from tcc.passes.graph import value
+from tcc.passes.outline_repeats import OutlineRepeats
 from tcc.passes.pipeline import StepKind
 from tcc.passes.write_slots import WriteSlots
 from tcc.program import Program, Variant
@@ -66,6 +67,7 @@ def lower(
     *,
     check: bool = True,
     mode: str = "default",
+    regional: bool = False,
     known: dict[Known, Compiled] | None = None,
 ) -> Executable:
     """Compile every variant of `program`.
@@ -77,6 +79,7 @@ def lower(
         progress: called with a line before each variant is compiled.
         check: verify the graph after slots have become buffers.
         mode: `default`, or `reduce-overhead`: replay every variant as a CUDA graph (no difference on other devices).
+        regional: make one sub-graph of what a variant repeats (`OutlineRepeats`), and compile it once.
         known: what the same backend made of variants of the same model before; new ones are added to it.
 
     Raises:
@@ -86,6 +89,7 @@ def lower(
         raise CallError(f"mode={mode!r}: use 'default', or 'reduce-overhead' for CUDA graphs")
     replay = mode == "reduce-overhead" and program.captured.inputs[0].device.type == "cuda"
     compile_one = _backend(backend, options or {})
+    passes: list[Pass] = [OutlineRepeats(), WriteSlots()] if regional else [WriteSlots()]
     known = {} if known is None else known
     runners, extras, seconds = [], [], []
     for number, variant in enumerate(program.variants):
@@ -94,7 +98,7 @@ def lower(
         if key not in known:
             if progress:
                 progress(f"compiling variant {number + 1}/{len(program.variants)}")
-            known[key] = _compile(variant, compile_one, check)
+            known[key] = _compile(variant, compile_one, passes, check)
         runner, names = known[key]
         runners.append(runner)
         extras.append(names)
@@ -103,12 +107,12 @@ def lower(
     return Executable(program, tuple(runners), tuple(extras), tuple(seconds), replay)
 
 
-def _compile(variant: Variant, compile_one: Backend, check: bool) -> Compiled:
+def _compile(variant: Variant, compile_one: Backend, passes: list[Pass], check: bool) -> Compiled:
     graph = fx.Graph()
     graph.output(graph.graph_copy(variant.gm.graph, {}))
     gm = fx.GraphModule(variant.gm, graph)
     gm.meta["stores"] = variant.stores
-    run_passes(gm, [WriteSlots()], label="lower", check=check)
+    run_passes(gm, passes, label="lower", check=check)
     inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
     names = tuple(n.meta["input"] for n in inputs if "input" in n.meta)
     with torch.no_grad():

@@ -1,0 +1,110 @@
+"""OutlineRepeats makes one sub-graph of the blocks that repeat, and leaves what would not pay."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import fx
+
+from tcc.passes.outline_repeats import OutlineRepeats
+from tests.graphs import Sketch, calls, edits, values
+
+aten = torch.ops.aten
+CALL = "invoke_subgraph"
+
+
+def norm(sketch: Sketch, x: fx.Node) -> fx.Node:
+    """A layer norm by hand: many small calls."""
+    centred = sketch.call(aten.sub.Tensor, x, sketch.call(aten.mean.dim, x, [-1], True))
+    spread = sketch.call(aten.mean.dim, sketch.call(aten.mul.Tensor, centred, centred), [-1], True)
+    return sketch.call(
+        aten.mul.Tensor, centred, sketch.call(aten.rsqrt.default, sketch.call(aten.add.Tensor, spread, 1))
+    )
+
+
+def block(sketch: Sketch, x: fx.Node, name: str, width: int = 64, wide: int = 128) -> tuple[fx.Node, fx.Node]:
+    """A block with weights of its own: the stream after it, and a view of half of what is in it."""
+    up, down = sketch.weight(f"up_{name}", wide, width), sketch.weight(f"down_{name}", width, wide)
+    for _ in range(2):
+        hidden = sketch.call(aten.linear.default, norm(sketch, x), up)
+        first = sketch.call(aten.slice.Tensor, hidden, 2, 0, 8)
+        x = sketch.call(
+            aten.add.Tensor, x, sketch.call(aten.linear.default, sketch.call(aten.gelu.default, hidden), down)
+        )
+    return x, first
+
+
+def model(names: str, width: int = 64, wide: int = 128, kept: str = "") -> fx.GraphModule:
+    """Blocks in a row, behind something else; an output for the inner view of every block named in `kept`."""
+    sketch = Sketch()
+    x = sketch.call(aten.tanh.default, sketch.input("x", 2, 16, width))
+    views = []
+    for name in names:
+        x, view = block(sketch, x, name, width, wide)
+        views += [view] if name in kept else []
+    return sketch.done(sketch.call(aten.relu.default, x), *views)
+
+
+def outlined(gm: fx.GraphModule) -> list[int]:
+    """How often each sub-graph is called."""
+    targets = [str(n.args[0].target) for n in gm.graph.nodes if n.target is torch.ops.higher_order.invoke_subgraph]
+    return [targets.count(name) for name in dict.fromkeys(targets)]
+
+
+@pytest.mark.parametrize("kept", ["", "abcd"])
+def test_blocks_become_calls_of_one_graph(kept: str) -> None:
+    """Four blocks are four calls; everything else stays; views that are read outside are made outside."""
+    gm = model("abcd", kept=kept)
+    inputs = values(gm)
+    expected = gm(*inputs)
+    assert edits(gm, OutlineRepeats()) == 1
+    assert outlined(gm) == [4]
+    assert {call for call in calls(gm) if call.startswith("aten")} == {
+        "aten.tanh.default", "aten.relu.default", *(["aten.slice.Tensor"] if kept else [])
+    }  # fmt: skip
+    for after, before in zip(gm(*inputs), expected, strict=True):
+        assert torch.equal(after, before)
+
+
+def test_blocks_of_two_kinds_become_two_graphs() -> None:
+    """As in models with double and single blocks, also where they alternate with something else."""
+    sketch = Sketch()
+    x = sketch.input("x", 2, 16, 64)
+    for number, wide in enumerate((128, 128, 128, 96, 96)):
+        x, _ = block(sketch, sketch.call(aten.mul.Tensor, x, float(number)), f"b{number}", wide=wide)
+    gm = sketch.done(x)
+    inputs = values(gm)
+    expected = gm(*inputs)[0]
+    assert edits(gm, OutlineRepeats()) == 2
+    assert outlined(gm) == [3, 2]
+    assert torch.equal(gm(*inputs)[0], expected)
+
+
+def test_twice_is_nothing() -> None:
+    """Calls of sub-graphs are not outlined again."""
+    gm = model("abcd")
+    edits(gm, OutlineRepeats())
+    assert edits(gm, OutlineRepeats()) == 0
+
+
+def test_a_single_block_is_left() -> None:
+    """There is nothing to share, also inside the block, whose halves are too short to be called."""
+    assert edits(model("a"), OutlineRepeats()) == 0
+
+
+def test_work_that_only_moves_memory_is_left() -> None:
+    """Blocks with hardly a product: fused with their neighbours they are faster than called."""
+    assert edits(model("abcd", width=64, wide=2), OutlineRepeats()) == 0
+
+
+def test_what_writes_stays_where_it_is() -> None:
+    """A write in place is in no sub-graph."""
+    sketch = Sketch()
+    x, slots = sketch.input("x", 2, 16, 64), [sketch.input(f"slot:{n}", 2, 16, 64) for n in "abc"]
+    for slot, name in zip(slots, "abc", strict=True):
+        x, _ = block(sketch, x, name)
+        sketch.call(aten.copy_.default, slot, x)
+    gm = sketch.done(x)
+    assert edits(gm, OutlineRepeats()) == 1
+    assert outlined(gm) == [3]
+    assert calls(gm).count("aten.copy_.default") == 3
