@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import fx
 
@@ -40,8 +42,8 @@ def noise_level(graph: fx.Graph) -> int | None:
 def samples(graph: fx.Graph) -> tuple[int, ...]:
     """The positions of the inputs that may be the sample: all of those that are most like the first output.
 
-    They have as many of its sizes, dimension by dimension, as any input has. A denoiser's output has the shape of its
-    sample, but for channels.
+    A denoiser's output has the shape of its sample but for channels, or as many elements, where one of both is in
+    patches. Where no input is so, they have as many of the output's sizes, dimension by dimension, as any has.
     """
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     outputs = [shape(node) for node in output_values(graph) if isinstance(node, fx.Node)]
@@ -50,7 +52,8 @@ def samples(graph: fx.Graph) -> tuple[int, ...]:
 
 
 def _alike(sizes: tuple[int, ...], output: tuple[int, ...]) -> tuple[bool, int]:
-    return len(sizes) == len(output), sum(a == b for a, b in zip(sizes, output, strict=False))
+    count = sum(a == b for a, b in zip(sizes, output, strict=False))
+    return math.prod(sizes) == math.prod(output) or len(sizes) == len(output) <= count + 1, count
 
 
 def _is_number(node: fx.Node) -> bool:

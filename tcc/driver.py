@@ -204,6 +204,8 @@ class CompiledModel(StandIn):
             yield
         finally:
             self._places[thread] = before
+            if before == _Place():
+                del self._places[thread]
 
     @property
     def _place(self) -> _Place:

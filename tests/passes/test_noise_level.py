@@ -98,6 +98,21 @@ def test_a_noise_level_without_waves_is_known_by_its_name(kind: str) -> None:
     assert [captured.inputs[position].name for position in captured.samples] == ["x"]
 
 
+class Patches(nn.Module):
+    """A model of a sequence of patches that returns an image."""
+
+    def forward(self, text: Tensor, x: Tensor) -> Tensor:
+        """Put the patches where they belong, `[B, 4 * 4, C * 4]` to `[B, C, 8, 8]`."""
+        out = (x + text.mean()).view(-1, 4, 4, 3, 2, 2).permute(0, 3, 1, 4, 2, 5)
+        return out.reshape(-1, 3, 8, 8)
+
+
+def test_the_sample_may_be_in_patches() -> None:
+    """It has as many elements as the output, whose dimensions something else has."""
+    captured = capture(Patches().eval(), (torch.randn(2, 2, 8, 5), torch.randn(2, 16, 12)), {})
+    assert [captured.inputs[position].name for position in captured.samples] == ["x"]
+
+
 class Plain(nn.Module):
     """A model with inputs of no telling names."""
 
