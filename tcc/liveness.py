@@ -23,8 +23,9 @@ def find_spans(plan: CachePlan, analysis: Analysis) -> list[Span]:
 
     The slot then keeps the sum of what they add to the stream (*merge runs*, *merge reused spans*). Two neighbours are
     merged where they have the same action at every step and nothing between them reads or replaces the stream of the
-    dropped tokens: no attention `current`, no held stream, no key stored while the span is not computed, no long skip,
-    no value that a score reads, no branch on another stream.
+    dropped tokens: no attention `current`, no held stream, no key computed of more tokens than the span's, no long
+    skip, no value that a score reads, no branch on another stream. Keys are no neighbours: they read the stream, and
+    are not added to it.
     """
     spans: list[Span] = []
     latest: dict[str, int] = {}
@@ -33,7 +34,8 @@ def find_spans(plan: CachePlan, analysis: Analysis) -> list[Span]:
         if before is not None and _mergeable(plan, analysis, spans[before], site):
             spans[before] = (*spans[before], site)
         else:
-            latest[site.stream] = len(spans)
+            if site.kind != "kv":
+                latest[site.stream] = len(spans)
             spans.append((site,))
     return _kv_last(spans)
 
@@ -60,7 +62,7 @@ def _mergeable(plan: CachePlan, analysis: Analysis, span: Span, site: Site) -> b
         return False
     if any(_seen_beside(plan, site, step, action) for step, action in enumerate(column)):
         return False
-    return not _stores_keys_inside(plan, analysis, (*span, site), column)
+    return not _reads_more_inside(plan, analysis, (*span, site), column)
 
 
 def _seen_beside(plan: CachePlan, site: Site, step: int, action: Action) -> bool:
@@ -80,15 +82,22 @@ def _stands_in(plan: CachePlan, branch: str, step: int) -> bool:
     return any(isinstance(plan.action(step, site), (Reuse, Skip)) for site in kept)
 
 
-def _stores_keys_inside(plan: CachePlan, analysis: Analysis, span: Span, column: Sequence[Action]) -> bool:
-    """Whether some key of the span is stored for all tokens at a step that does not compute the span."""
+def _reads_more_inside(plan: CachePlan, analysis: Analysis, span: Span, column: Sequence[Action]) -> bool:
+    """Whether some key of the span is computed, at some step, of tokens that the span does not compute there."""
     blocks = {site.block for site in span}
     keys = [s.name for s in analysis.sites.values() if s.kind == "kv" and s.block in blocks and s.name in plan.sites]
     return any(
-        isinstance(plan.action(step, name), Compute) and not isinstance(action, Compute)
+        not isinstance(action, Compute) and not _within(plan.action(step, name), action)
         for name in keys
         for step, action in enumerate(column)
     )
+
+
+def _within(keys: Action, action: Action) -> bool:
+    """Whether keys are computed of no tokens but those that a span with `action` computes."""
+    if isinstance(keys, Update):
+        return isinstance(action, Update) and keys.tokens == action.tokens
+    return not isinstance(keys, Compute)
 
 
 def _read_by_scores(plan: CachePlan) -> set[str]:

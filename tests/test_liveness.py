@@ -240,6 +240,20 @@ def test_keys_inside_a_span_divide_it() -> None:
     assert spans(deltas(C, R) | {name: [C, C] for name in KEYS}) == [*APART, *KEYS]
 
 
+@pytest.mark.parametrize(
+    ("keys", "expected"), [(FEW, [ALL_THREE]), (R, [ALL_THREE]), (OTHER, APART), (C, APART)], ids=str
+)
+def test_keys_of_the_tokens_that_a_span_updates_do_not_divide_it(keys: Action, expected: list[str]) -> None:
+    """They need the stream of these tokens alone; other tokens have none inside."""
+    table = deltas(C, Update("few", "cached")) | {name: [C, keys] for name in KEYS}
+    assert spans(table) == [*expected, *KEYS]
+
+
+def test_keys_that_are_refreshed_where_their_span_is_reused_divide_it() -> None:
+    """A reused span has no stream inside, not even for some tokens."""
+    assert spans(deltas(C, R) | {name: [C, FEW] for name in KEYS}) == [*APART, *KEYS]
+
+
 def test_a_long_skip_divides_a_span() -> None:
     """The stream that the skip reads, and what is joined into it, keep the three blocks apart."""
     assert spans(deltas(C, R), case("long_skip")) == APART

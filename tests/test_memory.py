@@ -123,6 +123,21 @@ def test_a_budget_is_kept_or_the_plan_refused() -> None:
         tcc.compile(which.model, plan, example_inputs=inputs, backend="eager", max_slot_bytes=needed - 1)
 
 
+@pytest.mark.parametrize(("level", "last"), [("block", "delta+2"), ("branch", "attn.delta+5")])
+def test_blocks_with_stored_keys_keep_one_sum(level: Any, last: str) -> None:
+    """Attention `cached`: the blocks' changes share a slot, and the outputs are the reference's."""
+    which = dit(depth=3, hidden_size=16)
+    options: dict[str, Any] = {"keep": 0.5, "attention": "cached", "level": level, "rotate": True}
+    plan = tcc.plans.tprr(which.info, num_steps=6, k1=3, k2=1, **options)
+    names = {slot.name for slot in plan.memory(which.info).slots}
+    assert names == {f"blocks.{b}.attn.kv.{part}" for b in range(3) for part in "kv"} | {f"blocks.0.{last}"}
+    compiled = tcc.compile(which.model, plan, example_inputs=(which.args, which.kwargs), backend="eager")
+    reference = tcc.Reference(which.model, plan, which.info)
+    for step in range(plan.num_steps):
+        args, kwargs = which.inputs(step)
+        assert relative_error(tensor_of(compiled(*args, **kwargs)), tensor_of(reference(*args, **kwargs))) < 1e-5
+
+
 class Allocations(TorchDispatchMode):
     """Watches what operators allocate.
 
@@ -168,3 +183,26 @@ def test_no_step_takes_more_than_the_model_and_the_slots(policy: str) -> None:
             session(*which.args, **which.kwargs)
     declared = plan.memory(which.info).total
     assert cached.peak + declared <= 1.05 * (uncached.peak + declared)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="measures the memory of a CUDA device, and there is none")
+@pytest.mark.parametrize("policy", PEAKS)
+def test_no_step_takes_more_on_a_gpu(policy: str) -> None:
+    """The same under Inductor, by the allocator's own count."""
+    which = dit(depth=4, hidden_size=256)
+    model, args = which.model.cuda(), tuple(x.cuda() for x in which.args)
+    info = tcc.inspect(model, *args)
+    plan, none = PEAKS[policy](info), CachePlan(1, {})
+    compiled = [tcc.compile(model, chosen, example_inputs=(args, {})) for chosen in (none, plan)]
+
+    def peak(call: tcc.CompiledModel, steps: int) -> int:
+        session = call.new_session()
+        for step in range(2 * steps):
+            if step == steps:  # the second run counts: the first one loads kernels
+                torch.cuda.reset_peak_memory_stats()
+            session(*args)
+        return torch.cuda.max_memory_allocated()
+
+    before = peak(compiled[0], 1)
+    assert peak(compiled[1], plan.num_steps) <= 1.05 * (before + plan.memory(info).total)
