@@ -36,7 +36,7 @@ def digest(plan: CachePlan) -> str:
     """
     found = hashlib.sha256()
     for entry in fields(plan):
-        if entry.name not in ("model", "cost", "policy"):
+        if entry.name not in ("model", "cost", "policy") and getattr(plan, entry.name) is not entry.default:
             _feed(found, entry.name, getattr(plan, entry.name))
     return found.hexdigest()[:10]
 
