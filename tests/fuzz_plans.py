@@ -25,7 +25,8 @@ from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, Skip, TopK, Update
 from tcc.program import build_program
 from tcc.runtime import Session, lower
 from tcc.scores import Attended, Fixed, Norm, Probe, Score, Stale, Term
-from tests import styles, tiny_models
+from tests import block_styles, joint_models, styles, tiny_models
+from tests.odd_styles import ODD as ODD_STYLES
 from tests.tiny_models import Case, relative_error, tensor_of
 
 #: Both sides compute the same sums in another order; a step has a few hundred roundings of 6e-8.
@@ -41,6 +42,9 @@ DITS: tuple[dict[str, Any], ...] = (
     {"input_size": (6, 4), "hidden_size": 32, "depth": 2, "num_heads": 2, "batch": 1},
     {"input_size": (6, 6), "hidden_size": 16, "depth": 3, "num_heads": 1, "batch": 2},
 )
+#: Several streams; branches that share a table, read more keys, choose experts, or cannot be pruned.
+JOINT = ("joint", "joint, then single", "audio", "hf_sd3")
+ODD = ("more keys", "experts", "linear attention", "windows", "bias of the query, by pair")
 STYLES: dict[str, Callable[[], Case]] = {
     **{
         name: functools.partial(tiny_models.case, name)
@@ -51,6 +55,9 @@ STYLES: dict[str, Callable[[], Case]] = {
     "masked": styles.masked,
     "written_out": styles.written_out,
     "tokens_first": styles.tokens_first,
+    **{name: functools.partial(joint_models.joint, name) for name in JOINT},
+    **{name: ODD_STYLES[name].case for name in ODD[:-1]},
+    ODD[-1]: block_styles.STYLES[ODD[-1]].case,
 }
 MODELS: tuple[str, ...] = (*(f"dit{i}" for i in range(len(DITS))), *STYLES)
 

@@ -14,8 +14,18 @@ import pytest
 pytest.importorskip("diffusers")
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-#: One stream; a text stream beside it; cross-attention inside the branch of self-attention.
-WHOLE = ("DiTTransformer2DModel", "SD3Transformer2DModel", "LuminaNextDiT2DModel")
+#: One class of a kind, and the most that its pruned step may cost, over the full one.
+WHOLE = {
+    "DiTTransformer2DModel": 0.6,  # one stream
+    "SD3Transformer2DModel": 0.7,  # a text stream beside it
+    "LuminaNextDiT2DModel": 0.6,  # cross-attention inside the branch of self-attention
+    "ErnieImageTransformer2DModel": 0.6,  # tokens first, samples second; text behind the image
+    "T5FilmDecoder": 0.65,  # attention written out
+    "StableAudioDiTModel": 0.6,  # a token of the time before the others
+    "PriorTransformer": 0.6,  # the output is one token of many
+    "TransformerTemporalModel": 0.7,  # frames are the tokens, places are samples
+    "SanaTransformer2DModel": 0.96,  # linear attention and a convolution in the feed-forward: neither can be pruned
+}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +54,7 @@ def test_a_class_goes_through_all_columns(script: ModuleType, name: str) -> None
 
     assert row.whole, row.why
     assert row.details["actions"] == ["pruned", "reuse", "hold"]
-    assert row.details["pruned_macs"] < 0.9
+    assert row.details["pruned_macs"] < WHOLE[name]
     assert row.details["found"] == row.details["blocks"]
     assert row.details["effect"] > 0.01
 
