@@ -153,7 +153,7 @@ class CompiledModel(StandIn):
             return Session(self._prepared.last.executable(start_step), start=start_step, watched=True)
 
     def reset(self, *, start_step: int = 0) -> None:
-        """Start a new image in every context and thread of this model.
+        """Start a new image in every context; what other threads are in the middle of goes on.
 
         Args:
             start_step: the step of the plan that this image, and all after it until the next `reset`, begin at: for
@@ -179,7 +179,7 @@ class CompiledModel(StandIn):
                 f"steps (image-to-image), call reset(start_step={count - ran}) before",
                 stacklevel=3,
             )
-        image.reset()
+        self._images.reset()
 
     @contextlib.contextmanager
     def cache_context(

@@ -43,12 +43,13 @@ class Image:
         told: whether the steps are said by the caller.
         thread: the thread that the calls come from.
         working: whether a call is being made.
+        fresh: whether this thread has said that its next image is a new one.
     """
 
     def __init__(self) -> None:
         self.sessions: dict[str, Session] = {}
         self.thread: threading.Thread | None = None
-        self.told = self.working = False
+        self.told = self.working = self.fresh = False
         self._forget(0, None)
 
     def _forget(self, start: int, first: torch.Tensor | None) -> None:
@@ -156,7 +157,7 @@ class Image:
 _MOVED = (
     "context '{context}': this thread begins at the noise level {now:g}, where an image that is in progress in another "
     "thread began at {first:g}. If this is the same image, keep it in one thread, or take model.new_session(), which "
-    "any thread may call. If it is another one, say its steps: model.cache_context('{context}', step_index=...)"
+    "any thread may call. If it is another one, call reset() before it"
 )
 
 
@@ -181,7 +182,7 @@ class Images:
                     self._made.append(image := Image())
                 elif image.step is not None:
                     image.reset()
-                image.thread = me
+                image.thread, image.fresh = me, False
             image.working = working
         return image
 
@@ -195,12 +196,12 @@ class Images:
             image.working = False
 
     def reset(self, *, drop: bool = False) -> None:
-        """Every thread begins a new image, with sessions of its own to make if `drop`."""
-        with self._lock:
-            for image in self._made:
-                image.reset()
-                if drop:
-                    image.sessions.clear()
+        """This thread begins a new image, with sessions to make if `drop`; the images of others go on."""
+        mine = self.mine()
+        mine.fresh = True
+        mine.reset()
+        if drop:
+            mine.sessions.clear()
 
     def check_thread(self, mine: Image, context: str, level: torch.Tensor | None) -> None:
         """An image that begins in this thread does not go on with one that another thread has begun.
@@ -210,5 +211,5 @@ class Images:
         """
         firsts = [other.first for other in self._made if other is not mine and not other.idle]
         known = [float(first) for first in firsts if first is not None]
-        if level is not None and known and float(level) not in known:
+        if not mine.fresh and level is not None and known and float(level) not in known:
             raise CallError(_MOVED.format(context=context, now=float(level), first=known[0]))

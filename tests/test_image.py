@@ -209,6 +209,11 @@ def test_conditions_that_stay_are_no_sample() -> None:
 # --- threads
 
 
+def expected_at(step: int) -> Tensor:
+    """What the first step of a run gives for the inputs of `step`."""
+    return one(planned().with_plan(planned().plan), "cond", step)
+
+
 def test_threads_make_images_of_their_own(model: tcc.CompiledModel) -> None:
     """Two loops with the same names of contexts, in step with each other, and each as if it were alone."""
     turn = threading.Barrier(2)
@@ -249,6 +254,10 @@ def test_an_image_that_moves_to_another_thread_is_refused(model: tcc.CompiledMod
     with ThreadPoolExecutor(1) as pool:
         with pytest.raises(CallError, match=r"this thread begins at the noise level 7, .* began at 9\. .*new_session"):
             pool.submit(one, model, "cond", 2).result(timeout=60)
+        pool.submit(model.reset).result(timeout=60)
+        assert torch.equal(pool.submit(one, model, "cond", 2).result(timeout=60), expected_at(2))
+        assert model.session.step == 0  # of no context; those in this thread are where they were
+        assert one(model, "cond", 2).shape == (2, 8, 8, 8)
         session = model.new_session()
         session(*inputs("cond", 0))
         pool.submit(session, *inputs("cond", 1)).result(timeout=60)
