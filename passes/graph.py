@@ -61,8 +61,15 @@ def sized_by_data(node: fx.Node) -> bool:
 
 def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy of the graph with the same weights, whose code is written when it is first called: most are not."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
+    graph, new = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in gm.graph.nodes:
+        if node.op == "output":
+            graph.output(fx.map_arg(node.args[0], new.__getitem__))
+            continue
+        new[node] = graph.create_node(node.op, node.target, name=node.name, type_expr=node.type)
+        new[node].args = fx.map_arg(node.args, new.__getitem__)  # here: create_node takes long to look through them
+        new[node].kwargs = fx.map_arg(node.kwargs, new.__getitem__)
+        new[node].meta = dict(node.meta)
     return _LazyGraphModule(gm, graph)
 
 

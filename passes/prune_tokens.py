@@ -46,10 +46,12 @@ class PruneTokens(Pass):
 
     def run(self, gm: fx.GraphModule) -> int:
         """Edit `gm`; see the class."""
+        todo = [node for node in gm.graph.nodes if node.target is gather_tokens]
+        if not todo:
+            return 0
         beside = rows_beside(gm.graph)
         whole = Whole(gm.graph, {cut.node for cut in beside})
         runs: dict[fx.Node, _Narrower] = {}
-        todo = [node for node in gm.graph.nodes if node.target is gather_tokens]
         edits = 0
         while todo:
             node = max(todo)  # from the last to the first: what reads a value says what is needed of it

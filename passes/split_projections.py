@@ -39,6 +39,8 @@ class SplitProjections(Pass):
 
     def run(self, gm: fx.GraphModule) -> int:
         """Edit `gm`; see the class."""
+        if not any(node.target is gather_tokens for node in gm.graph.nodes):
+            return 0
         whole = Whole(gm.graph, {cut.node for cut in rows_beside(gm.graph)})
         edits = 0
         for node, attention in find_attention(gm.graph).items():

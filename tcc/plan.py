@@ -326,7 +326,7 @@ class CachePlan:
 
     def _first_choices(self) -> dict[str, tuple[int, str]]:
         """The scores that choose tokens, each with the first step and site that they are used at."""
-        rows = sorted(self.actions.items(), key=lambda row: row[0][0], reverse=True)
+        rows = sorted(self.actions.items(), key=lambda row: row[0][0], reverse=True) if self.scores else []
         return {a.tokens.score: at for at, a in rows if isinstance(a, Update) and isinstance(a.tokens, TopK)}
 
     def _check_score_reads(self, where: str, step: int, name: str) -> None:
