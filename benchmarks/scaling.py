@@ -102,7 +102,7 @@ def routers(info: tcc.ModelInfo, steps: int, variants: int) -> CachePlan:
 
 def planning(quick: bool) -> Iterable[Row]:
     """The rows of planning: by blocks, by steps, by variants."""
-    deep: list[tuple[str, Callable[[], Call]]] = [("dit", functools.partial(dit, d)) for d in (7, 14, 28, 56)]
+    deep: list[tuple[str, Callable[[], Call]]] = [("dit", functools.partial(dit, d)) for d in (7, 14, 28)]
     deep.append(("two streams", functools.partial(two_streams, 19, 38)))
     for name, build in deep[:1] if quick else deep:
         model, args, kwargs = build()

@@ -20,7 +20,8 @@ from tcc.scores import Mapped, Score, Stale, check_score, check_table
 from tcc.site_name import SITE_KINDS, SiteName
 
 if TYPE_CHECKING:
-    from tcc.info import Memory, ModelInfo
+    from tcc.info import ModelInfo
+    from tcc.memory import Memory
 
 __all__ = [
     "Action",
