@@ -82,12 +82,6 @@ def history(slot: str, age: int) -> str:
     return f"{slot}~{age}" if age else slot
 
 
-def age_of(slot: str) -> int:
-    """How many computations before the newest the value of `slot` is; the inverse of `history`."""
-    _, mark, age = slot.rpartition("~")
-    return int(age) if mark else 0
-
-
 @dataclass(frozen=True)
 class InsertSlots(Pass):
     """Insert the slots and actions of one kind of step.

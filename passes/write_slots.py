@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,6 @@ from torch import fx
 
 from tcc.passes.base import Pass
 from tcc.passes.graph import emit, fake_mode_of, output_values, value
-from tcc.passes.insert_slots import age_of
 
 __all__ = ["WriteSlots"]
 
@@ -38,14 +38,15 @@ class WriteSlots(Pass):
         output = gm.graph.output_node()
         with gm.graph.inserting_before(output):
             own, edits = _without_aliases(gm.graph, own)
-        pairs = zip(stores, values[len(own) :], strict=True)
-        for name, val in sorted(pairs, key=lambda pair: age_of(pair[0]), reverse=True):
-            _write(gm.graph, _slot(gm.graph, name, val), val)
+        pairs = dict(zip(stores, values[len(own) :], strict=True))
+        ages = {name: _age(name, pairs) for name in pairs}
+        for name in sorted(pairs, key=ages.__getitem__, reverse=True):
+            _write(gm.graph, _slot(gm.graph, name, pairs[name]), pairs[name])
         if edits or stores:
             output.args = (tuple(own),)
             gm.meta["stores"] = ()
-        if any(map(age_of, stores)):
-            _oldest_first(gm.graph)
+        if any(ages.values()):
+            _oldest_first(gm.graph, ages)
         return edits + len(stores)
 
 
@@ -62,10 +63,20 @@ def _write(graph: fx.Graph, slot: fx.Node, val: fx.Node) -> None:
         emit(graph, aten.copy_.default, (slot, val))
 
 
-def _oldest_first(graph: fx.Graph) -> None:
+def _age(name: str, pairs: Mapping[str, fx.Node]) -> int:
+    """How many slots hand their old values on to `name`, one to the next; slots that share a buffer share its name."""
+    age, read = 0, pairs[name].meta.get("slot")
+    while read in pairs and age < len(pairs):
+        age, read = age + 1, pairs[read].meta.get("slot")
+    return age
+
+
+def _oldest_first(graph: fx.Graph, ages: Mapping[str, int]) -> None:
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     last = inputs[-1]
-    for node in sorted((n for n in inputs if "slot" in n.meta), key=lambda n: age_of(n.meta["slot"]), reverse=True):
+    for node in sorted(
+        (n for n in inputs if "slot" in n.meta), key=lambda n: ages.get(n.meta["slot"], 0), reverse=True
+    ):
         if node is not last:
             last.append(node)
         last = node

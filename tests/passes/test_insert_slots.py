@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from tcc.passes.choose_tokens import Choice
-from tcc.passes.insert_slots import Entry, InsertSlots, Records, age_of, history
+from tcc.passes.insert_slots import Entry, InsertSlots, Records, history
 from tcc.passes.sites import Site
 from tcc.passes.tokens import Axis
 from tcc.plan import Action, Compute, Hold, Reuse, Skip, Update
@@ -169,7 +169,6 @@ def test_computing_moves_the_history_up() -> None:
 def test_histories_are_named_by_age() -> None:
     """The newest value has the site's own name."""
     assert [history("a", age) for age in (0, 1, 12)] == ["a", "a~1", "a~12"]
-    assert [age_of(name) for name in ("a", "a~1", "b.0.attn.kv.k~12")] == [0, 1, 12]
 
 
 def two_blocks() -> tuple[fx.GraphModule, dict[str, Site]]:

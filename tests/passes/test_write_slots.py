@@ -49,13 +49,16 @@ def test_a_slot_that_is_only_written_becomes_an_input() -> None:
     assert torch.equal(result["blocks.0.delta"], result[""])
 
 
-@pytest.mark.parametrize("depth", [3, 12])
-def test_a_history_moves_up_before_it_is_overwritten(depth: int) -> None:
-    """Every older value is read before the newer one takes its place, however many there are."""
+@pytest.mark.parametrize(("depth", "shared"), [(3, {}), (12, {}), (4, {"a~2": "b"}), (4, {"a~1": "z", "a~3": "b"})])
+def test_a_history_moves_up_before_it_is_overwritten(depth: int, shared: dict[str, str]) -> None:
+    """Every older value is read before the newer one takes its place, however many there are and whatever their names.
+
+    An older value may have the buffer of another slot, and then it goes by that one's name.
+    """
     sketch = Sketch()
     x = sketch.input("x", 2, 3)
-    slots = [sketch.input(f"slot:a~{age}" if age else "slot:a", 2, 3) for age in range(depth - 1)]
-    names = ["a", *(f"a~{age}" for age in range(1, depth))]
+    names = [shared.get(name, name) for name in ("a", *(f"a~{age}" for age in range(1, depth)))]
+    slots = [sketch.input(f"slot:{name}", 2, 3) for name in names[:-1]]
     stored = dict(zip(names, [x, *slots], strict=True))
     order = sorted(names)
     gm = sketch.done(sketch.call(aten.relu.default, x), *(stored[name] for name in order), stores=order)
