@@ -156,9 +156,9 @@ class CompiledModel(StandIn):
         """Start a new image in every context; what other threads are in the middle of goes on.
 
         Args:
-            start_step: the step of the plan that this image, and all after it until the next `reset`, begin at: for
-                image-to-image, which leaves out the first steps of the schedule. What later steps read is computed
-                at the first one: see `tcc.plan_start.start_at`.
+            start_step: the step of the plan that this image, and all after it in any thread until the next `reset`,
+                begin at: for image-to-image, which leaves out the first steps of the schedule. What later steps read is
+                computed at the first one: see `tcc.plan_start.start_at`.
 
         Raises:
             PlanError: the plan has no such step. Where a policy has not made its plan yet, a step after its last one
