@@ -122,7 +122,7 @@ def time_runs(
     rounds: int,
     at_most: float = float("inf"),
     progress: Progress | None = None,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] | None = None,
 ) -> dict[str, RunTiming]:
     """Time runs of many steps, their steps interleaved in proportion: all runs are halfway at the same moment.
 
@@ -133,7 +133,8 @@ def time_runs(
         rounds: how often every run is run.
         at_most: seconds after which no further round begins; the first always runs.
         progress: called as `progress(steps_done, all_steps)`, counted over all runs and rounds.
-        clock: what seconds are read from; `time.process_time` leaves out those of other work on a busy machine.
+        clock: what seconds are read from, by default `time.perf_counter`; `time.process_time` leaves out the time that
+            a busy machine gives to others.
     """
     order = sorted(((i + 0.5) / len(run.kinds), name) for name, run in runs.items() for i in range(len(run.kinds)))
     samples: dict[str, list[tuple[float, ...]]] = {name: [] for name in runs}
@@ -182,8 +183,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _timed(call: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> tuple[float, Any]:
+def _timed(call: Callable[[], Any], clock: Callable[[], float] | None = None) -> tuple[float, Any]:
     """Seconds of one call, accelerator work included, and its result."""
+    clock = clock or time.perf_counter
     _synchronize()
     start = clock()
     result = call()

@@ -144,3 +144,13 @@ def test_machine_names_what_a_number_depends_on() -> None:
     assert found["threads"] >= 1
     assert found["processor"]
     assert set(found) == {"processor", "cores", "threads", "accelerator", "torch", "python"}
+
+
+def test_runs_are_timed_by_the_clock_that_is_given(clock: Clock) -> None:
+    """The one given ticks once per reading; the default one, which the work moves, is not read."""
+    readings = iter(range(100))
+    run = Run(("I", "P"), clock.run("r", 40, 50))
+
+    times = time_runs({"r": run}, rounds=2, clock=lambda: float(next(readings)))
+
+    assert times["r"].rounds == ((1, 1), (1, 1))
