@@ -105,14 +105,21 @@ def _samples(
     return None
 
 
-def cross_attention(branch: Branch, axis: Axis, batch: Axis | None, flow: Dataflow) -> Cross | None:
-    """The attention of a branch to what is not of the stream, if there is one and its queries are the tokens."""
+def cross_attention(
+    branch: Branch, axis: Axis, batch: Axis | None, streams: Sequence[fx.Node], flow: Dataflow
+) -> Cross | None:
+    """The attention of a branch to a prompt, if there is one and its queries are the stream's tokens.
+
+    Its keys come neither from the stream nor from `streams`.
+    """
     own = self_attention(branch, flow)
     others = [flow.attention[node] for node in branch.attention if node not in own]
     if len(others) != 1 or others[0].written is not None:
         return None
     query = others[0].query
     if follow(query.node, query.axis, branch.origin, flow) != ({axis}, ""):
+        return None
+    if any(flow.depends(others[0].key.node, start) for start in streams):
         return None
     samples = _samples([query.node], {query.axis.dim}, branch.origin, batch, flow)
     return Cross((others[0].node.name,), query.axis, samples)

@@ -309,7 +309,7 @@ class _View:
             shape=tuple(out.shape), dtype=out.dtype, sole_reader=False, beside=(), guarded=True,
         )  # fmt: skip
         sites = [before_gate, delta]
-        cross = None if name.stream else cross_attention(branch, axis, batch, flow)
+        cross = None if name.stream else cross_attention(branch, axis, batch, self._no_prompts(), flow)
         if cross is not None:
             self.cross[name.branch] = cross
         if (
@@ -318,6 +318,10 @@ class _View:
             self._keys.add(own[0])
             sites.insert(0, self._kv_site(name, index, own[0], branch, keys[0]))
         return sites
+
+    def _no_prompts(self) -> list[fx.Node]:
+        """Where the streams begin whose tokens are no prompt: audio, or another picture."""
+        return [s.blocks[0].stream_in for s in self.streams if s.name and not s.name.startswith("text")]
 
     def _kv_site(self, name: SiteName, index: int, node: fx.Node, branch: Branch, keys: Keys) -> Site:
         key, val = self.flow.attention[node].key.node, self.flow.attention[node].value.node

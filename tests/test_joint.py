@@ -279,3 +279,12 @@ def test_a_score_does_not_read_another_stream() -> None:
     )
     with pytest.raises(PlanError, match="cannot be told apart: they are of the stream 'text'"):
         joint("joint").info.count(plan)
+
+
+def test_audio_is_no_prompt() -> None:
+    """Cross-attention to another stream tells nothing of a prompt: ToCa's entropy does not read it."""
+    info = joint("audio").info
+    assert "block2.cross.delta" in info.sites
+    assert info.analysis.cross == {}
+    with pytest.raises(PlanError, match="has no cross-attention to read"):
+        tcc.plans.toca(info, num_steps=4, score="entropy", cell=0)
