@@ -85,7 +85,7 @@ def _by_index(node: fx.Node, axis: Axis, size: int) -> Narrowing:
 
 
 #: Convolutions, and how many dimensions they go over; None for all but samples and channels.
-_CONVOLUTIONS = {
+_CONVOLUTIONS: dict[Any, int | None] = {
     aten.conv1d.default: 1, aten.conv1d.padding: 1, aten.conv2d.default: 2, aten.conv2d.padding: 2,
     aten.conv3d.default: 3, aten.conv3d.padding: 3, aten.convolution.default: None,
 }  # fmt: skip
