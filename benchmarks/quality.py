@@ -82,7 +82,7 @@ class Bench:
         self.info = tcc.inspect(model, *task.inputs(task.noise, 0))
         self._compiled: dict[str, Executable] = {}
         self._variants: dict[StepKind, Variant] = {}
-        self._runners: dict[StepKind, Compiled] = {}
+        self._runners: dict[Known, Compiled] = {}
 
     def task(self, noise: Tensor, labels: Tensor) -> Task:
         """What every method does with one batch."""

@@ -53,7 +53,7 @@ def test_the_signatures_of_design() -> None:
         assert options[0].name == "num_steps"
     offered = {"reset", "new_session", "cache_context", "plan", "info", "program"}
     assert offered <= set(dir(tcc.CompiledModel))
-    assert {"save", "load", "summary", "plot", "macs", "bound", "schedule"} <= set(dir(tcc.CachePlan))
+    assert {"save", "load", "summary", "plot", "macs", "bound", "schedule", "memory"} <= set(dir(tcc.CachePlan))
     assert {"blocks", "sites", "grid", "macs", "table"} <= set(dir(tcc.ModelInfo))
 
 

@@ -12,7 +12,7 @@ from tcc.info import ModelInfo
 from tcc.passes.pipeline import StepKind
 from tcc.plan import CachePlan
 from tcc.program import Variant, build_program
-from tcc.runtime import Compiled, Executable, lower
+from tcc.runtime import Compiled, Executable, Known, lower
 
 __all__ = ["executables"]
 
@@ -28,7 +28,7 @@ def executables(info: ModelInfo, plans: Mapping[str, CachePlan], backend: str) -
     variants: dict[StepKind, Variant] = {}  # several plans of one model share variants: each is made once
     with screen.status("rewriting the graph"):
         programs = {n: build_program(info.captured, info.analysis, plan, known=variants) for n, plan in plans.items()}
-    begun, runners = itertools.count(), dict[StepKind, Compiled]()
+    begun, runners = itertools.count(), dict[Known, Compiled]()
     with screen.bar("compiling", len(variants)) as bar:
 
         def begin(name: str, line: str) -> None:
