@@ -43,7 +43,7 @@ from tcc.models import DiT, load_dit, reference_model
 from tcc.passes.pipeline import StepKind
 from tcc.plan import CachePlan
 from tcc.program import Variant, build_program
-from tcc.runtime import Compiled, Executable, Session, lower
+from tcc.runtime import Compiled, Executable, Known, Session, lower
 from tcc.samplers import Sampler, sample
 
 CHUNK, CFG = 250, 1.5
