@@ -8,8 +8,7 @@ process, interleaved, medians. The model has random weights: this is about speed
 Columns: `bound` is the MAC ratio of the two steps, `speedup` the ratio of their medians, `realised` speedup / bound.
 Each P-step is compared with the full step compiled with the *same* options. `--freeze` adds Inductor's `freezing`,
 which packs the weights of matrix products once (a copy of the weights per variant). The profile below the table says
-where the time of each step goes. `--compile-times` compiles the plain model and the two variants of a plan in
-processes of their own with empty caches, after a warm-up of Inductor itself.
+where the time of each step goes.
 """
 
 from __future__ import annotations
@@ -17,16 +16,12 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
-import subprocess
-import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch._inductor.config
+from provenance import provenance
 from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
@@ -34,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 import tcc
 from tcc.models import DiT
 from tcc.reference import Reference
-from tcc.timing import machine, time_calls
+from tcc.timing import time_calls
 
 KEEP_RATIOS = (0.5, 0.25)
 GROUPS = {
@@ -124,27 +119,6 @@ def measure(label: str, options: Options, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def compile_seconds(what: str) -> float:
-    """Seconds to compile the plain model (`plain`) or both variants of a plan (`plan`), cold, in a new process."""
-    with tempfile.TemporaryDirectory() as cache:
-        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
-        command = [sys.executable, __file__, "--compile-one", what]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
-
-
-def compile_one(what: str) -> None:
-    """Compile once and print the seconds; capture is counted for both."""
-    model, inputs = build_model()
-    compile_plain(torch.nn.Linear(8, 8), (torch.randn(2, 8),), {})  # type: ignore[arg-type] # Inductor's own start
-    start = time.perf_counter()
-    if what == "plain":
-        compile_plain(model, inputs, {})
-    else:
-        compile_plan(model, inputs, 0.5, {})
-    print(time.perf_counter() - start)
-
-
 def show(rows: list[dict[str, Any]], console: Console) -> None:
     """The table, and the profile below it."""
     table = Table(title=f"DiT-S/2, 256 tokens, batch 2, fp32, {torch.get_num_threads()} threads; medians, interleaved")
@@ -181,31 +155,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21, help="samples per step")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--freeze", action="store_true", help="also measure with Inductor's freezing")
-    parser.add_argument("--compile-times", action="store_true", help="also measure cold compile times")
-    parser.add_argument("--compile-one", choices=["plain", "plan"], help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="write the rows and the machine here")
     args = parser.parse_args()
     console = Console(width=130)
-    if args.compile_one:
-        torch.set_num_threads(args.threads)
-        return compile_one(args.compile_one)
     rows = run_one(False, args.rounds, args.threads, console)
     rows += run_one(True, args.rounds, args.threads, console) if args.freeze else []
     show(rows, console)
-    seconds = {what: compile_seconds(what) for what in ("plain", "plan")} if args.compile_times else {}
-    if seconds:
-        ratio = seconds["plan"] / seconds["plain"]
-        console.print(f"cold compile: plain {seconds['plain']:.1f} s, I and P {seconds['plan']:.1f} s: {ratio:.2f}x")
     if args.json:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-        record = {
-            "command": " ".join(sys.argv),
-            "commit": commit.stdout.strip(),
-            **machine(),
-            "cold_compile_s": seconds,
-            "rows": rows,
-        }
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+        args.json.write_text(json.dumps({**provenance(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

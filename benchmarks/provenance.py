@@ -1,0 +1,21 @@
+"""What every file of results says of itself: the command, the commit, the versions and the hardware."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tcc.timing import machine
+
+
+def provenance() -> dict[str, Any]:
+    """To stand at the head of a JSON file. Of paths outside the folder only names are told."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    words = [f"benchmarks/{Path(sys.argv[0]).name}", *(_told(word) for word in sys.argv[1:])]
+    return {"command": " ".join(["python", *words]), "commit": commit.stdout.strip(), **machine()}
+
+
+def _told(word: str) -> str:
+    return Path(word).name if Path(word).is_absolute() else word
