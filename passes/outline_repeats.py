@@ -19,6 +19,7 @@ from tcc.passes.write_slots import is_view
 __all__ = ["OutlineRepeats"]
 
 _Numbers = np.ndarray[Any, np.dtype[np.int64]]
+_Fingerprints = np.ndarray[Any, np.dtype[np.uint64]]
 #: A length, and where stretches of that length begin.
 _Repeat = tuple[int, list[int]]
 invoke_subgraph = torch.ops.higher_order.invoke_subgraph
@@ -93,7 +94,7 @@ def _key(node: fx.Node) -> object:
         return node
     if (schema is not None and schema.is_mutable) or not all(isinstance(v, torch.Tensor) for v in vals):
         return node
-    args = fx.map_arg((node.args, node.kwargs), lambda n: tuple(_made(v) for v in _flat(n.meta.get("val"))))
+    args = fx.map_arg((node.args, node.kwargs), lambda n: repr([_made(v) for v in _flat(n.meta.get("val"))]))
     return (node.target, repr(args), tuple(_made(v) for v in vals))
 
 
@@ -156,12 +157,13 @@ def _lengths(alike: _Numbers) -> set[int]:
     return lengths
 
 
-def _fingerprints(alike: _Numbers, length: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
+def _fingerprints(alike: _Numbers, length: int) -> _Fingerprints:
     """A number for every stretch of that length: equal for equal ones (and, hardly ever, for others)."""
     base, inverse = 0x9E3779B97F4A7C15, pow(0x9E3779B97F4A7C15, -1, 2**64)
     powers = np.cumprod(np.full(len(alike), base, dtype=np.uint64))
     sums = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum((alike.astype(np.uint64) + 1) * powers)])
-    return (sums[length:] - sums[:-length]) * np.cumprod(np.full(len(sums) - length, inverse, dtype=np.uint64))
+    shifts = np.cumprod(np.full(len(sums) - length, inverse, dtype=np.uint64))
+    return np.asarray((sums[length:] - sums[:-length]) * shifts, dtype=np.uint64)
 
 
 def _apart(places: Sequence[int], length: int) -> list[int]:
