@@ -3,7 +3,8 @@
 A deep DiT (28 blocks as DiT-XL, narrow so that the code generator is what takes the time), random weights, a plan with
 an I- and a P-step of pruned tokens. Every measurement is a process of its own with a cache folder of its own, after
 Inductor has compiled something small, which builds its headers; `warm` is a second process with the same folder.
-Seconds are from the captured model to compiled variants; `plain` is `torch.compile` of the uncached model, with its first call.
+Seconds are from the captured model to compiled variants; `plain` is `torch.compile` of the uncached model and its first
+call.
 
     python benchmarks/compile_time.py --json benchmarks/results/compile_time.json
 """
