@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -65,7 +66,8 @@ def _write(graph: fx.Graph, slot: fx.Node, val: fx.Node) -> None:
 
 def _age(name: str, pairs: Mapping[str, fx.Node]) -> int:
     """How many slots hand their old values on to `name`, one to the next; slots that share a buffer share its name."""
-    age, read = 0, pairs[name].meta.get("slot")
+    age = 0
+    read: Any = pairs[name].meta.get("slot")
     while read in pairs and age < len(pairs):
         age, read = age + 1, pairs[read].meta.get("slot")
     return age
