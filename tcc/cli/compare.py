@@ -42,7 +42,7 @@ class Task:
         """The model's inputs for a step: the batch doubled, conditional half first; float32 times if not whole."""
         y = torch.cat([self.labels, torch.full_like(self.labels, self.null_class)])
         dtype = torch.int64 if isinstance(timestep, int) else torch.float32
-        return torch.cat([x, x]), torch.full((len(y),), timestep, dtype=dtype), y
+        return torch.cat([x, x]), torch.full((len(y),), timestep, dtype=dtype, device=x.device), y
 
     def denoise(self, model: Model, num_steps: int, sampler: Sampler = PLAIN) -> Iterator[Tensor]:
         """One step per value; the last value is the images. The same as `tcc.samplers.sample`, in steps."""

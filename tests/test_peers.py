@@ -1,0 +1,222 @@
+"""The comparison with other caches: on a tiny random model, a few steps, not compiled by Inductor."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from tcc.metrics import psnr
+from tcc.models import DiT
+from tests.tiny_models import fill
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SCRIPTS = (
+    "step_speed", "quality_store", "quality_rows", "peers_models", "peers_methods", "peers_probe", "peers_report",
+    "peers",
+)  # fmt: skip
+Scripts = dict[str, ModuleType]
+needs_diffusers = pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers")
+needs_cache_dit = pytest.mark.skipif(find_spec("cache_dit") is None, reason="needs cache-dit: pip install 'tcc[bench]'")
+KEYS = {
+    "method", "family", "package", "mode", "steps", "seconds", "seconds_p90", "speedup", "macs", "bound",
+    "realised_share", "psnr", "identical", "fd", "cache_bytes", "peak_bytes", "compile_seconds", "graph_breaks",
+    "recompiles", "rounds", "reason",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[Scripts]:
+    """The scripts as modules; they import each other by name, as when one is run."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        yield {name: __import__(name) for name in SCRIPTS}
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+        for name in SCRIPTS:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def tiny(scripts: Scripts) -> Any:
+    """A DiT of 3 blocks and 16 tokens, with random weights."""
+    sizes = {"input_size": 8, "patch_size": 2, "in_channels": 1, "hidden_size": 32, "depth": 3, "num_heads": 2}
+    model = fill(DiT(**sizes, num_classes=3, learn_sigma=False))  # type: ignore[arg-type]
+    return scripts["peers_models"].Subject("tiny", model.eval(), (1, 8, 8), 3, "blocks", trained=True)
+
+
+@pytest.fixture
+def draw(scripts: Scripts, tiny: Any) -> Callable[..., torch.Tensor]:
+    """The images of a peer with these settings after so many steps; of the uncached model, without a peer."""
+    task = tiny.task(2, seed=0)
+
+    def run(attach: Callable[..., Any] | None = None, steps: int = 4, runs: int = 1, **settings: Any) -> torch.Tensor:
+        if attach is None:
+            *_, images = task.denoise(tiny.model, steps)
+            return images
+        copied = scripts["peers_models"].target(tiny, steps, lambda model: list(task.denoise(model, steps)))
+        attached = attach(copied, **settings)
+        for _ in range(runs):
+            attached.reset()
+            *_, images = task.denoise(attached.around(copied.model), steps)
+        return images
+
+    return run
+
+
+def test_a_copy_shares_the_weights_and_leaves_the_model_alone(scripts: Scripts, tiny: Any) -> None:
+    """Peers of large models cost no memory, and one peer's changes are not seen by another."""
+    copied = scripts["peers_models"].target(tiny, 4, lambda model: None)
+    own, others = list(tiny.model.parameters()), list(copied.model.parameters())
+    assert all(one is other for one, other in zip(own, others, strict=True))
+    assert copied.denoiser.blocks is copied.blocks
+    assert copied.blocks is not tiny.model.blocks
+    assert type(copied.blocks[0]) is not type(tiny.model.blocks[0])
+
+
+@needs_diffusers
+def test_first_block_cache_that_never_reuses_is_the_model(scripts: Scripts, draw: Callable[..., torch.Tensor]) -> None:
+    """A threshold below every difference computes all; above every difference, all steps but the first reuse."""
+    attach = scripts["peers_methods"].first_block
+    assert torch.equal(draw(attach, threshold=-1.0), draw())
+    assert float(psnr(draw(attach, threshold=1e9), draw()).mean()) < 100
+
+
+@needs_diffusers
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("first_block", {"threshold": 1e9}),
+        ("taylorseer", {"interval": 5, "order": 1, "modules": None}),
+        ("mag", {"threshold": 10.0, "max_skip": 3}),
+    ],
+)
+def test_a_second_run_is_the_first(
+    scripts: Scripts, draw: Callable[..., torch.Tensor], name: str, settings: dict[str, Any]
+) -> None:
+    """A reset leaves nothing of the run before; and what was attached does something."""
+    attach = getattr(scripts["peers_methods"], name)
+    one = draw(attach, steps=6, **settings)
+    assert torch.equal(one, draw(attach, steps=6, runs=2, **settings))
+    assert not torch.equal(one, draw(steps=6))
+
+
+@needs_diffusers
+def test_work_is_counted_operator_by_operator(scripts: Scripts, tiny: Any) -> None:
+    """A first-block cache that always reuses computes one block of three after the first step, and holds residuals."""
+    bench = scripts["peers"].Bench(tiny, steps=4, batch=2, seed=0, backend="eager", console=Console(quiet=True))
+    bench.add_uncached()
+    methods = scripts["peers_methods"]
+    bench.add_peer(methods._peer("FBC", "FBC", "diffusers", methods.first_block, threshold=1e9))
+    eager, compiled, peer, peer_compiled = [entry.line for entry in bench.entries]
+    with torch.no_grad():
+        info = scripts["peers"].tcc.inspect(tiny.model, *bench.task.inputs(bench.task.noise, 0))
+    plan = scripts["peers"].plans.full(info, num_steps=4)
+    assert eager.macs == pytest.approx(2 * sum(plan.cost.step_macs), rel=1e-9)  # tcc counts the same
+    assert compiled.macs == eager.macs
+    block = 2 * _block_macs(tiny.model)
+    assert eager.macs - peer.macs == pytest.approx(3 * 2 * block, rel=1e-9)
+    residuals = 3 * 4 * 16 * 32 * 4  # the head's residual and output, and the tail's residual: [4, 16, 32] float32
+    assert peer.cache_bytes == pytest.approx(residuals, rel=0.1)
+    assert peer_compiled.graph_breaks > 0
+    assert compiled.graph_breaks == 0
+
+
+def _block_macs(model: DiT) -> int:
+    """MACs of a block for one image: adaLN, qkv, attention, projection, MLP."""
+    width, tokens, hidden = 32, 16, 128
+    return 6 * width * width + tokens * (4 * width * width + 2 * tokens * width + 2 * width * hidden)
+
+
+@needs_diffusers
+def test_the_harness_measures_methods_side_by_side(
+    scripts: Scripts, tiny: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Rows of all kinds; the JSON of each has the same keys; a peer that cannot be attached says why."""
+    peers = scripts["peers"]
+    monkeypatch.setitem(peers.SUBJECTS, "tiny", lambda: tiny)
+    options = ["--model", "tiny", "--steps", "4", "--batch", "2", "--backend", "eager", "--rounds", "1"]
+    options += ["--threads", str(torch.get_num_threads()), "--only", "FORA N=2,FirstBlockCache 0.2,broadcast N=2"]
+    assert peers.main([*options, "--json", str(tmp_path / "p.json"), "--results", str(tmp_path / "out")]) == 0
+    record = json.loads((tmp_path / "p.json").read_text())
+    rows = {(row["method"], row["mode"]): row for row in record["rows"]}
+    assert all(row.keys() == KEYS for row in rows.values())
+    assert rows["uncached", "torch.compile"]["speedup"] == 1
+    assert rows["uncached", "eager"]["identical"]
+    assert rows["FORA N=2", "tcc"]["bound"] > 1.3
+    assert rows["FirstBlockCache 0.2", "eager"]["seconds"] > 0
+    failed = rows["PyramidAttentionBroadcast N=2", "eager"]
+    assert "match no module" in failed["reason"]
+    assert failed["seconds"] is None
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json", ".md", ".png"}
+
+
+def test_a_missing_package_is_a_reason(scripts: Scripts, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other rows are measured all the same."""
+    monkeypatch.setitem(sys.modules, "cache_dit", None)
+    bench = scripts["peers"].Bench(tiny, steps=2, batch=1, seed=0, backend="eager", console=Console(quiet=True))
+    bench.add_peer(next(peer for peer in scripts["peers"].PEERS if peer.package == "cache_dit"))
+    assert [line.mode for line in bench.failed] == ["eager", "torch.compile"]
+    assert all("cache_dit" in line.reason for line in bench.failed)
+    assert not bench.entries
+
+
+@needs_cache_dit
+@pytest.mark.filterwarnings("default")  # of cache-dit and what it imports
+def test_dual_block_cache_reuses_after_its_warm_up(
+    scripts: Scripts, draw: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within the warm-up it is the model; a second run is the first; and compiler settings are taken back."""
+    methods = scripts["peers_methods"]
+    attach = methods.dual_block
+    assert torch.equal(draw(attach, threshold=1e9, warmup=4), draw())
+    cached = draw(attach, threshold=1e9, warmup=2)
+    assert not torch.equal(cached, draw())
+    assert torch.equal(cached, draw(attach, threshold=1e9, warmup=2, runs=2))
+    before = torch._inductor.config.get_config_copy()
+    with contextlib.suppress(KeyError), methods.cache_dit_settings():
+        assert torch._inductor.config.get_config_copy() != before
+        raise KeyError
+    assert torch._inductor.config.get_config_copy() == before
+
+
+def test_a_row_without_numbers_is_shown_with_its_reason(scripts: Scripts) -> None:
+    """In the table it is empty; below, its reason stands once for all rows that share it."""
+    report = scripts["peers_report"]
+    common = {"family": "F", "package": "p", "steps": 4}
+    lines = [
+        report.Line(method="fine", mode="eager", **common, speedup=1.5, bound=2.0, psnr=math.inf),
+        report.Line(method="[broken]", mode="eager", **common, reason="RuntimeError: no"),
+        report.Line(method="[broken]", mode="torch.compile", **common, reason="RuntimeError: no"),
+    ]
+    shown = report.table(lines, "title")
+    assert [len(list(column.cells)) for column in shown.columns] == [3] * len(report.COLUMNS)
+    cells = {str(column.header): list(column.cells) for column in shown.columns}
+    assert cells["speedup"] == ["1.50x", "", ""]
+    assert cells["realised share"] == ["0.75", "", ""]
+    assert cells["PSNR dB"] == ["identical", "", ""]
+    assert report.failures(lines) == ("not measured: [broken] (eager), [broken] (torch.compile): RuntimeError: no")
+    assert lines[0].as_dict()["psnr"] is None
+    assert lines[0].as_dict()["identical"]
+    assert report.markdown(lines).count("\n| ") == 2
+
+
+def test_the_front_has_what_nothing_beats(scripts: Scripts) -> None:
+    """Slower and worse is off it, faster or better is on it."""
+    report = scripts["peers_report"]
+    points = {"slow, good": (1.0, 40.0), "fast, bad": (3.0, 20.0), "beaten": (2.0, 19.0), "between": (2.0, 30.0)}
+    lines = [
+        report.Line(method=name, family="F", package="p", mode="tcc", steps=4, speedup=speedup, psnr=quality)
+        for name, (speedup, quality) in points.items()
+    ]
+    assert [line.method for line in report.front(lines)] == ["slow, good", "between", "fast, bad"]
