@@ -100,11 +100,11 @@ def routers(info: tcc.ModelInfo, steps: int, variants: int) -> CachePlan:
     return info.count(CachePlan(steps, actions, policy={"name": "routers"}))
 
 
-def planning(quick: bool) -> Iterable[Row]:
+def planning(quick: bool, models: Iterable[str]) -> Iterable[Row]:
     """The rows of planning: by blocks, by steps, by variants."""
     deep: list[tuple[str, Callable[[], Call]]] = [("dit", functools.partial(dit, d)) for d in (7, 14, 28)]
     deep.append(("two streams", functools.partial(two_streams, 19, 38)))
-    for name, build in deep[:1] if quick else deep:
+    for name, build in deep[:1] if quick else [entry for entry in deep if entry[0] in models]:
         model, args, kwargs = build()
         found, seconds = prepared(model, args, kwargs)
         counts = (2, 5) if quick else (2, 10, 30, 100)
@@ -230,6 +230,7 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["planning", "runtime"], help="one of the two parts")
+    parser.add_argument("--models", nargs="+", default=["dit", "two streams"], help="planning")
     parser.add_argument("--quick", action="store_true", help="a few rows, to see that it works")
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256, 1024], help="runtime: squares of even sides")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], help="runtime")
@@ -241,21 +242,28 @@ def main() -> None:
     args = parser.parse_args()
     console, rows = Console(width=140), []
     if args.only != "runtime":
-        for row in planning(args.quick):
+        for row in planning(args.quick, args.models):
             console.print(f"{row['model']}, {row['blocks']} blocks, {row['policy']}, {row['steps']} steps: "
                           f"{row['plan']:.2f} s")  # fmt: skip
             rows.append(row)
+            write(rows, args.json)
     if args.only != "planning":
         sides = [2 * int(count**0.5) for count in (args.tokens[:1] if args.quick else args.tokens)]
         rows += runtime(sides, args.batch[:1] if args.quick else args.batch, args.depth, args.width, args.backend)
     show(rows, console)
     if args.plot:
         plot(rows, args.plot)
-    if args.json:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-        command = f"python {' '.join(sys.argv)}"
-        head = {"machine": machine(), "command": command, "commit": commit.stdout.strip()}
-        args.json.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
+    write(rows, args.json)
+
+
+def write(rows: list[Row], path: Path | None) -> None:
+    """The rows so far, and how they were measured."""
+    if path is None:
+        return
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    command = f"python {' '.join(sys.argv)}"
+    head = {"machine": machine(), "command": command, "commit": commit.stdout.strip()}
+    path.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
