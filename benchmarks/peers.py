@@ -11,8 +11,9 @@ attached to the model, or raises, has a row without numbers, and the reason stan
 `torch.compile` sees the whole model after a cache is attached, and no other row's code (`isolate_recompiles`); it may
 recompile 64 times, more than the default 8; cache-dit's rows are compiled with what `cache_dit.set_compile_configs`
 sets. Every row is run twice before it is timed. Speedups are over the uncached model under `torch.compile`. MACs of
-peers are counted while they run eagerly, since they decide as they go. Cache bytes of peers are the tensors that are
-alive between steps beyond those of the uncached run; of tcc's plans, their slots.
+peers are counted while they run eagerly, since they decide as they go; compiled they are taken to decide alike. Cache
+bytes of peers are the tensors that are alive between steps beyond those of the uncached run; of tcc's plans, their
+slots. Random weights (dit-s, pixart) are for speed alone, and what a threshold decides on them says little.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")
 
 import peers_report
 import torch
-from peers_methods import PEERS, Model, Peer
+from peers_methods import PEERS, Model, NotApplicable, Peer
 from peers_models import SUBJECTS, Subject, target
 from peers_probe import Compilation, Work, eager_work, peak_bytes, run, watched_compilation
 from peers_report import Line
@@ -138,12 +139,12 @@ class Bench:
         found = compare(self.task, methods, baseline=baseline, rounds=rounds, at_most=at_most)
         lines = []
         for entry, row in zip(self.entries, found, strict=True):
-            whole = timing.Timing(tuple(map(sum, row.timing.rounds)))
+            p90 = {kind: samples.p90 for kind, samples in row.timing.by_kind.items()}
             lines.append(
                 replace(
                     entry.line,
                     seconds=row.seconds,
-                    seconds_p90=whole.p90,
+                    seconds_p90=sum(p90[kind] for kind in row.timing.kinds),
                     speedup=row.speedup,
                     psnr=row.psnr if self.subject.trained else None,
                     fd=self._fd(entry.method, fd_images) if fd_images and self.subject.trained else None,
@@ -246,7 +247,7 @@ def _with_compilation(line: Line, done: Compilation) -> Line:
 def _reason(error: Exception) -> str:
     """One line: the error's kind, unless it is ours, and the first line of what it says."""
     said = next(iter(str(error).strip().splitlines()), "")
-    ours = isinstance(error, (TccError, Missing)) or type(error).__name__ == "NotApplicable"
+    ours = isinstance(error, (TccError, Missing, NotApplicable))
     return said if ours else f"{type(error).__name__}: {said}"[:300]
 
 
@@ -319,7 +320,7 @@ def write(args: argparse.Namespace, lines: Sequence[Line], console: Console) -> 
         (args.results / f"{stem}.md").write_text(f"{peers_report.markdown(lines)}\n\n{caption(args)}\n")
         if any(line.psnr is not None for line in lines):
             peers_report.plot(lines, caption(args), args.results / f"{stem}.png")
-        console.print(f"wrote {stem}.json, {stem}.md and the plot to {args.results}")
+        console.print(f"wrote {stem}.* to {args.results}")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ class Line:
         mode: `eager`, `torch.compile` or `tcc`.
         steps: its denoising steps.
         seconds: for the batch; medians per kind of step, summed.
-        seconds_p90: for the batch; 90th percentile of whole runs.
+        seconds_p90: the same of 90th percentiles.
         speedup: over the uncached model under `torch.compile`.
         macs: of one image, all steps and both guidance branches.
         bound: the speedup that the MACs allow.
@@ -140,10 +141,11 @@ def front(lines: Sequence[Line]) -> list[Line]:
 
 
 def plot(lines: Sequence[Line], title: str, path: Path) -> None:
-    """Speedup against PSNR: filled where compiled, hollow where eager; the front as a line."""
+    """Speedup against PSNR: filled where compiled, hollow where eager; the front as a line. Nothing uncached."""
     figure = Figure(figsize=(9.5, 5.6), dpi=110, layout="constrained")
     axes = figure.subplots()
-    shown = [line for line in lines if line.psnr is not None and math.isfinite(line.psnr) and line.speedup is not None]
+    known = [line for line in lines if line.psnr is not None and math.isfinite(line.psnr) and line.speedup is not None]
+    shown = [line for line in known if line.family != "uncached"]
     for number, family in enumerate(dict.fromkeys(line.family for line in shown)):
         for mode in dict.fromkeys(line.mode for line in shown if line.family == family):
             members = [line for line in shown if (line.family, line.mode) == (family, mode)]
@@ -157,7 +159,7 @@ def plot(lines: Sequence[Line], title: str, path: Path) -> None:
     axes.plot([line.speedup for line in best], [line.psnr for line in best], "k:", lw=1, zorder=0, label="front")
     axes.set_xlabel("speedup over the uncached model under torch.compile")
     axes.set_ylabel("PSNR to the uncached images, dB")
-    axes.set_title(title, fontsize=10)
+    figure.suptitle(textwrap.fill(title, 100), fontsize=9)
     axes.grid(alpha=0.25)
     figure.legend(loc="outside right upper", fontsize=7, frameon=False)
     figure.savefig(path, facecolor="white")
