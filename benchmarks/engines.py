@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -28,7 +27,8 @@ from rich.progress import track
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the tests' models and plan
 
-from tcc import timing  # noqa: E402
+from provenance import provenance  # noqa: E402
+
 from tcc.errors import ExportError  # noqa: E402
 from tcc.export import bundle  # noqa: E402
 from tests.export import no_driver  # noqa: E402
@@ -122,11 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
             Console(stderr=True).print(f"{each.model} {each.dtype} {each.arch}: {each.said}")
     if args.results:
         (args.results / "engines.md").write_text(table(engines))
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
         content = {
-            "command": " ".join(["python benchmarks/engines.py", *sys.argv[1:]]),
-            "commit": commit.stdout.strip(),
-            "machine": timing.machine(),
+            **provenance(),
             "engines": [asdict(each) for each in engines],
         }
         (args.results / "engines.json").write_text(json.dumps(content, indent=1) + "\n")

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from provenance import provenance
 from rich.console import Console
 
 import tcc
@@ -168,12 +168,10 @@ def main() -> int:
             rows += measure(model, name, steps, args.rounds, Path(folder, str(number)), say)
     Console(width=160).print(table(rows))
     if args.results:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
         versions = {name: metadata.version(name) for name in ("onnxruntime", "onnx", "onnxscript")}
         content = {
-            "command": " ".join(["python benchmarks/export.py", *sys.argv[1:]]),
-            "commit": commit.stdout.strip(),
-            "machine": timing.machine() | versions,
+            **provenance(),
+            **versions,
             "clock": clock().__name__,
             "rows": [asdict(row) for row in rows],
         }

@@ -25,7 +25,6 @@ import argparse
 import json
 import multiprocessing
 import re
-import subprocess
 import sys
 import time
 import traceback
@@ -45,6 +44,7 @@ import torch
 from coverage_models import ENTRIES, Built, build
 from coverage_plan import STEPS, actions_of, mixed_plan
 from coverage_table import markdown, read, results_name, summary, table, write_readme
+from provenance import commit
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -273,7 +273,7 @@ class Examiner:
 def examine_all(names: Sequence[str], options: argparse.Namespace, done: dict[str, Any]) -> list[dict[str, Any]]:
     """A row for every class, with a progress bar; the rows so far are written after each of them."""
     columns = (TextColumn("{task.description:36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    rows, commit = [], commit_now()
+    rows, now = [], commit()
     examiner = Examiner(options.backend, options.threads)
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=len(names))
@@ -281,7 +281,7 @@ def examine_all(names: Sequence[str], options: argparse.Namespace, done: dict[st
             progress.update(task, description=name)
             if name not in done:
                 row = examiner.row(name) if name in ENTRIES else Row(name, why="no entry in coverage_models*.py")
-                row.commit = commit
+                row.commit = now
                 done[name] = asdict(row)
                 if not row.whole:
                     progress.print(f"{name}: {row.why}", markup=False)
@@ -291,16 +291,6 @@ def examine_all(names: Sequence[str], options: argparse.Namespace, done: dict[st
             progress.advance(task)
     examiner.stop()
     return rows
-
-
-def commit_now() -> str:
-    """The commit of the checkout, marked where files differ from it."""
-    changed = ["status", "--porcelain", "--", ":/passes", ":/tcc", ":/benchmarks/*.py"]
-    found = [
-        subprocess.run(["git", *command], capture_output=True, text=True, check=False, cwd=Path(__file__).parent).stdout
-        for command in (["rev-parse", "--short", "HEAD"], changed)
-    ]
-    return found[0].strip() + ("-changed" if found[1].strip() else "")
 
 
 def as_json(rows: Sequence[dict[str, Any]], backend: str) -> str:

@@ -12,9 +12,18 @@ from tcc.timing import machine
 
 def provenance() -> dict[str, Any]:
     """To stand at the head of a JSON file. Of paths outside the folder only names are told."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     words = [f"benchmarks/{Path(sys.argv[0]).name}", *(_told(word) for word in sys.argv[1:])]
-    return {"command": " ".join(["python", *words]), "commit": commit.stdout.strip(), **machine()}
+    return {"command": " ".join(["python", *words]), "commit": commit(), **machine()}
+
+
+def commit() -> str:
+    """The commit of the checkout, marked where code differs from it."""
+    changed = ["status", "--porcelain", "--", ":/passes", ":/tcc", ":/export", ":/benchmarks/*.py"]
+    found = [
+        subprocess.run(["git", *command], capture_output=True, text=True, check=False, cwd=Path(__file__).parent).stdout
+        for command in (["rev-parse", "--short", "HEAD"], changed)
+    ]
+    return found[0].strip() + ("-changed" if found[1].strip() else "")
 
 
 def _told(word: str) -> str:

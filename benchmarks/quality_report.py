@@ -6,8 +6,6 @@ import argparse
 import json
 import math
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
+from provenance import provenance
 from quality_rows import FEWER, MULTISTEP, UNCACHED, Row
 from quality_store import Store
 from rich.console import Console
@@ -244,11 +243,8 @@ def report(entries: Sequence[Any], args: argparse.Namespace, console: Console) -
         plot(rows, steps, args.results / f"{stem}-{steps}.png")
     text = "\n\n".join(f"## {steps} steps\n\n{markdown(rows, steps)}" for steps in args.steps)
     (args.results / f"{stem}.md").write_text(f"{text}\n\n{notes(rows)}\n")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     record = {
-        "command": " ".join(sys.argv),
-        "commit": commit.stdout.strip(),
-        **timing.machine(),
+        **provenance(),
         "settings": json.loads((args.out / "settings.json").read_text()),
         "rows": [m.as_dict() for m in rows],
     }

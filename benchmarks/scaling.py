@@ -20,8 +20,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -30,6 +28,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from provenance import provenance
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -40,7 +39,7 @@ from tcc.models import DiT
 from tcc.passes.sites import analyse
 from tcc.plan import Action, CachePlan, Compute, Reuse
 from tcc.program import build_program
-from tcc.timing import machine, time_calls
+from tcc.timing import time_calls
 
 Row = dict[str, Any]
 Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
@@ -260,10 +259,7 @@ def write(rows: list[Row], path: Path | None) -> None:
     """The rows so far, and how they were measured."""
     if path is None:
         return
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    command = f"python {' '.join(sys.argv)}"
-    head = {"machine": machine(), "command": command, "commit": commit.stdout.strip()}
-    path.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
+    path.write_text(json.dumps({**provenance(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
