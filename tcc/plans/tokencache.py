@@ -1,11 +1,11 @@
 """TokenCache: token plans from learned importance, and the controls with the same counts.
 
 What the papers leave open is an option of `tokencache`. Its default is what was best in PSNR in the ablation on the
-reference model (benchmarks/results/ablation.md: 50 DDIM steps, half of the tokens at every second one; one option changed
-at a time): `attention="cached"` over `current` (0.9 dB less, and dearer), `reused` and `kept` (20 dB less); `level="out"`
-over what is after the gate (6.6 dB less); learned scores over `norm` (0.9), `random` (3.2) and `uniform` (3.7);
-`share=True` (own sets: 2.2 dB less, but a better Frechet distance); `rotate=0`, `select="global"`, `schedule="tprr"`
-(about 2).
+reference model (benchmarks/results/ablation.md: 50 DDIM steps, half of the tokens at every second one; one option
+changed at a time): `attention="cached"` over `current` (0.9 dB less, and dearer), `reused` and `kept` (20 dB less);
+`level="out"` over what is after the gate (6.6 dB less); learned scores over `norm` (0.9), `random` (3.2) and `uniform`
+(3.7); `share=True` (own sets: 2.2 dB less, but a better Frechet distance); `rotate=0`, `select="global"`,
+`schedule="tprr"` (about 2).
 """
 
 from __future__ import annotations
@@ -83,9 +83,7 @@ def tokencache(
 
     I-steps compute and store. P-steps recompute, in the pruned blocks, the tokens that matter, and take what is stored
     for the others; the other blocks are computed in full. All P-steps share one variant, since the counts are fixed and
-    the tokens are inputs; only `adapt="step"` makes more, up to one per P-step.
-
-    Defaults are what was best in PSNR in the ablation on the reference model, benchmarks/results/ablation.md.
+    the tokens are inputs; only `adapt="step"` makes more. Defaults: the best in PSNR of benchmarks/results/ablation.md.
 
     Args:
         info: the model.
