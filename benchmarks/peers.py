@@ -5,10 +5,12 @@
 
 Needs the extra `bench` (diffusers, cache-dit). Rows: the uncached model eager, under `torch.compile` and through tcc;
 fewer steps; tcc's plans; diffusers' FirstBlockCache, TaylorSeer, MagCache, PyramidAttentionBroadcast and FasterCache
-and cache-dit's DBCache with and without TaylorSeer, each eager and under `torch.compile`. A peer that cannot be
-attached to the model, or raises, has a row without numbers, and the reason stands below the table.
+and cache-dit's DBCache with and without TaylorSeer, each eager, under `torch.compile`, and with compiled blocks. A peer
+that cannot be attached to the model, or raises, has a row without numbers, and the reason stands below the table.
 
-`torch.compile` sees the whole model after a cache is attached, and no other row's code (`isolate_recompiles`); it may
+`torch.compile` sees the whole model after a cache is attached, and no other row's code (`isolate_recompiles`). With
+compiled blocks, each block is compiled before a cache is attached to it, as in diffusers' regional compilation: a cache
+that switches the compiler off around the blocks loses nothing so. All blocks share what was compiled. Either may
 recompile 64 times, more than the default 8; cache-dit's rows are compiled with what `cache_dit.set_compile_configs`
 sets. Every row is run twice before it is timed. Speedups are over the uncached model under `torch.compile`. MACs of
 peers are counted while they run eagerly, since they decide as they go; compiled they are taken to decide alike. Cache
@@ -19,6 +21,7 @@ slots. Random weights (dit-s, pixart) are for speed alone, and what a threshold 
 from __future__ import annotations
 
 import argparse
+import functools
 import inspect
 import json
 import os
@@ -41,6 +44,7 @@ from peers_report import Line
 from quality_rows import Missing, comparison
 from quality_rows import Row as PlanRow
 from rich.console import Console
+from torch import nn
 
 import tcc
 from tcc import plans, timing
@@ -52,13 +56,14 @@ from tcc.plan import CachePlan
 from tcc.program import Variant, build_program
 from tcc.runtime import Compiled, Executable, lower
 
-EAGER, COMPILED, TCC = "eager", "torch.compile", "tcc"
+EAGER, COMPILED, BLOCKS, TCC = "eager", "torch.compile", "compiled blocks", "tcc"
 UNCACHED = "uncached"
 FEWER = (0.7, 0.5, 0.35, 0.25)  # of the steps
 #: Rows of `quality_rows.py`.
 PLANS = ("FORA N=2", "FORA N=3", "forecast 50%", "forecast 34%", "forecast 26%", "forecast 34%, steps searched",
          "TaylorSeer N=3 O=2", "TaylorSeer N=6 O=2", "L2C theta=0.1", "uniform tokens 1.5x", "ToCa N=3")  # fmt: skip
-ISOLATED = {"isolate_recompiles": True, "recompile_limit": 64}
+LIMIT = {"recompile_limit": 64}
+ISOLATED = {"isolate_recompiles": True, **LIMIT}
 
 
 @dataclass(frozen=True)
@@ -122,9 +127,9 @@ class Bench:
             self._add_plan(info, rows[name])
 
     def add_peer(self, peer: Peer) -> None:
-        """A peer, eager and compiled, each on a copy of its own. Whatever it raises becomes the reason."""
+        """A peer, eager and compiled both ways, each on a copy of its own. Whatever it raises becomes the reason."""
         work: Work | None = None
-        for mode in (EAGER, COMPILED):
+        for mode in (EAGER, COMPILED, BLOCKS):
             line = Line(method=peer.name, family=peer.family, package=peer.package, mode=mode, steps=self.steps)
             self.console.print(f"[dim]{peers_report.escaped(_key(line))}[/]")
             try:
@@ -155,9 +160,10 @@ class Bench:
         return [*lines, *self.failed]
 
     def _add_peer(self, peer: Peer, line: Line, work: Work | None) -> Work:
-        model = target(self.subject, self.steps, lambda model: list(self.other.denoise(model, self.steps)))
+        compile_block = functools.partial(nn.Module.compile, backend=self.backend, **_known(LIMIT))
+        model = target(self.subject, self.steps, self._draw_other, compile_block if line.mode == BLOCKS else None)
         attached = peer.attach(model)
-        runner: Model = model.model if line.mode == EAGER else self._compile(model.model)
+        runner: Model = self._compile(model.model) if line.mode == COMPILED else model.model
         call = attached.around(runner)
 
         def open_model() -> Model:
@@ -165,8 +171,8 @@ class Bench:
             return call
 
         method = self._own(line, open_model)
-        if work is None:  # also for the compiled row where eager ran: what is decided is the same
-            if line.mode == COMPILED:
+        if work is None:  # compiled rows take that of the eager one: what is decided is the same
+            if line.mode != EAGER:
                 raise RuntimeError("it did not run eagerly")
             work = eager_work(method, self.task)
         with peer.settings():
@@ -176,6 +182,11 @@ class Bench:
         line = replace(line, macs=work.macs / len(self.task.noise), bound=bound, cache_bytes=cached)
         self._add(replace(method, bound=bound, slot_bytes=cached), _with_compilation(line, done))
         return work
+
+    def _draw_other(self, model: Model) -> None:
+        """A run on noise that no method is measured on."""
+        for _ in self.other.denoise(model, self.steps):
+            pass
 
     def _add_plan(self, info: tcc.ModelInfo, row: PlanRow) -> None:
         """One plan; a policy that refuses the model has a row without numbers."""
@@ -217,10 +228,8 @@ class Bench:
                 run(method, self.task)
         return replace(method, compile_seconds=found[0].seconds), found[0]
 
-    def _compile(self, model: torch.nn.Module) -> Model:
-        known = inspect.signature(torch.compile).parameters
-        isolated: dict[str, Any] = {name: value for name, value in ISOLATED.items() if name in known}
-        compiled: Model = torch.compile(model, backend=self.backend, **isolated)
+    def _compile(self, model: nn.Module) -> Model:
+        compiled: Model = torch.compile(model, backend=self.backend, **_known(ISOLATED))
         return compiled
 
     def _add(self, method: Method, line: Line) -> None:
@@ -234,6 +243,11 @@ class Bench:
                 network(run(method, self.subject.task(batch, seed)).cpu()) for seed in range(2, 2 + -(-images // batch))
             ]
         return frechet_distance(Statistics.of(torch.cat(parts)[:images]), real_statistics())
+
+
+def _known(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that this torch's compiler has."""
+    return {name: value for name, value in options.items() if name in inspect.signature(torch.compile).parameters}
 
 
 def _key(line: Line) -> str:

@@ -75,15 +75,23 @@ class HiddenStates(nn.Module):
         return self.block(hidden_states, *args, **kwargs)
 
 
-def target(subject: Subject, steps: int, draw: Callable[[Callable[..., Tensor]], object]) -> Target:
-    """A copy of the subject's model for a peer."""
+def target(
+    subject: Subject,
+    steps: int,
+    draw: Callable[[Callable[..., Tensor]], object],
+    compile_block: Callable[[nn.Module], object] | None = None,
+) -> Target:
+    """A copy of the subject's model for a peer; with `compile_block`, each block is given to that, then wrapped."""
     model = subject.model
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     copied = copy.deepcopy(model, shared)
     path, _, name = subject.blocks.rpartition(".")
     denoiser = copied.get_submodule(path)
     blocks = denoiser.get_submodule(name)
-    if "hidden_states" not in inspect.signature(blocks[0].forward).parameters:
+    if compile_block is not None:
+        for block in blocks:
+            compile_block(block)
+    if compile_block is not None or "hidden_states" not in inspect.signature(blocks[0].forward).parameters:
         blocks = nn.ModuleList(HiddenStates(block) for block in blocks)
         setattr(denoiser, name, blocks)
     return Target(copied, denoiser, blocks, steps, draw)
