@@ -1,14 +1,14 @@
-"""How much of a P-step's saved arithmetic becomes saved time.
+"""How much of the saved arithmetic becomes saved time, for layer plans and token plans.
 
-DiT-S/2, 256 tokens, batch 2, float32: the P-step with one token set for all blocks against the compiled full step, one
+DiT-S/2, 256 tokens, batch 2, float32: plans of one I-step and one P-step against the compiled uncached model, one
 process, interleaved, medians. The model has random weights: this is about speed alone.
 
     python benchmarks/step_speed.py --json benchmarks/results/step_speed.json
 
-Columns: `bound` is the MAC ratio of the two steps, `speedup` the ratio of their medians, `realised` speedup / bound.
-Each P-step is compared with the full step compiled with the *same* options. `--freeze` adds Inductor's `freezing`,
-which packs the weights of matrix products once (a copy of the weights per variant). The profile below the table says
-where the time of each step goes.
+Columns: the milliseconds of both steps; of the P-step alone and of the whole plan `bound`, the ratio of MACs, `speedup`,
+that of times, and `realised`, speedup / bound. Each plan is compared with the uncached model compiled with the *same*
+options. `--freeze` adds Inductor's `freezing`, which packs the weights of matrix products once (a copy of the weights
+per variant). The profile below the table says where the time of each step goes.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 import torch._inductor.config
 from provenance import provenance
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
@@ -31,7 +32,16 @@ from tcc.models import DiT
 from tcc.reference import Reference
 from tcc.timing import time_calls
 
-KEEP_RATIOS = (0.5, 0.25)
+PLANS: dict[str, Any] = {
+    "FORA": functools.partial(tcc.plans.fora, num_steps=2, interval=2),
+    "half of the branches": functools.partial(tcc.plans.random_units, num_steps=2),
+    "forecast": functools.partial(tcc.plans.forecast, num_steps=3, i_steps=[0, 1]),
+    "keep 0.5": functools.partial(tcc.plans.tprr, num_steps=2, k1=1, k2=1, keep=0.5, attention="kept"),
+    "keep 0.25": functools.partial(tcc.plans.tprr, num_steps=2, k1=1, k2=1, keep=0.25, attention="kept"),
+    "keep 0.5, cached": functools.partial(
+        tcc.plans.tprr, num_steps=2, k1=1, k2=1, keep=0.5, attention="cached", level="out"
+    ),
+}
 GROUPS = {
     "matrix products": ("mm", "linear"),
     "attention": ("attention",),
@@ -58,28 +68,23 @@ def compile_plain(model: DiT, inputs: tuple[torch.Tensor, ...], options: Options
     return compiled
 
 
-def compile_plan(model: DiT, inputs: tuple[torch.Tensor, ...], keep: float, options: Options) -> tcc.CompiledModel:
-    """A two-step plan: one I-step, one P-step with the same kept tokens in every block."""
-    policy = functools.partial(tcc.plans.tprr, num_steps=2, k1=1, k2=1, keep=keep, attention="kept")
-    return tcc.compile(model, policy, example_inputs=(inputs, {}), options=options)
-
-
-def p_step(compiled: tcc.CompiledModel, inputs: tuple[torch.Tensor, ...]) -> Any:
-    """A call that runs the P-step again and again, as a sampling loop would: through the session."""
+def step_of(compiled: tcc.CompiledModel, inputs: tuple[torch.Tensor, ...], step: int) -> Any:
+    """A call that runs that step again and again, as a sampling loop would: through the session."""
     session = compiled.new_session()
-    session(*inputs)
+    for _ in range(compiled.plan.num_steps):
+        session(*inputs)
 
     def call() -> Any:
-        session.step = 1
+        session.step = step
         return session(*inputs)
 
     return call
 
 
 def error(model: DiT, compiled: tcc.CompiledModel, inputs: tuple[torch.Tensor, ...]) -> float:
-    """Largest relative difference of the P-step from the reference interpreter."""
+    """Largest relative difference of the last step, the P-step, from the reference interpreter."""
     reference, session = Reference(model, compiled.plan), compiled.new_session()
-    for _ in range(2):
+    for _ in range(compiled.plan.num_steps):
         wanted, got = reference(*inputs), session(*inputs)
     return float((wanted - got).abs().max() / wanted.abs().max())
 
@@ -96,57 +101,70 @@ def breakdown(call: Any, steps: int = 5) -> dict[str, float]:
     return {name: round(ms, 3) for name, ms in found.items()}
 
 
-def measure(label: str, options: Options, rounds: int) -> list[dict[str, Any]]:
+def measure(label: str, options: Options, rounds: int, only: list[str]) -> list[dict[str, Any]]:
     """All rows for one set of Inductor options."""
     model, inputs = build_model()
     plain = compile_plain(build_model()[0], inputs, options)
-    plans = {keep: compile_plan(model, inputs, keep, options) for keep in KEEP_RATIOS}
+    names = [name for name in PLANS if not only or name in only]
+    plans = {n: tcc.compile(model, PLANS[n], example_inputs=(inputs, {}), options=options) for n in track(names)}
     calls: dict[str, Any] = {"full": lambda: plain(*inputs)}
-    calls |= {f"P {keep}": p_step(compiled, inputs) for keep, compiled in plans.items()}
+    for name, compiled in plans.items():
+        calls[f"{name}: I"] = step_of(compiled, inputs, 0)
+        calls[f"{name}: P"] = step_of(compiled, inputs, compiled.plan.num_steps - 1)
     with torch.no_grad():
-        times = time_calls(calls, rounds=rounds, warmup=3)
-        profiles = {name: breakdown(call) for name, call in calls.items()}
-    full = times["full"].median
-    rows: list[dict[str, Any]] = [{"options": label, "step": "full", "ms": full * 1e3, "profile": profiles["full"]}]
-    for keep, compiled in plans.items():
-        cost, median = compiled.plan.cost, times[f"P {keep}"].median
-        bound = cost.full_macs / cost.step_macs[1]
+        times = {name: taken.median for name, taken in time_calls(calls, rounds=rounds, warmup=3).items()}
+        profiles = {name: breakdown(call) for name, call in calls.items() if not name.endswith(": I")}
+    full = times["full"]
+    rows: list[dict[str, Any]] = [{"options": label, "plan": "uncached", "I": full * 1e3, "profile": profiles["full"]}]
+    for name, compiled in plans.items():
+        cost, first, last = compiled.plan.cost, times[f"{name}: I"], times[f"{name}: P"]
+        step = ratios(full, last, cost.full_macs, cost.step_macs[-1])
+        whole = ratios(2 * full, first + last, 2 * cost.full_macs, cost.step_macs[0] + cost.step_macs[-1])
         rows.append({
-            "options": label, "step": f"P keep {keep}", "ms": median * 1e3, "speedup": full / median, "bound": bound,
-            "realised": full / median / bound, "error": error(model, compiled, inputs), "slot_bytes": cost.slot_bytes,
-            "profile": profiles[f"P {keep}"],
+            "options": label, "plan": name, "I": first * 1e3, "P": last * 1e3,
+            **{f"P {k}": v for k, v in step.items()}, **{f"plan {k}": v for k, v in whole.items()},
+            "error": error(model, compiled, inputs), "slot_bytes": cost.slot_bytes, "profile": profiles[f"{name}: P"],
         })  # fmt: skip
     return rows
+
+
+def ratios(full_seconds: float, seconds: float, full_macs: int, macs: int) -> dict[str, float]:
+    """Bound, speedup, and the share of the one that the other is."""
+    bound, speedup = full_macs / macs, full_seconds / seconds
+    return {"bound": bound, "speedup": speedup, "realised": speedup / bound}
 
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:
     """The table, and the profile below it."""
     table = Table(title=f"DiT-S/2, 256 tokens, batch 2, fp32, {torch.get_num_threads()} threads; medians, interleaved")
-    for column in ("Inductor options", "step", "ms", "speedup", "bound", "realised", "error", "slot KiB"):
-        table.add_column(column, justify="left" if column in ("Inductor options", "step") else "right")
+    numbers = [f"{of} {what}" for of in ("P", "plan") for what in ("bound", "speedup", "realised")]
+    for column in ("Inductor options", "plan", "I ms", "P ms", *numbers, "error", "slot KiB"):
+        table.add_column(column, justify="left" if column in ("Inductor options", "plan") else "right")
     for row in rows:
-        cells = [f"{row[k]:.3f}" if k in row else "" for k in ("speedup", "bound", "realised")]
+        cells = [f"{row[k]:.2f}" if k in row else "" for k in ("I", "P", *numbers)]
         extra = [f"{row['error']:.1e}", f"{row['slot_bytes'] / 1024:.0f}"] if "error" in row else ["", ""]
-        table.add_row(row["options"], row["step"], f"{row['ms']:.2f}", *cells, *extra)
+        table.add_row(row["options"], row["plan"], *cells, *extra)
     console.print(table)
-    groups = Table(title="where the time goes: ms per step (in brackets: the full step's, divided by the bound)")
-    for column in ("Inductor options", "step", *rows[0]["profile"]):
-        groups.add_column(column, justify="left" if column in ("Inductor options", "step") else "right")
+    groups = Table(
+        title="where the time goes: ms per full or P-step (in brackets: the full step's, divided by the bound)"
+    )
+    for column in ("Inductor options", "plan", *rows[0]["profile"]):
+        groups.add_column(column, justify="left" if column in ("Inductor options", "plan") else "right")
     full: dict[str, float] = {}
     for row in rows:
-        full = row["profile"] if row["step"] == "full" else full
-        ideal = {k: f" ({v / row['bound']:.2f})" if "bound" in row else "" for k, v in full.items()}
-        groups.add_row(row["options"], row["step"], *(f"{ms:.2f}{ideal[k]}" for k, ms in row["profile"].items()))
+        full = row["profile"] if row["plan"] == "uncached" else full
+        ideal = {k: f" ({v / row['P bound']:.2f})" if "P" in row else "" for k, v in full.items()}
+        groups.add_row(row["options"], row["plan"], *(f"{ms:.2f}{ideal[k]}" for k, ms in row["profile"].items()))
     console.print(groups)
 
 
-def run_one(freeze: bool, rounds: int, threads: int, console: Console) -> list[dict[str, Any]]:
+def run_one(freeze: bool, args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     """One set of options in this process."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(args.threads)
     label, options = ("freezing", {"freezing": True}) if freeze else ("default", {})
     console.print(f"compiling and measuring with {label} options ...")
     with torch._inductor.config.patch(options):  # Dynamo must know of freezing too
-        return measure(label, options, rounds)
+        return measure(label, options, args.rounds, args.only)
 
 
 def main() -> None:
@@ -154,12 +172,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=21, help="samples per step")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", nargs="+", default=[], choices=list(PLANS), help="these plans")
     parser.add_argument("--freeze", action="store_true", help="also measure with Inductor's freezing")
     parser.add_argument("--json", type=Path, help="write the rows and the machine here")
     args = parser.parse_args()
-    console = Console(width=130)
-    rows = run_one(False, args.rounds, args.threads, console)
-    rows += run_one(True, args.rounds, args.threads, console) if args.freeze else []
+    console = Console(width=150)
+    rows = run_one(False, args, console)
+    rows += run_one(True, args, console) if args.freeze else []
     show(rows, console)
     if args.json:
         args.json.write_text(json.dumps({**provenance(), "rows": rows}, indent=1) + "\n")
