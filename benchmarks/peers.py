@@ -12,10 +12,11 @@ that cannot be attached to the model, or raises, has a row without numbers, and 
 compiled blocks, each block is compiled before a cache is attached to it, as in diffusers' regional compilation: a cache
 that switches the compiler off around the blocks loses nothing so. All blocks share what was compiled. Either may
 recompile 64 times, more than the default 8; cache-dit's rows are compiled with what `cache_dit.set_compile_configs`
-sets. Every row is run twice before it is timed. Speedups are over the uncached model under `torch.compile`. MACs of
-peers are counted while they run eagerly, since they decide as they go; compiled they are taken to decide alike. Cache
-bytes of peers are the tensors that are alive between steps beyond those of the uncached run; of tcc's plans, their
-slots. Random weights (dit-s, pixart) are for speed alone, and what a threshold decides on them says little.
+sets. Every row is run twice before it is timed; seconds are the medians of every step, summed. Speedups are over the
+uncached model under `torch.compile`. MACs of peers are counted while they run eagerly, since they decide as they go;
+compiled they are taken to decide alike. Cache bytes of peers are the tensors that are alive between steps beyond those
+of the uncached run; of tcc's plans, their slots. Random weights (dit-s, pixart) are for speed alone, and what a
+threshold decides on them says little.
 """
 
 from __future__ import annotations
@@ -218,7 +219,7 @@ class Bench:
         return executable, replace(found[0], seconds=sum(executable.compile_seconds))
 
     def _own(self, line: Line, open_model: Callable[[], Model]) -> Method:
-        """A method whose steps may each do something else: every step is a kind of its own."""
+        """A method that is not tcc's."""
         return Method(_key(line), open_model, tuple(range(line.steps)))
 
     def _warm(self, method: Method) -> tuple[Method, Compilation]:
@@ -233,7 +234,9 @@ class Bench:
         return compiled
 
     def _add(self, method: Method, line: Line) -> None:
-        self.entries.append(Entry(method, line))
+        """Keep a method. Every step is a kind of its own: a peer's steps may all differ, and all are treated alike."""
+        kinds = tuple(range(method.num_steps))
+        self.entries.append(Entry(replace(method, kinds=kinds), line))
 
     def _fd(self, method: Method, images: int) -> float:
         """Frechet distance of so many images to the test images; biased upwards, the more the fewer."""

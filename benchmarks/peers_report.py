@@ -30,7 +30,7 @@ class Line:
         package: whose it is.
         mode: `eager`, `torch.compile` or `tcc`.
         steps: its denoising steps.
-        seconds: for the batch; medians per kind of step, summed.
+        seconds: for the batch; medians of every step, summed.
         seconds_p90: the same of 90th percentiles.
         speedup: over the uncached model under `torch.compile`.
         macs: of one image, all steps and both guidance branches.
