@@ -26,9 +26,7 @@ import functools
 import inspect
 import json
 import os
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,6 +40,7 @@ from peers_methods import PEERS, Model, NotApplicable, Peer
 from peers_models import SUBJECTS, Subject, target
 from peers_probe import Compilation, Work, eager_work, peak_bytes, run, watched_compilation
 from peers_report import Line
+from provenance import provenance
 from quality_rows import Missing, comparison
 from quality_rows import Row as PlanRow
 from rich.console import Console
@@ -313,12 +312,8 @@ def versions() -> dict[str, str | None]:
 
 def record(args: argparse.Namespace, lines: Sequence[Line]) -> dict[str, Any]:
     """Everything that is needed to repeat the table, and the table."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
-        "command": " ".join(["python", "benchmarks/peers.py", *sys.argv[1:]]),
-        "commit": commit.stdout.strip(),
-        "date": time.strftime("%Y-%m-%d"),
-        **timing.machine(),
+        **provenance(),
         "packages": versions(),
         "settings": {name: getattr(args, name) for name in ("model", "batch", "steps", "seed", "backend", "rounds")},
         "rows": [line.as_dict() for line in lines],

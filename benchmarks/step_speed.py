@@ -5,10 +5,10 @@ process, interleaved, medians. The model has random weights: this is about speed
 
     python benchmarks/step_speed.py --json benchmarks/results/step_speed.json
 
-Columns: the milliseconds of both steps; of the P-step alone and of the whole plan `bound`, the ratio of MACs, `speedup`,
-that of times, and `realised`, speedup / bound. Each plan is compared with the uncached model compiled with the *same*
-options. `--freeze` adds Inductor's `freezing`, which packs the weights of matrix products once (a copy of the weights
-per variant). The profile below the table says where the time of each step goes.
+Columns: the milliseconds of both steps; of the P-step alone and of the whole plan `bound`, the ratio of MACs,
+`speedup`, that of times, and `realised`, speedup / bound. Each plan is compared with the uncached model compiled with
+the *same* options. `--freeze` adds Inductor's `freezing`, which packs the weights of matrix products once (a copy of
+the weights per variant). The profile below the table says where the time of each step goes.
 """
 
 from __future__ import annotations

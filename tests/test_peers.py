@@ -22,8 +22,8 @@ from tests.tiny_models import fill
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = (
-    "step_speed", "quality_store", "quality_rows", "peers_models", "peers_methods", "peers_probe", "peers_report",
-    "peers",
+    "provenance", "step_speed", "quality_store", "quality_rows", "peers_models", "peers_methods", "peers_probe",
+    "peers_report", "peers",
 )  # fmt: skip
 Scripts = dict[str, ModuleType]
 needs_diffusers = pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers")
