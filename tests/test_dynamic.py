@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import tcc
+from tcc.passes.graph import write_code
 from tcc.passes.tokens import gather_tokens
 from tcc.plan import Action, CachePlan, Compute, Reuse, TopK, Update
 from tcc.program import build_program
@@ -282,8 +283,9 @@ def test_a_variant_traces_whole() -> None:
         variant = made.variants[binding.variant]
         inputs = [n.meta["val"].shape for n in variant.gm.graph.nodes if n.op == "placeholder" and "slot" in n.meta]
         args = [*which.args, *(torch.rand(sizes) for sizes in inputs)]
+        write_code(variant.gm)
         with torch.no_grad():
-            whole = torch.compile(variant.gm.forward, fullgraph=True, backend="aot_eager")(*args)
+            whole = torch.compile(variant.gm, fullgraph=True, backend="aot_eager")(*args)
             torch.testing.assert_close(whole, variant.gm(*args))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 
 import tcc.program
 from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, TopK, Update
@@ -25,7 +26,6 @@ EXPECTED = {
     *("chosen once for the batch", "chosen with a bonus", "chosen in cells", "chosen by a held or stored value"),
     *(f"dynamic {mode}" for mode in ("kept", "current", "cached")),
     "several dynamic sets in a step",
-    *(f"{action} beside {other}" for action in ("update", "reuse") for other in ("compute", "reuse")),
 }
 
 
@@ -39,19 +39,11 @@ def features(example: Example) -> set[str]:
         found |= {"several token sets in a step"} if len(updates) > 1 else set()
         found |= {f"{info.sites[name].kind} {word(info.sites[name].kind, a)}" for name, a in plan.at(step).items()}
         found |= {f"out.stream {word('stream', a)}" for name, a in plan.at(step).items() if name == "out.stream"}
-    found |= {pair for step in range(plan.num_steps) for pair in besides(plan, step)}
     found |= {f"order {a.order}" for a in plan.actions.values() if isinstance(a, Reuse)}
     found |= {{1: "one step", 8: "eight steps"}.get(plan.num_steps, "other")}
     found |= {feature for step in range(plan.num_steps) for feature in choices(plan, step)}
     spans = tcc.program.find_spans(plan, info.analysis)
     return found | ({"merged span"} if any(len(span) > 1 for span in spans) else set())
-
-
-def besides(plan: CachePlan, step: int) -> set[str]:
-    """What a step does at attention of the main stream, and at that of the text in the same block."""
-    here = plan.at(step)
-    pairs = [(action, here.get(f"{site}@text")) for site, action in here.items() if ".attn." in site]
-    return {f"{word('out', a).split()[0]} beside {word('out', b)}" for a, b in pairs if b is not None}
 
 
 def choices(plan: CachePlan, step: int) -> set[str]:
@@ -88,6 +80,19 @@ def test_random_plans_agree_with_the_reference() -> None:
         fuzz_plans.run(count, seed=1, names=(name,), done=lambda example: seen.append(features(example)))
     assert len(seen) >= 300
     assert not (EXPECTED | set(MODELS)) - set().union(*seen)
+
+
+@pytest.mark.parametrize("text", [Compute(), Reuse()], ids=["compute", "reuse"])
+@pytest.mark.parametrize("image", [Update("kept"), Reuse()], ids=["update", "reuse"])
+def test_streams_of_a_joint_block_do_different_things(image: Action, text: Action) -> None:
+    """Image and text share one attention, and each its own action; chance alone rarely draws all of them."""
+    here, beside = "pairs.0.attn.out", "pairs.0.attn.out@text"
+    actions = {(0, here): Compute(), (0, beside): Compute(), (1, here): image, (1, beside): text}
+    first, _ = fuzz_plans.model("joint").info.image_tokens
+    tokens = {"kept": torch.tensor([first + 1, first + 4])} if isinstance(image, Update) else {}
+    fuzz_plans.check_example(
+        Example("joint", CachePlan(num_steps=2, actions=actions, tokens=tokens), check=True), runs=2
+    )
 
 
 @pytest.fixture

@@ -313,7 +313,7 @@ def test_token_plans_equal_the_reference(name: str, attention: str) -> None:
 @pytest.mark.parametrize(("attention", "columns"), [("kept", 8), ("current", 16), ("cached", 16)])
 def test_the_bias_is_cut_to_the_kept_tokens(attention: str, columns: int) -> None:
     """Rows always; columns where the keys are those of kept tokens alone."""
-    variants = session(case("mdt"), token_plan("mdt", attention=attention, level="block"))._executable.program.variants
+    variants = session(case("mdt"), token_plan("mdt", attention=attention, level="block")).executable.program.variants
     products = [n for n in variants[1].gm.graph.nodes if "scaled_dot_product" in str(n.target)]
     masks = {shape(n.kwargs.get("attn_mask") or n.args[3]) for n in products}
     assert masks == {(2, 8, columns)}
