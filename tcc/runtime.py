@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from tcc.cuda_graphs import Replay
 from tcc.errors import CallError
@@ -146,7 +149,10 @@ def _inductor(gm: fx.GraphModule, examples: list[torch.Tensor], options: dict[st
     """Inductor without Dynamo in front: the graph is whole already, so nothing can break, guard or recompile."""
     import torch._inductor  # imported here: it is slow, and other backends do not need it
 
-    compiled: Runner = torch._inductor.compile(gm, [*examples], options=options or None)
+    # without the shape environment, which Dynamo brings along elsewhere, Inductor does not look into its cache
+    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
+    with tracing(TracingContext(mode)):
+        compiled: Runner = torch._inductor.compile(gm, [*examples], options=options or None)
     return compiled
 
 
