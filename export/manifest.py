@@ -32,7 +32,7 @@ ENGINES = ("tensorrt", "tensorrt-onnx", "tensorrt-rtx")
 MANIFEST, PLAN, WEIGHTS, TENSORS = "manifest.json", "plan.safetensors", "weights.safetensors", "tensors.safetensors"
 #: A manifest is a table, not data: 50 steps of 28 blocks take some 100 KiB.
 MAX_MANIFEST_BYTES = 64 * 2**20
-#: No dimension and no tensor is larger than this; what a runner allocates is also held against the graphs' inputs.
+#: No dimension and no tensor is larger than this; of ONNX and TensorRT, what a runner allocates is also held against the graphs' inputs.
 MAX_DIM, MAX_DIMS, MAX_TENSOR_BYTES = 2**31 - 1, 16, 2**40
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _DTYPES = {
@@ -282,6 +282,8 @@ def _check(manifest: Manifest) -> None:
     for name in manifest.files:
         if not _FILE_NAME.fullmatch(name) or name == MANIFEST:
             raise _Malformed(f"{name!r:.80} is no file of a bundle: file names are letters, digits, '.', '_' and '-'")
+    if manifest.device not in ("cpu", "cuda"):
+        raise _Malformed(f"device {manifest.device!r:.40}: bundles are for 'cpu' or 'cuda'")
     if (manifest.target in ENGINES) != bool(manifest.arch):
         raise _Malformed(f"target {manifest.target!r:.40} with arch {manifest.arch!r:.40}: engines have one, no others")
     files = [graph.file for graph in manifest.graphs]

@@ -93,6 +93,7 @@ CHANGES: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda d: d["inputs"][0].update(shape=[1]), r"the input .* is .*, and the manifest says"),
     (lambda d: d["outputs"].append(d["outputs"][0] | {"name": "more"}), r"the output 'more' is None"),
     (lambda d: d["tensors"][0].update(shape=[3]), r"tensors.safetensors: 'kept.0' is not as the manifest says"),
+    (lambda d: d.update(device="xpu"), r"device 'xpu': bundles are for 'cpu' or 'cuda'"),
 ]
 
 
