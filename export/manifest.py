@@ -32,8 +32,8 @@ ENGINES = ("tensorrt", "tensorrt-onnx", "tensorrt-rtx")
 MANIFEST, PLAN, WEIGHTS, TENSORS = "manifest.json", "plan.safetensors", "weights.safetensors", "tensors.safetensors"
 #: A manifest is a table, not data: 50 steps of 28 blocks take some 100 KiB.
 MAX_MANIFEST_BYTES = 64 * 2**20
-#: No dimension and no tensor is larger than this. Of ONNX and TensorRT, what a runner allocates is also held against the
-#: graphs' inputs.
+#: No dimension and no tensor is larger than this. Of ONNX and TensorRT, what a runner allocates is also held against
+#: the inputs of the graphs.
 MAX_DIM, MAX_DIMS, MAX_TENSOR_BYTES = 2**31 - 1, 16, 2**40
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _DTYPES = {
