@@ -18,9 +18,9 @@ from rich.console import Console
 
 from tcc.metrics import psnr
 from tcc.models import DiT
+from tests.scripts import imported
 from tests.tiny_models import fill
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = (
     "provenance", "step_speed", "quality_store", "quality_rows", "peers_models", "peers_methods", "peers_probe",
     "peers_report", "peers",
@@ -37,14 +37,9 @@ KEYS = {
 
 @pytest.fixture(scope="module")
 def scripts() -> Iterator[Scripts]:
-    """The scripts as modules; they import each other by name, as when one is run."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        yield {name: __import__(name) for name in SCRIPTS}
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-        for name in SCRIPTS:
-            sys.modules.pop(name, None)
+    """The scripts as modules."""
+    with imported(SCRIPTS) as modules:
+        yield modules
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -17,21 +16,16 @@ from tcc.metrics import Statistics, frechet_distance, real_statistics
 from tcc.models import DiT, save_weights
 from tcc.plan import CachePlan, Compute, Reuse
 from tcc.samplers import Diffusion
+from tests.scripts import imported
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = ("quality_rows", "quality_store", "quality_report", "quality", "quality_learn")
 
 
 @pytest.fixture(scope="module")
 def scripts() -> Iterator[dict[str, ModuleType]]:
-    """The scripts as modules; they import each other by name, as when one is run."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        yield {name: __import__(name) for name in SCRIPTS}
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-        for name in SCRIPTS:
-            sys.modules.pop(name, None)
+    """The scripts as modules."""
+    with imported(SCRIPTS) as modules:
+        yield modules
 
 
 @pytest.fixture(autouse=True)

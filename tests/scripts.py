@@ -1,0 +1,23 @@
+"""The scripts in benchmarks/ as modules, for their tests."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@contextmanager
+def imported(names: Sequence[str]) -> Iterator[dict[str, ModuleType]]:
+    """The scripts of these names; they import each other by name, as when one is run."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        yield {name: __import__(name) for name in names}
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+        for name in names:
+            sys.modules.pop(name, None)
