@@ -1,9 +1,9 @@
 """How much of the saved arithmetic becomes saved time, for layer plans and token plans.
 
-DiT-S/2, 256 tokens, batch 2, float32: plans of one I-step and one P-step against the compiled uncached model, one
-process, interleaved, medians. The model has random weights: this is about speed alone.
+DiT, 256 tokens, batch 2, float32: plans of one I-step and one P-step against the compiled uncached model, one process,
+interleaved, medians. The models have random weights: this is about speed alone.
 
-    python benchmarks/step_speed.py --json benchmarks/results/step_speed.json
+    python benchmarks/step_speed.py --models DiT-S/2 DiT-B/2 --json benchmarks/results/step_speed.json
 
 Columns: the milliseconds of both steps; of the P-step alone and of the whole plan `bound`, the ratio of MACs,
 `speedup`, that of times, and `realised`, speedup / bound. Each plan is compared with the uncached model compiled with
@@ -48,13 +48,14 @@ GROUPS = {
     "copies": ("copy_",),
     "convolution": ("conv",),
 }
+NAMES = ("model", "options", "plan")
 Options = dict[str, Any]
 
 
-def build_model(seed: int = 0) -> tuple[DiT, tuple[torch.Tensor, ...]]:
-    """DiT-S/2 with random weights (its zero-initialised gates would hide errors), and one call's inputs."""
+def build_model(name: str, seed: int = 0) -> tuple[DiT, tuple[torch.Tensor, ...]]:
+    """The DiT with random weights (its zero-initialised gates would hide errors), and one call's inputs."""
     torch.manual_seed(seed)
-    model = DiT.from_name("DiT-S/2", input_size=32).eval()
+    model = DiT.from_name(name, input_size=32).eval()
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.02)
     return model, (torch.randn(2, 4, 32, 32), torch.tensor([500, 500]), torch.tensor([1, 2]))
@@ -107,10 +108,10 @@ def breakdown(call: Any, steps: int = 5) -> dict[str, float]:
     return {name: round(ms, 3) for name, ms in found.items()}
 
 
-def measure(label: str, options: Options, rounds: int, only: list[str]) -> list[dict[str, Any]]:
-    """All rows for one set of Inductor options."""
-    model, inputs = build_model()
-    plain = compile_plain(build_model()[0], inputs, options)
+def measure(of: str, label: str, options: Options, rounds: int, only: list[str]) -> list[dict[str, Any]]:
+    """All rows of one model for one set of Inductor options."""
+    model, inputs = build_model(of)
+    plain = compile_plain(build_model(of)[0], inputs, options)
     names = [name for name in PLANS if not only or name in only]
     plans = {n: tcc.compile(model, PLANS[n], example_inputs=(inputs, {}), options=options) for n in track(names)}
     calls: dict[str, Any] = {"full": lambda: plain(*inputs)}
@@ -121,14 +122,15 @@ def measure(label: str, options: Options, rounds: int, only: list[str]) -> list[
         times = {name: taken.median for name, taken in time_calls(calls, rounds=rounds, warmup=3).items()}
         profiles = {name: breakdown(call) for name, call in calls.items() if not name.endswith(": I")}
     full = times["full"]
-    rows: list[dict[str, Any]] = [{"options": label, "plan": "uncached", "I": full * 1e3, "profile": profiles["full"]}]
+    head = {"model": of, "options": label}
+    rows: list[dict[str, Any]] = [{**head, "plan": "uncached", "I": full * 1e3, "profile": profiles["full"]}]
     for name, compiled in plans.items():
         cost, first, last = compiled.plan.cost, times[f"{name}: I"], times[f"{name}: P"]
         macs = cost.step_macs[p_step(compiled)]
         step = ratios(full, last, cost.full_macs, macs)
         whole = ratios(2 * full, first + last, 2 * cost.full_macs, cost.step_macs[0] + macs)
         rows.append({
-            "options": label, "plan": name, "I": first * 1e3, "P": last * 1e3,
+            **head, "plan": name, "I": first * 1e3, "P": last * 1e3,
             **{f"P {k}": v for k, v in step.items()}, **{f"plan {k}": v for k, v in whole.items()},
             "error": error(model, compiled, inputs), "slot_bytes": cost.slot_bytes, "profile": profiles[f"{name}: P"],
         })  # fmt: skip
@@ -143,40 +145,42 @@ def ratios(full_seconds: float, seconds: float, full_macs: int, macs: int) -> di
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:
     """The table, and the profile below it."""
-    table = Table(title=f"DiT-S/2, 256 tokens, batch 2, fp32, {torch.get_num_threads()} threads; medians, interleaved")
+    table = Table(title=f"256 tokens, batch 2, fp32, {torch.get_num_threads()} threads; medians, interleaved")
     numbers = [f"{of} {what}" for of in ("P", "plan") for what in ("bound", "speedup", "realised")]
-    for column in ("Inductor options", "plan", "I ms", "P ms", *numbers, "error", "slot KiB"):
-        table.add_column(column, justify="left" if column in ("Inductor options", "plan") else "right")
+    for column in (*NAMES, "I ms", "P ms", *numbers, "error", "slot KiB"):
+        table.add_column(column, justify="left" if column in NAMES else "right")
     for row in rows:
         cells = [f"{row[k]:.2f}" if k in row else "" for k in ("I", "P", *numbers)]
         extra = [f"{row['error']:.1e}", f"{row['slot_bytes'] / 1024:.0f}"] if "error" in row else ["", ""]
-        table.add_row(row["options"], row["plan"], *cells, *extra)
+        table.add_row(*(row[name] for name in NAMES), *cells, *extra)
     console.print(table)
     groups = Table(
         title="where the time goes: ms per full or P-step (in brackets: the full step's, divided by the bound)"
     )
-    for column in ("Inductor options", "plan", *rows[0]["profile"]):
-        groups.add_column(column, justify="left" if column in ("Inductor options", "plan") else "right")
+    for column in (*NAMES, *rows[0]["profile"]):
+        groups.add_column(column, justify="left" if column in NAMES else "right")
     full: dict[str, float] = {}
     for row in rows:
         full = row["profile"] if row["plan"] == "uncached" else full
         ideal = {k: f" ({v / row['P bound']:.2f})" if "P" in row else "" for k, v in full.items()}
-        groups.add_row(row["options"], row["plan"], *(f"{ms:.2f}{ideal[k]}" for k, ms in row["profile"].items()))
+        spent = (f"{ms:.2f}{ideal[k]}" for k, ms in row["profile"].items())
+        groups.add_row(*(row[name] for name in NAMES), *spent)
     console.print(groups)
 
 
-def run_one(freeze: bool, args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
-    """One set of options in this process."""
+def run_one(model: str, freeze: bool, args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+    """One model with one set of options in this process."""
     torch.set_num_threads(args.threads)
     label, options = ("freezing", {"freezing": True}) if freeze else ("default", {})
-    console.print(f"compiling and measuring with {label} options ...")
+    console.print(f"compiling and measuring {model} with {label} options ...")
     with torch._inductor.config.patch(options):  # Dynamo must know of freezing too
-        return measure(label, options, args.rounds, args.only)
+        return measure(model, label, options, args.rounds, args.only)
 
 
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["DiT-S/2"], help="names that tcc.models knows, such as DiT-B/2")
     parser.add_argument("--rounds", type=int, default=21, help="samples per step")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="+", default=[], choices=list(PLANS), help="these plans")
@@ -184,8 +188,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows and the machine here")
     args = parser.parse_args()
     console = Console(width=150)
-    rows = run_one(False, args, console)
-    rows += run_one(True, args, console) if args.freeze else []
+    kinds = [False, True] if args.freeze else [False]
+    rows = [row for model in args.models for freeze in kinds for row in run_one(model, freeze, args, console)]
     show(rows, console)
     if args.json:
         args.json.write_text(json.dumps({**provenance(), "rows": rows}, indent=1) + "\n")
