@@ -25,6 +25,7 @@ FEWER_MULTISTEP = {50: (25, 20, 17, 14, 12, 10, 8), 20: (10, 8, 7, 6, 5)}
 ROUTER, DROPPER = "router-ddim{steps}.safetensors", "drop-router-ddim{steps}.safetensors"
 PAIRS_ROUTER = "pairs-router-ddim{steps}.safetensors"
 IMPORTANCE, NETWORK = "importance-ddim{steps}.safetensors", "network-importance-ddim{steps}.safetensors"
+PRICED = "priced-importance-ddim{steps}.safetensors"  # trained with a price instead of a target: its steps differ
 PROBES, CALIBRATION = "probes-ddim{steps}.safetensors", "calibration-ddim{steps}.safetensors"
 
 SHARES = (0.5, 0.34, 0.26, 0.2, 0.16)  # of the steps, that a forecast computes
@@ -319,6 +320,11 @@ def ablation(steps: int) -> list[Row]:
         "level: block": {"level": "block"},
         "schedule: percentile": {"schedule": "percentile"},
         "schedule: even": {"schedule": "even"},
+        "predictor: table with a price": {"importance": Learned(PRICED)},
+        "predictor: table with a price, schedule: percentile": {
+            "importance": Learned(PRICED),
+            "schedule": "percentile",
+        },
         "two P-steps in a row": {"k1": 2, "k2": 2},
         "two P-steps in a row, refresh: no": {"k1": 2, "k2": 2, "refresh": False},
         "rotate: 1": {"rotate": 1.0},
