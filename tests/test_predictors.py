@@ -15,7 +15,16 @@ import torch
 
 from tcc.errors import PlanError
 from tcc.learned import Importance, Probes, Router, load_learned, save_learned
-from tcc.train.predictors import FORMS, NetworkPredictor, Predictor, Sizes, StreamPredictor, load_predictor
+from tcc.train.predictors import (
+    FORMS,
+    NetworkPredictor,
+    Predictor,
+    Sizes,
+    StreamPredictor,
+    TablePredictor,
+    _shift,
+    load_predictor,
+)
 from tests.tiny_models import case, noise
 
 SIZES = Sizes(steps=5, blocks=2, tokens=16, width=32, grid=(4, 4))
@@ -53,14 +62,31 @@ def test_it_starts_halfway(form: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_mean_that_is_held(form: str) -> None:
-    """The mean logit is that of the mean importance, per step and sample; the weights only distribute it."""
+    """Per step and sample, however uneven the weights are; these only distribute it."""
     free, held = scrambled(form), FORMS[form](SIZES, mean=0.3)
     assert torch.allclose(held(2, STREAM), torch.tensor(0.3))
     held.load_state_dict(free.state_dict())
-    logits = held(2, STREAM).logit()
-    wanted = torch.full((len(logits),), math.log(0.3 / 0.7))
-    torch.testing.assert_close(logits.mean(dim=(1, 2)), wanted, rtol=0, atol=1e-5)
+    found = held(2, STREAM)
+    torch.testing.assert_close(found.mean(dim=(1, 2)), torch.full((len(found),), 0.3), rtol=0, atol=1e-5)
+    logits = found.logit()
     torch.testing.assert_close(logits - logits[:, :1, :1], (x := free.logits(2, STREAM)) - x[:, :1, :1])
+
+
+def test_a_held_mean_is_not_evaded() -> None:
+    """A few tokens of very low logits do not let all others be computed, as holding the mean logit would."""
+    held = TablePredictor(SIZES, mean=0.3)
+    with torch.no_grad():
+        held.table[2][0] = -1e4
+        held.table[2][1:] = 5.0
+    assert held(2).mean().item() == pytest.approx(0.3, abs=1e-5)
+
+
+def test_the_gradient_of_a_held_mean() -> None:
+    """As by finite differences, and zero in the direction of all logits at once."""
+    table = torch.randn(1, SIZES.blocks, SIZES.tokens, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda logits: torch.sigmoid(logits + _shift(logits, 0.3)), table)
+    (gradient,) = torch.autograd.grad((torch.sigmoid(table + _shift(table, 0.3)) ** 2).sum(), table)
+    assert float(gradient.sum()) == pytest.approx(0.0, abs=1e-9)
 
 
 @pytest.mark.parametrize("mean", [0.0, 1.0, float("nan")])

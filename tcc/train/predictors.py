@@ -69,8 +69,8 @@ class Predictor(nn.Module, ABC):
     Args:
         sizes: what it speaks about.
         seed: seed of the initial weights; the same seed gives the same weights on every device.
-        mean: the importance of the mean logit, at every step (of every sample, where it depends on the stream); None
-            leaves the logits free.
+        mean: the mean importance, at every step (of every sample, where it depends on the stream); None leaves it
+            free.
 
     Raises:
         PlanError: the mean is not between 0 and 1.
@@ -101,9 +101,7 @@ class Predictor(nn.Module, ABC):
             `[1, blocks, S]`, or `[B, blocks, S]` where it depends on the stream; float32 in 0..1.
         """
         logits = self.logits(step, stream)
-        if self.held is not None:
-            logits = logits - logits.mean(dim=(1, 2), keepdim=True) + math.log(self.held / (1 - self.held))
-        return torch.sigmoid(logits)
+        return torch.sigmoid(logits if self.held is None else logits + _shift(logits, self.held))
 
     def importance(self) -> Importance:
         """The importances of all steps, for a form that needs no stream."""
@@ -235,6 +233,31 @@ class StreamPredictor(Predictor):
         weight, bias = torch.stack([*self.weight]), torch.stack([*self.bias])
         tensors = (self.hidden, self.offset, weight, bias, self.get_buffer("mean"))
         return Probes(*(tensor.detach().cpu().clone() for tensor in tensors))
+
+
+def _shift(logits: Tensor, mean: float) -> Tensor:
+    """What to add to the logits of each sample, so that their mean importance is `mean`.
+
+    Found by halving; the gradient is that of the exact shift (implicit function theorem). Holding the mean *logit*
+    would be simpler, but is evaded: a few tokens of very low logits let all others be computed.
+
+    Args:
+        logits: `[B, blocks, S]`.
+        mean: the mean importance to reach, between 0 and 1.
+
+    Returns:
+        `[B, 1, 1]`.
+    """
+    known, wanted = logits.detach(), math.log(mean / (1 - mean))
+    low, high = wanted - known.amax(dim=(1, 2), keepdim=True), wanted - known.amin(dim=(1, 2), keepdim=True)
+    for _ in range(40):
+        shift = (low + high) / 2
+        above = torch.sigmoid(known + shift).mean(dim=(1, 2), keepdim=True) > mean
+        low, high = torch.where(above, low, shift), torch.where(above, shift, high)
+    shift = (low + high) / 2
+    slopes = torch.sigmoid(known + shift) * torch.sigmoid(-known - shift)
+    shares = slopes / slopes.sum(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(slopes.dtype).tiny)
+    return shift - (shares * (logits - known)).sum(dim=(1, 2), keepdim=True)
 
 
 #: Every form by name: what `tcc train predictor --form` takes.
