@@ -1,4 +1,4 @@
-"""Timing that survives a busy machine: interleaved calls in one process, medians.
+"""Timing that survives a busy machine: interleaved calls in one process, medians; and what a call allocates.
 
 What is compared is run in turns, so that a drift of the machine meets every candidate alike, and a median per kind of
 step drops the moments when another process had the core.
@@ -6,6 +6,7 @@ step drops the moments when another process had the core.
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import statistics
@@ -16,8 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd.profiler import profile
 
-__all__ = ["Run", "RunTiming", "Timing", "faster_threads", "machine", "time_calls", "time_runs"]
+from tcc.errors import CallError
+
+__all__ = [
+    "Allocations", "Run", "RunTiming", "Timing", "allocations", "faster_threads", "machine", "time_calls", "time_runs",
+]  # fmt: skip
 
 Progress = Callable[[int, int], None]
 
@@ -154,6 +160,60 @@ def time_runs(
         if time.perf_counter() - began > at_most:
             break
     return {name: RunTiming(tuple(run.kinds), tuple(samples[name]), results[name]) for name, run in runs.items()}
+
+
+@dataclass(frozen=True)
+class Allocations:
+    """What a call allocated on a device, beyond what was there before.
+
+    Attributes:
+        peak: the most bytes at once.
+        kept: the bytes that are left when it has returned, its result among them.
+        count: how often something was allocated.
+    """
+
+    peak: int
+    kept: int
+    count: int
+
+
+def allocations(call: Callable[[], object], device: torch.device | str = "cpu") -> Allocations:
+    """Run `call` once and watch torch's allocator: tensors, and what operators and compiled code allocate in between.
+
+    What libraries allocate by themselves (the packed matrices of a BLAS) is not seen. On CPUs torch's profiler tells,
+    and memory from before that is freed meanwhile does not count; on CUDA the allocator's counters tell.
+
+    Raises:
+        CallError: a device of another kind.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return _allocations_on_cuda(call, device)
+    if device.type != "cpu":
+        raise CallError(f"allocations on {device} cannot be watched: measure on cpu or cuda")
+    with profile(profile_memory=True) as watched:
+        result = call()
+    assert watched.kineto_results is not None
+    sizes = [event.nbytes() for event in watched.kineto_results.events() if event.name() == "[memory]"]
+    del result
+    alive = [0, *itertools.accumulate(sizes)]
+    return Allocations(max(alive), alive[-1], sum(size > 0 for size in sizes))
+
+
+def _allocations_on_cuda(call: Callable[[], object], device: torch.device) -> Allocations:
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_stats(device)
+    result = call()
+    torch.cuda.synchronize(device)
+    after = torch.cuda.memory_stats(device)
+    del result
+    alive, count = "allocated_bytes.all", "allocation.all.allocated"
+    return Allocations(
+        after[f"{alive}.peak"] - before[f"{alive}.current"],
+        after[f"{alive}.current"] - before[f"{alive}.current"],
+        after[count] - before[count],
+    )
 
 
 def faster_threads(call: Callable[[], object], rounds: int = 5) -> int:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 
 from tcc import timing
-from tcc.timing import Run, RunTiming, Timing, time_calls, time_runs
+from tcc.errors import CallError
+from tcc.timing import Allocations, Run, RunTiming, Timing, allocations, time_calls, time_runs
 
 
 class Clock:
@@ -154,3 +156,40 @@ def test_runs_are_timed_by_the_clock_that_is_given(clock: Clock) -> None:
     times = time_runs({"r": run}, rounds=2, clock=lambda: float(next(readings)))
 
     assert times["r"].rounds == ((1, 1), (1, 1))
+
+
+def _squares(count: int) -> torch.Tensor:
+    """Allocates 4, 8 and 2 times `count` bytes; the first is freed before the last comes, and the last is left."""
+    first = torch.empty(count)
+    second = torch.empty(2 * count)
+    del first
+    third = torch.empty(count // 2)
+    del second
+    return third
+
+
+def _takes(device: str) -> None:
+    assert allocations(lambda: None, device) == Allocations(0, 0, 0)
+    with torch.device(device):
+        kept = torch.zeros(4096)
+        assert allocations(lambda: _squares(1024), device) == Allocations(3 * 4096, 2048, 3)
+        assert allocations(lambda: kept.relu_(), device) == Allocations(0, 0, 0)
+        assert allocations(lambda: (kept + kept).sum(), device).peak >= kept.nbytes
+
+
+def test_allocations_are_those_of_the_call() -> None:
+    """Peak, rest and number, to the byte; what was there before does not count."""
+    _takes("cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="counts the memory of a CUDA device, and there is none")
+def test_allocations_on_a_gpu() -> None:
+    """The same; the sizes are multiples of the allocator's 512 bytes."""
+    _takes("cuda")
+
+
+def test_allocations_elsewhere_are_refused() -> None:
+    """In words."""
+    with pytest.raises(CallError, match="on meta cannot be watched: measure on cpu or cuda"):
+        allocations(lambda: None, "meta")
