@@ -1,4 +1,4 @@
-"""The ordered list of passes that turns the captured graph into one step variant."""
+"""The ordered lists of passes: from the captured graph to one step variant, and from that to what a backend gets."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ import torch
 
 from tcc.passes.base import Pass
 from tcc.passes.choose_tokens import Choice
+from tcc.passes.drop_dead_parts import DropDeadParts
 from tcc.passes.drop_dead_stores import DropDeadStores
 from tcc.passes.insert_slots import NO_RECORDS, Entry, InsertSlots, Records, history
 from tcc.passes.lower_tokens import LowerTokens
 from tcc.passes.merge_runs import MergeRuns
 from tcc.passes.narrow_slots import NarrowSlots
+from tcc.passes.outline_repeats import OutlineRepeats
 from tcc.passes.prune_tokens import PruneTokens
 from tcc.passes.split_projections import SplitProjections
+from tcc.passes.write_slots import WriteSlots
+from tcc.plan import Compute
 
-__all__ = ["StepKind", "variant_passes"]
+__all__ = ["StepKind", "lowering_passes", "variant_passes"]
 
 
 @dataclass(frozen=True)
@@ -58,4 +62,19 @@ def variant_passes(kind: StepKind) -> list[Pass]:
         PruneTokens(),
         MergeRuns(),  # gathers that pruning has brought next to a scatter
         LowerTokens(),  # last: the passes above look for the token operators
+    ]
+
+
+def lowering_passes(kind: StepKind, *, regional: bool = False) -> list[Pass]:
+    """The passes for a variant that is compiled in this process, in order.
+
+    Args:
+        kind: what it does.
+        regional: make one sub-graph of what it repeats, and compile it once.
+    """
+    return [
+        # a step that computes everything keeps the model's own products, and with them its bits
+        *([] if all(isinstance(entry.action, Compute) for entry in kind.entries) else [DropDeadParts()]),
+        *([OutlineRepeats()] if regional else []),  # before slots are written: copies write different ones
+        WriteSlots(),
     ]

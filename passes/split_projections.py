@@ -17,11 +17,11 @@ from tcc.passes.prune_tokens import Whole, rows_beside
 from tcc.passes.token_axis import NotTokenLocal, narrowing
 from tcc.passes.tokens import Axis, gather_tokens, scatter_tokens
 
-__all__ = ["SplitProjections"]
+__all__ = ["CUTS", "SPLITS", "SplitProjections", "find_parts", "split"]
 
 aten = torch.ops.aten
-_SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int}
-_CUTS = {aten.select.int, aten.slice.Tensor}
+SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int}
+CUTS = {aten.select.int, aten.slice.Tensor}
 _TURNS = {aten.view.default, aten.reshape.default, aten.permute.default, aten.transpose.int}
 
 
@@ -48,12 +48,12 @@ class SplitProjections(Pass):
             if node in whole.nodes or keys.target in (gather_tokens, scatter_tokens):
                 continue
             common = _bases_above(query) & _bases_above(keys)
-            edits += sum(_split(gm.graph, base) for base in sorted(common, reverse=True))
+            edits += sum(split(gm.graph, base) for base in sorted(common, reverse=True))
         return edits
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """Entries `start` to `start + count` along `dim` of a value; `drops` that dimension where there is one entry."""
 
     node: fx.Node
@@ -72,16 +72,16 @@ def _bases_above(node: fx.Node) -> set[fx.Node]:
         if here in seen or here.op != "call_function" or here.target in (gather_tokens, scatter_tokens):
             continue
         seen.add(here)
-        if here.target in _SPLITS | _CUTS:
+        if here.target in SPLITS | CUTS:
             found.add(here.args[0])  # type: ignore[arg-type]
         if here.target is not aten.linear.default:
             todo += here.all_input_nodes
     return found
 
 
-def _split(graph: fx.Graph, base: fx.Node) -> int:
+def split(graph: fx.Graph, base: fx.Node) -> int:
     """Replace every part of `base` by a product of its own; the number of values split."""
-    parts = _parts(base)
+    parts = find_parts(base)
     edits, way = _way_to_linear(graph, base)
     if parts is None or way is None or len({part.dim for part in parts}) != 1:
         return edits
@@ -102,12 +102,12 @@ def _split(graph: fx.Graph, base: fx.Node) -> int:
     return edits + 1
 
 
-def _parts(base: fx.Node) -> list[_Part] | None:
+def find_parts(base: fx.Node) -> list[Part] | None:
     """The parts of `base`, or None where it is read in any other way."""
-    parts: list[_Part] = []
+    parts: list[Part] = []
     for user in base.users:
         rank = len(shape(base))
-        if user.target in _SPLITS:
+        if user.target in SPLITS:
             if any(item.target is not operator.getitem for item in user.users):
                 return None
             unbinds = user.target is aten.unbind.int
@@ -116,15 +116,15 @@ def _parts(base: fx.Node) -> list[_Part] | None:
             dim = int(along) % rank
             counts = [1] * len(user.meta["val"]) if unbinds else [int(v.shape[dim]) for v in user.meta["val"]]
             items: list[Any] = list(user.users)
-            parts += [_Part(i, dim, sum(counts[: i.args[1]]), counts[i.args[1]], unbinds) for i in items]
-        elif user.target in _CUTS and user.args[0] is base:
+            parts += [Part(i, dim, sum(counts[: i.args[1]]), counts[i.args[1]], unbinds) for i in items]
+        elif user.target in CUTS and user.args[0] is base:
             args: list[Any] = [*user.args[1:], *[None] * 4]
             dim, size = (args[0] or 0) % rank, shape(base)[(args[0] or 0) % rank]
             if user.target is aten.select.int:
-                parts.append(_Part(user, dim, args[1] % size, 1, True))
+                parts.append(Part(user, dim, args[1] % size, 1, True))
             elif args[3] in (None, 1):
                 start, _, _ = slice(args[1], args[2]).indices(size)
-                parts.append(_Part(user, dim, start, shape(user)[dim], False))
+                parts.append(Part(user, dim, start, shape(user)[dim], False))
             else:
                 return None
         else:
@@ -137,9 +137,9 @@ def _way_to_linear(graph: fx.Graph, base: fx.Node) -> tuple[int, list[fx.Node] |
     edits, turns, node = 0, [base], base
     while node.target in _TURNS:
         node = node.args[0]  # type: ignore[assignment]
-        if node.target is operator.getitem or node.target in _CUTS:
+        if node.target is operator.getitem or node.target in CUTS:
             source = node.args[0].args[0] if node.target is operator.getitem else node.args[0]  # type: ignore[union-attr]
-            edits += _split(graph, source)  # type: ignore[arg-type]
+            edits += split(graph, source)  # type: ignore[arg-type]
             node = turns[0].args[0]  # type: ignore[assignment]
         turns.insert(0, node)
     if node.target is not aten.linear.default or any(len(turn.users) != 1 for turn in turns[:-1]):
@@ -147,7 +147,7 @@ def _way_to_linear(graph: fx.Graph, base: fx.Node) -> tuple[int, list[fx.Node] |
     return edits, turns
 
 
-def _rows(graph: fx.Graph, linear: fx.Node, axis: Axis, part: _Part) -> fx.Node:
+def _rows(graph: fx.Graph, linear: fx.Node, axis: Axis, part: Part) -> fx.Node:
     """The product of `linear` with the rows of its weight that make `part`."""
     x, *weights = linear.args
     rows = []
@@ -164,7 +164,7 @@ def _rows(graph: fx.Graph, linear: fx.Node, axis: Axis, part: _Part) -> fx.Node:
     return emit(graph, aten.linear.default, (x, *rows), like=linear)
 
 
-def _rebuilt(graph: fx.Graph, new: fx.Node, turns: list[fx.Node], axes: list[Axis], part: _Part) -> fx.Node:
+def _rebuilt(graph: fx.Graph, new: fx.Node, turns: list[fx.Node], axes: list[Axis], part: Part) -> fx.Node:
     """`turns` on fewer channels: as many as `part` has of the dimension that `axes` follow."""
     for turn, axis in zip(turns, axes, strict=True):
         args, kwargs = substitute(turn, {(0,): new, **narrowing(turn, axis, part.count).literals})

@@ -19,9 +19,7 @@ from tcc.cuda_graphs import Replay
 from tcc.errors import CallError
 from tcc.passes.base import Pass, run_passes
 from tcc.passes.graph import value
-from tcc.passes.outline_repeats import OutlineRepeats
-from tcc.passes.pipeline import StepKind
-from tcc.passes.write_slots import WriteSlots
+from tcc.passes.pipeline import StepKind, lowering_passes
 from tcc.program import Program, Variant
 from tcc.watch import Watch
 
@@ -92,7 +90,6 @@ def lower(
         raise CallError(f"mode={mode!r}: use 'default', or 'reduce-overhead' for CUDA graphs")
     replay = mode == "reduce-overhead" and program.captured.inputs[0].device.type == "cuda"
     compile_one = _backend(backend, options or {})
-    passes: list[Pass] = [OutlineRepeats(), WriteSlots()] if regional else [WriteSlots()]
     known = {} if known is None else known
     runners, extras, seconds = [], [], []
     for number, variant in enumerate(program.variants):
@@ -101,7 +98,7 @@ def lower(
         if key not in known:
             if progress:
                 progress(f"compiling variant {number + 1}/{len(program.variants)}")
-            known[key] = _compile(variant, compile_one, passes, check)
+            known[key] = _compile(variant, compile_one, lowering_passes(variant.kind, regional=regional), check)
         runner, names = known[key]
         runners.append(runner)
         extras.append(names)
