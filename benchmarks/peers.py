@@ -23,241 +23,138 @@ from __future__ import annotations
 
 import argparse
 import functools
-import inspect
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")
 
-import peers_report
 import torch
 from peers_methods import PEERS, Model, NotApplicable, Peer
 from peers_models import SUBJECTS, Subject, target
-from peers_probe import Compilation, Work, eager_work, peak_bytes, run, watched_compilation
-from peers_report import Line
+from peers_probe import Work, eager_work
 from provenance import provenance
 from quality_rows import Missing, comparison
-from quality_rows import Row as PlanRow
 from rich.console import Console
+from rich.markup import escape
 from torch import nn
 
 import tcc
-from tcc import plans, timing
-from tcc.cli.compare import Method, compare, of_executable, warm_up
+from tcc import timing
+from tcc.cli.compare import Method
+from tcc.cli.harness import COMPILED, EAGER, TCC, Harness, known_options, run, with_compilation
+from tcc.cli.lines import UNCACHED, Line, failures, markdown, plot, table
 from tcc.errors import TccError
 from tcc.metrics import Statistics, feature_network, frechet_distance, real_statistics
-from tcc.passes.pipeline import StepKind
-from tcc.plan import CachePlan
-from tcc.program import Variant, build_program
-from tcc.runtime import Compiled, Executable, lower
 
-EAGER, COMPILED, BLOCKS, TCC = "eager", "torch.compile", "compiled blocks", "tcc"
-UNCACHED = "uncached"
+BLOCKS = "compiled blocks"
+LIMIT = {"recompile_limit": 64}
 FEWER = (0.7, 0.5, 0.35, 0.25)  # of the steps
 #: Rows of `quality_rows.py`.
 PLANS = ("FORA N=2", "FORA N=3", "forecast 50%", "forecast 34%", "forecast 26%", "forecast 34%, steps searched",
          "TaylorSeer N=3 O=2", "TaylorSeer N=6 O=2", "L2C theta=0.1", "uniform tokens 1.5x", "ToCa N=3")  # fmt: skip
-LIMIT = {"recompile_limit": 64}
-ISOLATED = {"isolate_recompiles": True, **LIMIT}
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A method that ran, and what its first runs told; `line` has all but what is timed."""
-
-    method: Method
-    line: Line
-
-
-class Bench:
-    """The methods that run, and the rows of those that do not.
+class Bench(Harness):
+    """The harness with the peers, each on a copy of the model of its own.
 
     Args:
         subject: the model.
-        steps: denoising steps.
         batch: images.
         seed: of the noise.
-        backend: of `torch.compile` and of tcc.
-        console: where it says what it does.
+        options: those of `Harness`.
     """
 
-    def __init__(self, subject: Subject, *, steps: int, batch: int, seed: int, backend: str, console: Console) -> None:
-        self.subject, self.steps, self.backend, self.console = subject, steps, backend, console
-        self.task, self.other = subject.task(batch, seed), subject.task(batch, seed + 1)
-        self.entries: list[Entry] = []
-        self.failed: list[Line] = []
-        self._variants: dict[StepKind, Variant] = {}
-        self._runners: dict[StepKind, Compiled] = {}
-        self._uncached = Work(0.0, 0)
+    def __init__(self, subject: Subject, *, batch: int, seed: int, **options: Any) -> None:
+        self.subject, self.other = subject, subject.task(batch, seed + 1)
+        task = subject.task(batch, seed)
+        args, kwargs = task.first_call()
+        with torch.no_grad():
+            info = tcc.inspect(subject.model, *args, **kwargs)
+        super().__init__(subject.model, task, info, images=subject.trained, **options)
+        self.batch = batch
+        self._work: Work | None = None
 
-    def add_uncached(self) -> None:
-        """The model itself: eager, and under `torch.compile`, which must be able to."""
-        model = self.subject.model
-        line = Line(method=UNCACHED, family=UNCACHED, package="torch", mode=EAGER, steps=self.steps, bound=1.0)
-        method = self._own(line, lambda: model)
-        self._uncached = eager_work(method, self.task)
-        line = replace(line, macs=self._uncached.macs / len(self.task.noise), cache_bytes=0)
-        self._add(replace(method, bound=1.0), replace(line, compile_seconds=0.0, graph_breaks=0, recompiles=0))
-        compiled = self._compile(model)
-        method, done = self._warm(self._own(replace(line, mode=COMPILED), lambda: compiled))
-        self._add(method, _with_compilation(replace(line, mode=COMPILED), done))
+    @property
+    def uncached_work(self) -> Work:
+        """What an uncached run does, counted as peers are."""
+        if self._work is None:
+            line = Line(method=UNCACHED, family=UNCACHED, package="torch", mode=EAGER, steps=self.steps)
+            self._work = eager_work(self.own(line, lambda: self.model), self.task)
+        return self._work
 
     def add_plans(self, wanted: Callable[[str], bool]) -> None:
-        """The uncached model through tcc, fewer steps, and tcc's plans."""
-        with torch.no_grad():
-            info = tcc.inspect(self.subject.model, *self.task.inputs(self.task.noise, 0))
-        full = plans.full(info, num_steps=self.steps)
+        """Fewer steps and tcc's plans; a policy that refuses the model has a row without numbers."""
+        counts = {max(1, round(share * self.steps)) for share in FEWER} - {self.steps}
+        self.add_fewer([count for count in counts if wanted(f"{count} steps")])
         rows = {row.name: row for row in comparison(self.steps)}
-        executable, done = self._executable(info, full)
-        line = self._plan_line(UNCACHED, UNCACHED, full, done)
-        self._add(of_executable(_key(line), executable, 1.0), line)
-        for count in sorted({max(1, round(share * self.steps)) for share in FEWER} - {self.steps}, reverse=True):
-            name = f"{count} steps"
-            if wanted(name):
-                macs = full.cost.full_macs * 2 * count  # type: ignore[union-attr] # a policy counts it
-                short = replace(line, method=name, family="fewer steps", steps=count, macs=macs)
-                short = replace(short, bound=self.steps / count)
-                self._add(of_executable(_key(short), executable, self.steps / count, count), short)
-        for name in filter(wanted, PLANS):
-            self._add_plan(info, rows[name])
+        for row in (rows[name] for name in PLANS if wanted(name)):
+            family = f"{TCC}: {row.family}"
+            try:
+                self.add_plan(row.name, family, row.plan(self.info, self.steps, Path()))
+            except (TccError, Missing) as error:
+                line = Line(method=row.name, family=family, package=TCC, mode=TCC, steps=self.steps)
+                self.refuse(line, _reason(error))
 
     def add_peer(self, peer: Peer) -> None:
         """A peer, eager and compiled both ways, each on a copy of its own. Whatever it raises becomes the reason."""
         work: Work | None = None
         for mode in (EAGER, COMPILED, BLOCKS):
             line = Line(method=peer.name, family=peer.family, package=peer.package, mode=mode, steps=self.steps)
-            self.console.print(f"[dim]{peers_report.escaped(_key(line))}[/]")
+            self.say(line.key)
             try:
                 work = self._add_peer(peer, line, work)
             except Exception as error:  # of another package: it is the result
-                self.failed.append(replace(line, reason=_reason(error)))
+                self.refuse(line, _reason(error))
 
-    def measure(self, rounds: int, at_most: float, fd_images: int) -> list[Line]:
-        """Time all methods in turns: their rows, and those without numbers."""
-        baseline = _key(next(e.line for e in self.entries if (e.line.method, e.line.mode) == (UNCACHED, COMPILED)))
-        methods = [entry.method for entry in self.entries]
-        found = compare(self.task, methods, baseline=baseline, rounds=rounds, at_most=at_most)
-        lines = []
-        for entry, row in zip(self.entries, found, strict=True):
-            p90 = {kind: samples.p90 for kind, samples in row.timing.by_kind.items()}
-            lines.append(
-                replace(
-                    entry.line,
-                    seconds=row.seconds,
-                    seconds_p90=sum(p90[kind] for kind in row.timing.kinds),
-                    speedup=row.speedup,
-                    psnr=row.psnr if self.subject.trained else None,
-                    fd=self._fd(entry.method, fd_images) if fd_images and self.subject.trained else None,
-                    peak_bytes=peak_bytes(entry.method, self.task),
-                    rounds=len(row.timing.rounds),
-                )
-            )
-        return [*lines, *self.failed]
+    def fd(self, images: int) -> Callable[[Method], float] | None:
+        """Measures the Frechet distance of so many images to the test images; it is biased upwards, the more the fewer.
+
+        None where none are asked for, or the model draws none.
+        """
+        if not images or not self.subject.trained:
+            return None
+        network = feature_network()
+        tasks = [self.subject.task(self.batch, seed) for seed in range(2, 2 + -(-images // self.batch))]
+
+        def distance(method: Method) -> float:
+            with torch.no_grad():
+                features = torch.cat([network(run(method, task).cpu()) for task in tasks])
+            return frechet_distance(Statistics.of(features[:images]), real_statistics())
+
+        return distance
 
     def _add_peer(self, peer: Peer, line: Line, work: Work | None) -> Work:
-        compile_block = functools.partial(nn.Module.compile, backend=self.backend, **_known(LIMIT))
+        compile_block = functools.partial(nn.Module.compile, backend=self.backend, **known_options(LIMIT))
         model = target(self.subject, self.steps, self._draw_other, compile_block if line.mode == BLOCKS else None)
         attached = peer.attach(model)
-        runner: Model = self._compile(model.model) if line.mode == COMPILED else model.model
+        runner: Model = self.compile(model.model) if line.mode == COMPILED else model.model
         call = attached.around(runner)
 
         def open_model() -> Model:
             attached.reset()
             return call
 
-        method = self._own(line, open_model)
         if work is None:  # compiled rows take that of the eager one: what is decided is the same
             if line.mode != EAGER:
                 raise RuntimeError("it did not run eagerly")
-            work = eager_work(method, self.task)
+            work = eager_work(self.own(line, open_model), self.task)
+        bound = self.uncached_work.macs / work.macs
+        cached = max(0, work.live_bytes - self.uncached_work.live_bytes)
+        line = replace(line, macs=work.macs / self.batch, bound=bound, cache_bytes=cached)
         with peer.settings():
-            method, done = self._warm(method)
-        bound = self._uncached.macs / work.macs
-        cached = max(0, work.live_bytes - self._uncached.live_bytes)
-        line = replace(line, macs=work.macs / len(self.task.noise), bound=bound, cache_bytes=cached)
-        self._add(replace(method, bound=bound, slot_bytes=cached), _with_compilation(line, done))
+            method, done = self.warm(self.own(line, open_model))
+        self.add(method, with_compilation(line, done))
         return work
 
     def _draw_other(self, model: Model) -> None:
         """A run on noise that no method is measured on."""
         for _ in self.other.denoise(model, self.steps):
             pass
-
-    def _add_plan(self, info: tcc.ModelInfo, row: PlanRow) -> None:
-        """One plan; a policy that refuses the model has a row without numbers."""
-        self.console.print(f"[dim]tcc: {peers_report.escaped(row.name)}[/]")
-        try:
-            plan = row.plan(info, self.steps, Path())
-            executable, done = self._executable(info, plan)
-        except (TccError, Missing) as error:
-            line = Line(method=row.name, family=row.family, package=TCC, mode=TCC, steps=self.steps)
-            self.failed.append(replace(line, reason=_reason(error)))
-            return
-        line = self._plan_line(row.name, row.family, plan, done)
-        self._add(of_executable(_key(line), executable, plan.bound), line)
-
-    def _plan_line(self, name: str, family: str, plan: CachePlan, done: Compilation) -> Line:
-        """What is known of a plan before it is timed."""
-        assert plan.cost is not None
-        family = family if family == UNCACHED else f"tcc: {family}"
-        line = Line(method=name, family=family, package=TCC, mode=TCC, steps=plan.num_steps, bound=plan.bound)
-        line = replace(line, macs=sum(plan.cost.step_macs) * 2, cache_bytes=plan.cost.slot_bytes)
-        return _with_compilation(line, done)
-
-    def _executable(self, info: tcc.ModelInfo, plan: CachePlan) -> tuple[Executable, Compilation]:
-        """The compiled plan, warmed up; variants that another plan has are compiled once."""
-        program = build_program(info.captured, info.analysis, plan, known=self._variants)
-        with watched_compilation() as found:
-            executable = lower(program, self.backend, known=self._runners)
-            warm_up(self.task, [executable])
-        return executable, replace(found[0], seconds=sum(executable.compile_seconds))
-
-    def _own(self, line: Line, open_model: Callable[[], Model]) -> Method:
-        """A method that is not tcc's."""
-        return Method(_key(line), open_model, tuple(range(line.steps)))
-
-    def _warm(self, method: Method) -> tuple[Method, Compilation]:
-        """Two runs; what compiling they caused."""
-        with watched_compilation() as found:
-            for _ in range(2):
-                run(method, self.task)
-        return replace(method, compile_seconds=found[0].seconds), found[0]
-
-    def _compile(self, model: nn.Module) -> Model:
-        compiled: Model = torch.compile(model, backend=self.backend, **_known(ISOLATED))
-        return compiled
-
-    def _add(self, method: Method, line: Line) -> None:
-        """Keep a method. Every step is a kind of its own: a peer's steps may all differ, and all are treated alike."""
-        kinds = tuple(range(method.num_steps))
-        self.entries.append(Entry(replace(method, kinds=kinds), line))
-
-    def _fd(self, method: Method, images: int) -> float:
-        """Frechet distance of so many images to the test images; biased upwards, the more the fewer."""
-        network, batch = feature_network(), len(self.task.noise)
-        with torch.no_grad():
-            parts = [
-                network(run(method, self.subject.task(batch, seed)).cpu()) for seed in range(2, 2 + -(-images // batch))
-            ]
-        return frechet_distance(Statistics.of(torch.cat(parts)[:images]), real_statistics())
-
-
-def _known(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that this torch's compiler has."""
-    return {name: value for name, value in options.items() if name in inspect.signature(torch.compile).parameters}
-
-
-def _key(line: Line) -> str:
-    return f"{line.method}, {line.mode}"
-
-
-def _with_compilation(line: Line, done: Compilation) -> Line:
-    return replace(line, compile_seconds=done.seconds, graph_breaks=done.graph_breaks, recompiles=done.recompiles)
 
 
 def _reason(error: Exception) -> str:
@@ -273,27 +170,33 @@ def chosen(only: str) -> Callable[[str], bool]:
     return lambda name: not words or any(word in name.lower() for word in words)
 
 
-def measure(args: argparse.Namespace, console: Console) -> list[Line]:
-    """All rows for the options."""
-    subject, wanted = SUBJECTS[args.model](), chosen(args.only)
-    subject.model.to(args.device)
-    bench = Bench(subject, steps=args.steps, batch=args.batch, seed=args.seed, backend=args.backend, console=console)
+def measure(args: argparse.Namespace, subject: Subject, batch: int, console: Console) -> list[Line]:
+    """All rows for the options, at one batch size."""
+
+    def say(text: str) -> None:
+        console.print(f"[dim]{escape(text)}[/]")
+
+    torch.compiler.reset()  # else what was compiled for another batch size makes this one's graph dynamic
+    given = {name: getattr(args, name) for name in ("steps", "seed", "backend", "mode")}
+    bench, wanted = Bench(subject, batch=batch, say=say, **given), chosen(args.only)
     bench.add_uncached()
     bench.add_plans(wanted)
     for peer in PEERS:
         if wanted(peer.name):
             bench.add_peer(peer)
-    console.print("[dim]timing, all methods in turns[/]")
-    return bench.measure(args.rounds, args.seconds, args.fd_images)
+    say("timing, all methods in turns")
+    return bench.measure(args.rounds, args.seconds, distance=bench.fd(args.fd_images))
 
 
-def caption(args: argparse.Namespace) -> str:
+def caption(args: argparse.Namespace, batch: int) -> str:
     """How the numbers came about."""
     where = timing.machine()
-    device = where["accelerator"] or f"{where['processor']}, {where['threads']} thread(s)"
+    on_gpu = torch.device(args.device).type == "cuda"
+    device = where["accelerator"] if on_gpu else f"{where['processor']}, {where['threads']} thread(s)"
+    backend = args.backend if args.mode == "default" else f"{args.backend}, {args.mode}"
     return (
-        f"{args.model}: batch {args.batch}, doubled for guidance 1.5; DDIM {args.steps} steps; float32 on {device}, "
-        f"torch {where['torch']}, backend {args.backend}"
+        f"{args.model}: batch {batch}, doubled for guidance 1.5; DDIM {args.steps} steps; {args.dtype} on {device}, "
+        f"torch {where['torch']}, backend {backend}"
     )
 
 
@@ -310,58 +213,86 @@ def versions() -> dict[str, str | None]:
     return {name: version(name) for name in ("diffusers", "cache-dit")}
 
 
-def record(args: argparse.Namespace, lines: Sequence[Line]) -> dict[str, Any]:
-    """Everything that is needed to repeat the table, and the table."""
-    return {
-        **provenance(),
-        "packages": versions(),
-        "settings": {name: getattr(args, name) for name in ("model", "batch", "steps", "seed", "backend", "rounds")},
-        "rows": [line.as_dict() for line in lines],
-    }
+def head(args: argparse.Namespace, batch: int) -> dict[str, Any]:
+    """What is needed to repeat the rows."""
+    names = ("model", "steps", "seed", "backend", "mode", "dtype", "rounds")
+    settings = {**{name: getattr(args, name) for name in names}, "batch": batch}
+    return {**provenance(), "packages": versions(), "settings": settings}
 
 
-def write(args: argparse.Namespace, lines: Sequence[Line], console: Console) -> None:
-    """The files that were asked for."""
-    content = json.dumps(record(args, lines), indent=1) + "\n"
-    if args.json is not None:
-        args.json.write_text(content)
-    if args.results is not None:
-        args.results.mkdir(parents=True, exist_ok=True)
-        stem = f"peers-{args.model}-{args.batch}x{args.steps}"
-        (args.results / f"{stem}.json").write_text(content)
-        (args.results / f"{stem}.md").write_text(f"{peers_report.markdown(lines)}\n\n{caption(args)}\n")
-        if any(line.psnr is not None for line in lines):
-            peers_report.plot(lines, caption(args), args.results / f"{stem}.png")
-        console.print(f"wrote {stem}.* to {args.results}")
+def joined(earlier: Sequence[Path], lines: Sequence[Line], now: dict[str, Any]) -> tuple[dict[str, Any], list[Line]]:
+    """The file's content: the rows of earlier files, then those measured now that they do not have.
+
+    Raises:
+        SystemExit: a file is of other settings.
+    """
+    parts: list[dict[str, Any]] = []
+    found: dict[str, tuple[int, Line]] = {}
+    for path in earlier:
+        content = json.loads(path.read_text())
+        for part in content["parts"]:
+            differ = {k for k, v in part["settings"].items() if k != "rounds" and v != now["settings"][k]}
+            if differ:
+                raise SystemExit(f"{path}: measured with other settings ({', '.join(sorted(differ))})")
+        for row in content["rows"]:
+            line = Line.of_dict({k: v for k, v in row.items() if k != "part"})
+            found.setdefault(line.key, (len(parts) + row["part"], line))
+        parts += content["parts"]
+    for line in lines:
+        found.setdefault(line.key, (len(parts), line))
+    rows = [{**line.as_dict(), "part": part} for part, line in found.values()]
+    return {"parts": [*parts, now], "rows": rows}, [line for _, line in found.values()]
+
+
+def write(args: argparse.Namespace, batch: int, content: dict[str, Any], lines: Sequence[Line], folder: Path) -> None:
+    """JSON, table and plot of one batch size."""
+    stem = f"peers-{args.model}-{batch}x{args.steps}"
+    (folder / f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n")
+    (folder / f"{stem}.md").write_text(f"{markdown(lines)}\n\n{caption(args, batch)}\n")
+    plot(lines, caption(args, batch), folder / f"{stem}.png")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(SUBJECTS), default="reference")
-    parser.add_argument("--batch", type=int, default=4, help="images; the model sees twice as many")
+    parser.add_argument("--batch", type=int, nargs="+", default=[4], help="images; the model sees twice as many")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=5, help="how often every method is run")
     parser.add_argument("--seconds", type=float, default=600.0, help="no further round begins after so many")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu", help="where the model runs, such as cuda")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--backend", default="inductor", help="of torch.compile and of tcc; eager for a quick look")
+    parser.add_argument("--mode", choices=["default", "reduce-overhead"], default="default",
+                        help="of torch.compile (whole model) and of tcc: reduce-overhead for CUDA graphs")  # fmt: skip
     parser.add_argument("--only", default="", help="words, by commas: only methods with one of them in their name")
     parser.add_argument("--fd-images", type=int, default=0, help="also draw so many images for FD (trained models)")
-    parser.add_argument("--json", type=Path, help="write the rows and the machine here")
     parser.add_argument("--results", type=Path, help="a folder for JSON, table and plot")
-    return parser.parse_args(arguments)
+    parser.add_argument("--with", dest="earlier", type=Path, nargs="+", default=[], metavar="JSON",
+                        help="rows measured before with the same settings: they stand in the same table")  # fmt: skip
+    args = parser.parse_args(arguments)
+    if len(args.batch) > 1 and args.earlier:
+        parser.error("--with is for one batch size")
+    return args
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
-    args, console = parse(arguments), Console(width=220)
+    args, console = parse(arguments), Console(width=200, highlight=False)
     torch.set_num_threads(args.threads)
-    lines = measure(args, console)
-    console.print(peers_report.table(lines, caption(args)))
-    console.print(peers_report.escaped(peers_report.failures(lines)))
-    write(args, lines, console)
+    subject = SUBJECTS[args.model]()
+    subject.model.to(device=args.device, dtype=getattr(torch, args.dtype))
+    for batch in args.batch:
+        lines = measure(args, subject, batch, console)
+        content, lines = joined(args.earlier, lines, head(args, batch))
+        console.print(table(lines, caption(args, batch)))
+        console.print(escape(failures(lines)))
+        if args.results is not None:
+            args.results.mkdir(parents=True, exist_ok=True)
+            write(args, batch, content, lines, args.results)
+            console.print(f"wrote peers-{args.model}-{batch}x{args.steps}.* to {args.results}")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class Subject:
         noise = torch.randn(batch, *self.shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
         device = next(self.model.parameters()).device
         labels = torch.arange(batch, device=device) % self.num_classes
-        return Task(noise.to(device), labels, self.num_classes, cfg)
+        return Task(noise.to(device), labels, self.num_classes, cfg, dtype=next(self.model.parameters()).dtype)
 
 
 @dataclass(frozen=True)
@@ -124,12 +125,12 @@ def reference() -> Subject:
     return Subject("reference model", model, shape, config.num_classes, "blocks", trained=True)
 
 
-def dit_s() -> Subject:
-    """DiT-S/2 on 32x32 latents, 256 tokens."""
-    model, _ = build_model()
+def dit(name: str) -> Subject:
+    """A published size on 32x32 latents, 256 tokens, with random weights."""
+    model, _ = build_model(name)
     config = model.config
     shape = (config.in_channels, *config.input_size)
-    return Subject("DiT-S/2, random weights: speed only", model, shape, config.num_classes, "blocks", trained=False)
+    return Subject(f"{name}, random weights: speed only", model, shape, config.num_classes, "blocks", trained=False)
 
 
 def pixart(layers: int = 12, heads: int = 6, size: int = 32, tokens: int = 77) -> Subject:
@@ -152,4 +153,10 @@ def pixart(layers: int = 12, heads: int = 6, size: int = 32, tokens: int = 77) -
     return Subject(label, model, (4, size, size), 10, "transformer.transformer_blocks", trained=False)
 
 
-SUBJECTS: dict[str, Callable[[], Subject]] = {"reference": reference, "dit-s": dit_s, "pixart": pixart}
+SUBJECTS: dict[str, Callable[[], Subject]] = {
+    "reference": reference,
+    "dit-s": functools.partial(dit, "DiT-S/2"),
+    "dit-b": functools.partial(dit, "DiT-B/2"),
+    "dit-xl": functools.partial(dit, "DiT-XL/2"),
+    "pixart": pixart,
+}

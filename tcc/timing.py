@@ -1,4 +1,4 @@
-"""Timing that survives a busy machine: interleaved calls in one process, medians; and what a call allocates.
+"""Timing that survives a busy machine: interleaved calls in one process, medians; what a call allocates and compiles.
 
 What is compared is run in turns, so that a drift of the machine meets every candidate alike, and a median per kind of
 step drops the moments when another process had the core.
@@ -6,6 +6,7 @@ step drops the moments when another process had the core.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import platform
@@ -22,7 +23,8 @@ from torch.autograd.profiler import profile
 from tcc.errors import CallError
 
 __all__ = [
-    "Allocations", "Run", "RunTiming", "Timing", "allocations", "faster_threads", "machine", "time_calls", "time_runs",
+    "Allocations", "Compilation", "Run", "RunTiming", "Timing", "allocations", "faster_threads", "machine", "time_calls",
+    "time_runs", "watched_compilation",
 ]  # fmt: skip
 
 Progress = Callable[[int, int], None]
@@ -229,6 +231,43 @@ def faster_threads(call: Callable[[], object], rounds: int = 5) -> int:
         seconds[count] = time_calls({"call": call}, rounds=rounds)["call"].median
     torch.set_num_threads(every)
     return min(seconds, key=seconds.__getitem__)
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """What `torch.compile` did while something ran.
+
+    Attributes:
+        seconds: in Dynamo and its backend.
+        graph_breaks: how often a graph ended before its function did.
+        recompiles: how often a function was compiled again, because a guard failed.
+    """
+
+    seconds: float
+    graph_breaks: int
+    recompiles: int
+
+
+@contextlib.contextmanager
+def watched_compilation() -> Iterator[list[Compilation]]:
+    """Fills the list when the block ends."""
+    from torch._dynamo import utils as dynamo  # here: it is slow to import
+
+    found: list[Compilation] = []
+    breaks = sum(dynamo.counters["graph_break"].values())
+    dynamo.clear_compilation_metrics()
+    dynamo.set_compilation_metrics_limit(100_000)
+    try:
+        yield found
+    finally:
+        metrics = dynamo.get_compilation_metrics()
+        found.append(
+            Compilation(
+                sum(m.entire_frame_compile_time_s or 0.0 for m in metrics),
+                sum(dynamo.counters["graph_break"].values()) - breaks,
+                sum(bool(m.recompile_reason) for m in metrics),
+            )
+        )
 
 
 def machine() -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -14,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
 from tcc.metrics import psnr
 from tcc.models import DiT
@@ -23,15 +21,15 @@ from tests.tiny_models import fill
 
 SCRIPTS = (
     "provenance", "step_speed", "quality_store", "quality_rows", "peers_models", "peers_methods", "peers_probe",
-    "peers_report", "peers",
+    "peers",
 )  # fmt: skip
 Scripts = dict[str, ModuleType]
 needs_diffusers = pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers")
 needs_cache_dit = pytest.mark.skipif(find_spec("cache_dit") is None, reason="needs cache-dit: pip install 'tcc[bench]'")
 KEYS = {
     "method", "family", "package", "mode", "steps", "seconds", "seconds_p90", "speedup", "macs", "bound",
-    "realised_share", "psnr", "identical", "fd", "cache_bytes", "peak_bytes", "compile_seconds", "graph_breaks",
-    "recompiles", "rounds", "reason",
+    "realised_share", "psnr", "identical", "error", "fd", "cache_bytes", "peak_bytes", "compile_seconds",
+    "graph_breaks", "recompiles", "rounds", "reason", "part",
 }  # fmt: skip
 
 
@@ -110,16 +108,13 @@ def test_a_second_run_is_the_first(
 def test_work_is_counted_operator_by_operator(scripts: Scripts, tiny: Any) -> None:
     """A first-block cache that always reuses computes one block of three after the first step, and holds residuals."""
     torch._dynamo.reset()  # type: ignore[no-untyped-call] # else the blocks may be compiled already
-    bench = scripts["peers"].Bench(tiny, steps=4, batch=2, seed=0, backend="eager", console=Console(quiet=True))
+    bench = scripts["peers"].Bench(tiny, steps=4, batch=2, seed=0, backend="eager")
     bench.add_uncached()
     methods = scripts["peers_methods"]
     bench.add_peer(methods._peer("FBC", "FBC", "diffusers", methods.first_block, threshold=1e9))
-    eager, compiled, peer, peer_compiled, peer_blocks = [entry.line for entry in bench.entries]
-    with torch.no_grad():
-        info = scripts["peers"].tcc.inspect(tiny.model, *bench.task.inputs(bench.task.noise, 0))
-    plan = scripts["peers"].plans.full(info, num_steps=4)
-    assert eager.macs == pytest.approx(2 * sum(plan.cost.step_macs), rel=1e-9)  # tcc counts the same
-    assert compiled.macs == eager.macs
+    eager, compiled, own, peer, peer_compiled, peer_blocks = [entry.line for entry in bench.entries]
+    assert eager.macs == pytest.approx(bench.uncached_work.macs / 2, rel=1e-9)  # tcc counts what the operators do
+    assert compiled.macs == own.macs == eager.macs
     block = 2 * _block_macs(tiny.model)
     assert eager.macs - peer.macs == pytest.approx(3 * 2 * block, rel=1e-9)
     residuals = 3 * 4 * 16 * 32 * 4  # the head's residual and output, and the tail's residual: [4, 16, 32] float32
@@ -144,9 +139,9 @@ def test_the_harness_measures_methods_side_by_side(
     peers = scripts["peers"]
     monkeypatch.setitem(peers.SUBJECTS, "tiny", lambda: tiny)
     options = ["--model", "tiny", "--steps", "4", "--batch", "2", "--backend", "eager", "--rounds", "1"]
-    options += ["--threads", str(torch.get_num_threads()), "--only", "FORA N=2,FirstBlockCache 0.2,broadcast N=2"]
-    assert peers.main([*options, "--json", str(tmp_path / "p.json"), "--results", str(tmp_path / "out")]) == 0
-    record = json.loads((tmp_path / "p.json").read_text())
+    options += ["--threads", str(torch.get_num_threads()), "--results", str(tmp_path / "out")]
+    assert peers.main([*options, "--only", "FORA N=2,FirstBlockCache 0.2,broadcast N=2"]) == 0
+    record = json.loads((tmp_path / "out" / "peers-tiny-2x4.json").read_text())
     rows = {(row["method"], row["mode"]): row for row in record["rows"]}
     assert all(row.keys() == KEYS for row in rows.values())
     assert rows["uncached", "torch.compile"]["speedup"] == 1
@@ -156,13 +151,24 @@ def test_the_harness_measures_methods_side_by_side(
     failed = rows["PyramidAttentionBroadcast N=2", "eager"]
     assert "match no module" in failed["reason"]
     assert failed["seconds"] is None
+    assert rows["FORA N=2", "tcc"]["peak_bytes"] > rows["uncached", "tcc"]["peak_bytes"] > 0
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json", ".md", ".png"}
+
+    earlier = tmp_path / "out" / "peers-tiny-2x4.json"
+    more = [*options[:-1], str(tmp_path / "more"), "--with", str(earlier)]
+    assert peers.main([*more, "--only", "FORA N=3"]) == 0
+    joined = json.loads((tmp_path / "more" / "peers-tiny-2x4.json").read_text())
+    assert joined["rows"][: len(record["rows"])] == record["rows"]
+    assert [(row["method"], row["part"]) for row in joined["rows"][len(record["rows"]) :]] == [("FORA N=3", 1)]
+    assert [part["settings"]["batch"] for part in joined["parts"]] == [2, 2]
+    with pytest.raises(SystemExit, match=r"measured with other settings \(steps\)"):
+        peers.main([*more, "--only", "nothing", "--steps", "3"])
 
 
 def test_a_missing_package_is_a_reason(scripts: Scripts, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other rows are measured all the same."""
     monkeypatch.setitem(sys.modules, "cache_dit", None)
-    bench = scripts["peers"].Bench(tiny, steps=2, batch=1, seed=0, backend="eager", console=Console(quiet=True))
+    bench = scripts["peers"].Bench(tiny, steps=2, batch=1, seed=0, backend="eager")
     bench.add_peer(next(peer for peer in scripts["peers"].PEERS if peer.package == "cache_dit"))
     assert [line.mode for line in bench.failed] == ["eager", "torch.compile", "compiled blocks"]
     assert all("cache_dit" in line.reason for line in bench.failed)
@@ -186,35 +192,3 @@ def test_dual_block_cache_reuses_after_its_warm_up(
         assert torch._inductor.config.get_config_copy() != before
         raise KeyError
     assert torch._inductor.config.get_config_copy() == before
-
-
-def test_a_row_without_numbers_is_shown_with_its_reason(scripts: Scripts) -> None:
-    """In the table it is empty; below, its reason stands once for all rows that share it."""
-    report = scripts["peers_report"]
-    common = {"family": "F", "package": "p", "steps": 4}
-    lines = [
-        report.Line(method="fine", mode="eager", **common, speedup=1.5, bound=2.0, psnr=math.inf),
-        report.Line(method="[broken]", mode="eager", **common, reason="RuntimeError: no"),
-        report.Line(method="[broken]", mode="torch.compile", **common, reason="RuntimeError: no"),
-    ]
-    shown = report.table(lines, "title")
-    assert [len(list(column.cells)) for column in shown.columns] == [3] * len(report.COLUMNS)
-    cells = {str(column.header): list(column.cells) for column in shown.columns}
-    assert cells["speedup"] == ["1.50x", "", ""]
-    assert cells["realised share"] == ["0.75", "", ""]
-    assert cells["PSNR dB"] == ["identical", "", ""]
-    assert report.failures(lines) == ("not measured: [broken] (eager), [broken] (torch.compile): RuntimeError: no")
-    assert lines[0].as_dict()["psnr"] is None
-    assert lines[0].as_dict()["identical"]
-    assert report.markdown(lines).count("\n| ") == 2
-
-
-def test_the_front_has_what_nothing_beats(scripts: Scripts) -> None:
-    """Slower and worse is off it, faster or better is on it."""
-    report = scripts["peers_report"]
-    points = {"slow, good": (1.0, 40.0), "fast, bad": (3.0, 20.0), "beaten": (2.0, 19.0), "between": (2.0, 30.0)}
-    lines = [
-        report.Line(method=name, family="F", package="p", mode="tcc", steps=4, speedup=speedup, psnr=quality)
-        for name, (speedup, quality) in points.items()
-    ]
-    assert [line.method for line in report.front(lines)] == ["slow, good", "between", "fast, bad"]

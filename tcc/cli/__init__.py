@@ -1,4 +1,4 @@
-"""The command line: `tcc demo | inspect | plan | train | sample | export | run`, one file each."""
+"""The command line: `tcc demo | inspect | plan | train | sample | bench | export | run`, one file each."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 import tcc
 from tcc.cli import screen
+from tcc.cli.bench import bench
 from tcc.cli.demo import demo
 from tcc.cli.export import export
 from tcc.cli.inspect import inspect
@@ -73,6 +74,7 @@ def start(
       tcc plan -o keep=0.5 --out plan.safetensors  make a plan
       tcc sample --plan plan.safetensors           draw images with it
       tcc train router --out plan.safetensors      learn a plan
+      tcc bench plan.safetensors                   measure it beside the uncached model
       tcc export --plan plan.safetensors --out b   a bundle that needs no model code
       tcc run b --null-class 10                    draw images with the bundle
     """
@@ -80,6 +82,7 @@ def start(
         warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")  # torch.export, of its own code
 
 
+app.command()(bench)
 app.command()(demo)
 app.command()(export)
 app.command()(inspect)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,11 +15,25 @@ from tcc.runtime import Executable, Session
 from tcc.samplers import DDIM, Evaluation, Sampler, denoise, guide
 from tcc.timing import Run, RunTiming, time_runs
 
-__all__ = ["Method", "Row", "Task", "compare", "of_executable", "warm_up"]
+__all__ = ["Job", "Method", "Row", "Task", "compare", "of_executable", "warm_up"]
 
 Progress = Callable[[int, int], None]
-Model = Callable[[Tensor, Tensor, Tensor], Tensor]
+Model = Callable[..., Any]
 PLAIN = DDIM()
+
+
+class Job(Protocol):
+    """What every method has to do, step by step."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+
+    def first_call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Inputs of one call: those of the first step, or like them."""
+
+    def denoise(self, model: Model, num_steps: int, sampler: Sampler = PLAIN) -> Iterator[Tensor]:
+        """One step per value; the last value is the result."""
 
 
 @dataclass(frozen=True)
@@ -31,25 +45,37 @@ class Task:
         labels: `[B]`.
         null_class: the label of the unconditional half.
         cfg: the guidance scale; the batch is doubled, whatever it is.
+        dtype: what the model computes in; the solver keeps the noise's.
     """
 
     noise: Tensor
     labels: Tensor
     null_class: int
     cfg: float
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Where the noise is."""
+        return self.noise.device
+
+    def first_call(self) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
+        """Noise at a noise level in the middle."""
+        return self.inputs(self.noise, 500), {}
 
     def inputs(self, x: Tensor, timestep: float) -> tuple[Tensor, Tensor, Tensor]:
         """The model's inputs for a step: the batch doubled, conditional half first; float32 times if not whole."""
         y = torch.cat([self.labels, torch.full_like(self.labels, self.null_class)])
         dtype = torch.int64 if isinstance(timestep, int) else torch.float32
-        return torch.cat([x, x]), torch.full((len(y),), timestep, dtype=dtype, device=x.device), y
+        return torch.cat([x, x]).to(self.dtype), torch.full((len(y),), timestep, dtype=dtype, device=x.device), y
 
     def denoise(self, model: Model, num_steps: int, sampler: Sampler = PLAIN) -> Iterator[Tensor]:
         """One step per value; the last value is the images. The same as `tcc.samplers.sample`, in steps."""
 
         def evaluate(x: Tensor, evaluation: Evaluation) -> Tensor:
             with torch.no_grad():
-                return guide(model(*self.inputs(x, evaluation.timestep)), self.cfg, x.shape[1])
+                output = model(*self.inputs(x, evaluation.timestep))
+                return guide(output.to(x.dtype), self.cfg, x.shape[1])
 
         return denoise(sampler, evaluate, self.noise, num_steps)
 
@@ -138,23 +164,23 @@ def of_executable(name: str, executable: Executable, bound: float, num_steps: in
     )
 
 
-def warm_up(task: Task, executables: Sequence[Executable], progress: Progress | None = None) -> None:
+def warm_up(task: Job, executables: Sequence[Executable], progress: Progress | None = None) -> None:
     """Run every variant twice, out of order: the values are meaningless, the work is that of the real steps."""
-    inputs = task.inputs(task.noise, 500)
+    args, kwargs = task.first_call()
     first = [{binding.variant: step for step, binding in enumerate(e.program.bindings)} for e in executables]
     done, total = 0, 2 * sum(map(len, first))
     for executable, steps in zip(executables, first, strict=True):
         session = Session(executable)
         for step in [*steps.values()] * 2:
             session.step = step
-            session(*inputs)
+            session(*args, **kwargs)
             done += 1
             if progress is not None:
                 progress(done, total)
 
 
 def compare(
-    task: Task,
+    task: Job,
     methods: Sequence[Method],
     *,
     baseline: str,

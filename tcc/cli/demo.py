@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,7 +15,7 @@ import typer
 from rich.table import Table
 
 from tcc import plans, timing
-from tcc.cli import options, screen
+from tcc.cli import options, record, screen
 from tcc.cli.compare import Method, Row, Task, compare, of_executable, warm_up
 from tcc.cli.compile_bar import executables
 from tcc.cli.sample import class_names, seeded_noise
@@ -40,11 +38,6 @@ Out = Annotated[
     ),
 ]
 Steps = Annotated[int, typer.Option(min=2, max=1000, help="DDIM steps.")]
-Rounds = Annotated[int, typer.Option(min=1, help="How often every method is run.")]
-Seconds = Annotated[float, typer.Option(help="No further round begins after so many seconds of measuring.")]
-Threads = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads. [dim]default: torch's choice, or 1 on a busy machine[/]")
-]
 
 
 def demo(
@@ -53,9 +46,9 @@ def demo(
     steps: Steps = 50,
     cfg: options.Cfg = 1.5,
     seed: options.Seed = 0,
-    rounds: Rounds = 3,
-    seconds: Seconds = 60.0,
-    threads: Threads = None,
+    rounds: options.Rounds = 3,
+    seconds: options.Seconds = 60.0,
+    threads: options.Threads = None,
     backend: options.Backend = "inductor",
     model: options.WeightsName = "reference",
 ) -> None:
@@ -185,25 +178,8 @@ def _caption(rows: list[Row], steps: int, cfg: float, seed: int) -> str:
 def _record(rows: list[Row], made: Mapping[str, CachePlan], settings: dict[str, Any]) -> dict[str, Any]:
     """Everything that is needed to repeat the table, and the table."""
     return {
-        "command": " ".join(["tcc", *sys.argv[1:]]),
-        "commit": _commit(),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": timing.machine(),
+        **record.head(),
         **settings,
         "rows": [row.as_dict() for row in rows],
         "plans": {name: facts(plan) for name, plan in made.items()},
     }
-
-
-def _commit() -> str | None:
-    """The commit of the source tree, with a + where it has changes; None where tcc runs from no source tree."""
-    try:
-        _git("ls-files", "--error-unmatch", Path(__file__).name)
-        return _git("describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

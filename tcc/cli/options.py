@@ -15,7 +15,10 @@ __all__ = [
     "InputSize",
     "Json",
     "ModelName",
+    "Rounds",
+    "Seconds",
     "Seed",
+    "Threads",
     "TrainedName",
     "WeightsName",
     "in_a_folder",
@@ -72,6 +75,11 @@ Backend = Annotated[
 Classes = Annotated[str, typer.Option(help="Class labels, one image each: [bold]0,1,2[/] or [bold]0-9[/].")]
 Cfg = Annotated[float, typer.Option(min=1.0, help="Guidance scale; above 1 the batch is doubled.")]
 Seed = Annotated[int, typer.Option(help="Seed of the noise: the same seed gives the same noise.")]
+Rounds = Annotated[int, typer.Option(min=1, help="How often every method is run.")]
+Seconds = Annotated[float, typer.Option(help="No further round begins after so many seconds of measuring.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads. [dim]default: torch's choice, or 1 on a busy machine[/]")
+]
 
 
 def numbers(text: str, option: str) -> list[int]:

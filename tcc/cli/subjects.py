@@ -34,12 +34,14 @@ class Subject:
         args: positional inputs.
         kwargs: keyword inputs.
         label: what to call it in titles; says so where the weights are random.
+        random: whether tcc drew the weights.
     """
 
     model: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     label: str
+    random: bool = False
 
 
 def load_subject(name: str, *, batch: int, input_size: int, device: str = "cpu") -> Subject:
@@ -58,7 +60,7 @@ def load_subject(name: str, *, batch: int, input_size: int, device: str = "cpu")
         with torch.random.fork_rng(devices=()), torch.device(device):
             torch.manual_seed(0)
             model = kind.from_name(name, input_size=input_size).eval()
-            return Subject(model, dit_inputs(model.config, batch), {}, f"{name}, random weights")
+            return Subject(model, dit_inputs(model.config, batch), {}, f"{name}, random weights", random=True)
     if ":" in name and not Path(name).exists():
         return _imported(name)
     model = reference_model() if name == "reference" else load_model(_weights(name))
