@@ -1,18 +1,21 @@
 """How time and memory grow with a model and its plan.
 
-    python benchmarks/scaling.py --json benchmarks/results/scaling.json --plot benchmarks/results/scaling.png
-    python benchmarks/scaling.py --only planning
+    python benchmarks/scaling.py planning --results benchmarks/results
+    python benchmarks/scaling.py running --threads 1 --results benchmarks/results
 
 `planning`: what tcc does before anything is compiled, for models of growing depth, plans of more steps, and plans of
 more distinct variants: `capture` is torch.export, `analyse` finds streams, blocks and sites, `plan` makes the plan and
 counts it on the rewritten graphs (what `tcc plan` does), `rewrite` builds the variants with every check (what
 `tcc.compile` does before its backend). Seconds of processor time, one thread: other work on the machine does not count.
 
-`runtime`: one step that computes everything and one that keeps half of the tokens, against tokens and batch: medians of
-interleaved calls, slot bytes, and on a GPU the peak memory of a run beside that of the uncached model.
+`running`: one step that computes everything and one that keeps half of the tokens, beside the bound, against tokens,
+batch and blocks; a whole run against its steps; and compiling against the number of distinct variants, each compiled
+once for all rows. Medians of interleaved calls, slot bytes, and the most bytes that an uncached step and a planned run
+allocate, slots included and weights not.
 
-Widths are tiny in `planning` (they do not matter there) and weights are random everywhere: this is about time and
-memory alone.
+A DiT and a model of two streams (diffusers' Flux). Widths are tiny in `planning` (they do not matter there) and
+weights are random everywhere: this is about time and memory alone. `--results FOLDER` writes `scaling-planning.json`
+and `.png`, or those of `running`.
 """
 
 from __future__ import annotations
@@ -20,13 +23,15 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import resource
+import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from provenance import provenance
 from rich.console import Console
@@ -39,41 +44,49 @@ from tcc.models import DiT
 from tcc.passes.sites import analyse
 from tcc.plan import Action, CachePlan, Compute, Reuse
 from tcc.program import build_program
-from tcc.timing import time_calls
+from tcc.timing import allocations, time_calls
 
 Row = dict[str, Any]
 Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
-TIMES = ("capture", "analyse", "plan", "rewrite")
+TEXT = 16  # text tokens of the model of two streams
 
 
-def dit(depth: int, side: int = 8, width: int = 32, heads: int = 2, batch: int = 2) -> Call:
-    """A DiT with `(side / 2) ** 2` tokens, and one call's inputs."""
+def dit(depth: int, side: int = 4, width: int = 32, batch: int = 2) -> Call:
+    """A DiT with `side ** 2` tokens, and one call's inputs."""
     torch.manual_seed(0)
     model = DiT(
-        input_size=side, patch_size=2, in_channels=4, hidden_size=width, depth=depth, num_heads=heads, num_classes=10
-    )
+        input_size=2 * side, patch_size=2, in_channels=4, hidden_size=width, depth=depth, num_classes=10,
+        num_heads=max(2, width // 64),
+    )  # fmt: skip
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.02)
     labels = torch.arange(batch) % 10
-    return model.eval(), (torch.randn(batch, 4, side, side), torch.full((batch,), 500), labels), {}
+    return model.eval(), (torch.randn(batch, 4, 2 * side, 2 * side), torch.full((batch,), 500), labels), {}
 
 
-def two_streams(double: int, single: int) -> Call:
-    """Diffusers' Flux with image and text streams, tiny in width, and one call's inputs."""
+def two_streams(depth: int, side: int = 8, width: int = 32, batch: int = 1) -> Call:
+    """Diffusers' Flux with `side ** 2` image tokens, a third of its blocks of two streams, and one call's inputs."""
     from diffusers import FluxTransformer2DModel  # here: the rest needs no diffusers
 
     torch.manual_seed(0)
+    heads = max(2, width // 64)
+    head = width // heads
+    place = 3 * head // 16 * 2  # rotary channels of a row, and of a column
     model = FluxTransformer2DModel(
-        patch_size=1, in_channels=4, num_layers=double, num_single_layers=single, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8),
+        patch_size=1, in_channels=4, num_layers=depth // 3, num_single_layers=depth - depth // 3,
+        attention_head_dim=head, num_attention_heads=heads, joint_attention_dim=32, pooled_projection_dim=32,
+        axes_dims_rope=(head - 2 * place, place, place),
     )  # fmt: skip
-    places = torch.cartesian_prod(torch.zeros(1), torch.arange(8.0), torch.arange(8.0))
+    rows = torch.arange(float(side))
     inputs = {
-        "hidden_states": torch.randn(1, 64, 4), "encoder_hidden_states": torch.randn(1, 16, 32),
-        "pooled_projections": torch.randn(1, 32), "timestep": torch.rand(1), "img_ids": places,
-        "txt_ids": torch.zeros(16, 3),
+        "hidden_states": torch.randn(batch, side**2, 4), "encoder_hidden_states": torch.randn(batch, TEXT, 32),
+        "pooled_projections": torch.randn(batch, 32), "timestep": torch.rand(batch),
+        "img_ids": torch.cartesian_prod(torch.zeros(1), rows, rows), "txt_ids": torch.zeros(TEXT, 3),
     }  # fmt: skip
     return model.eval(), (), inputs
+
+
+BUILDERS: dict[str, Callable[..., Call]] = {"dit": dit, "two streams": two_streams}
 
 
 def reuse(info: tcc.ModelInfo, steps: int) -> CachePlan:
@@ -99,42 +112,33 @@ def routers(info: tcc.ModelInfo, steps: int, variants: int) -> CachePlan:
     return info.count(CachePlan(steps, actions, policy={"name": "routers"}))
 
 
-def planning(quick: bool, models: Iterable[str]) -> Iterable[Row]:
-    """The rows of planning: by blocks, by steps, by variants."""
-    deep: list[tuple[str, Callable[[], Call]]] = [("dit", functools.partial(dit, d)) for d in (7, 14, 28)]
-    deep.append(("two streams", functools.partial(two_streams, 19, 38)))
-    for name, build in deep[:1] if quick else [entry for entry in deep if entry[0] in models]:
-        model, args, kwargs = build()
-        found, seconds = prepared(model, args, kwargs)
-        counts = (2, 5) if quick else (2, 10, 30, 100)
-        by_steps = [
-            (policy, steps, 2) for policy in ("reuse", "tokens") for steps in ((10,) if quick else (10, 50, 250))
-        ]
-        for policy, steps, variants in [*by_steps, *(("routers", 250, count) for count in counts)]:
-            yield measured(name, found, seconds, policy, steps, variants)
+def planning(quick: bool) -> Iterator[Row]:
+    """By blocks, by steps, by variants."""
+    models = [("dit", 7), ("dit", 14), ("dit", 28), ("two streams", 57)]
+    for name, depth in models[:1] if quick else models:
+        model, args, kwargs = BUILDERS[name](depth)
+        captured, first = took(functools.partial(capture, model, args, kwargs))
+        analysis, second = took(functools.partial(analyse, captured.gm.graph))
+        before = {"capture": first, "analyse": second}
+        plans = [(policy, steps, 2) for policy in ("reuse", "tokens") for steps in ((10,) if quick else (10, 50, 250))]
+        plans += [("routers", 250, count) for count in ((2, 5) if quick else (2, 10, 30, 100))]
+        for policy, steps, variants in plans:
+            yield planned(name, tcc.ModelInfo(captured, analysis), before, policy, steps, variants)
 
 
-def prepared(model: nn.Module, args: Any, kwargs: Any) -> tuple[tcc.ModelInfo, dict[str, float]]:
-    """What tcc sees in the model, and how long that took."""
-    captured, first = took(lambda: capture(model, args, kwargs))
-    analysis, second = took(lambda: analyse(captured.gm.graph))
-    return tcc.ModelInfo(captured, analysis), {"capture": first, "analyse": second}
-
-
-def measured(name: str, found: tcc.ModelInfo, before: dict[str, float], policy: str, steps: int, variants: int) -> Row:
-    """One row of planning; of earlier plans, nothing is known but which calls are alike."""
-    info = replace(found)
+def planned(name: str, info: tcc.ModelInfo, before: dict[str, float], policy: str, steps: int, variants: int) -> Row:
+    """One row; of earlier plans, nothing is known but which calls are alike."""
     made: dict[str, Callable[[], CachePlan]] = {
         "reuse": lambda: reuse(info, steps),
         "tokens": lambda: tokens(info, steps),
         "routers": lambda: routers(info, steps, variants),
     }
-    plan, planned = took(made[policy])
+    plan, seconds = took(made[policy])
     program, rewritten = took(lambda: build_program(info.captured, info.analysis, plan))
     return {
-        "part": "planning", "model": name, "blocks": len(info.blocks), "operators": len(info.captured.gm.graph.nodes),
-        "policy": policy, "steps": steps, "variants": len(program.variants), **before, "plan": planned,
-        "rewrite": rewritten,
+        "model": name, "blocks": len(info.blocks), "operators": len(info.captured.gm.graph.nodes), "policy": policy,
+        "steps": steps, "variants": len(program.variants), **before, "plan": seconds, "rewrite": rewritten,
+        "plan + rewrite": seconds + rewritten, "slot bytes": program.slot_bytes,
     }  # fmt: skip
 
 
@@ -145,122 +149,220 @@ def took(call: Callable[[], Any]) -> tuple[Any, float]:
     return result, time.process_time() - start
 
 
-def runtime(sides: Iterable[int], batches: Iterable[int], depth: int, width: int, backend: str) -> Iterable[Row]:
-    """The rows of running: by tokens and batch."""
-    for side in sides:
-        for batch in batches:
-            yield run(dit(depth, side, width, max(1, width // 64), batch), backend)
+def running(args: argparse.Namespace) -> Iterator[Row]:
+    """By tokens, batch and blocks, one at a time; by steps; by variants."""
+    base = {"tokens": 256, "batch": 1, "blocks": 4}
+    factors = {"tokens": args.tokens, "batch": args.batch, "blocks": args.blocks}
+    for name in args.models:
+        done: dict[tuple[int, ...], Row] = {}
+        for factor, values in factors.items():
+            for value in values:
+                at = {**base, factor: value}
+                key = tuple(at.values())
+                if key not in done:
+                    build = functools.partial(BUILDERS[name], at["blocks"], round(at["tokens"] ** 0.5), args.width)
+                    done[key] = run(build(batch=at["batch"]), args)
+                yield {"by": factor, "model": name, **at, **done[key]}
+    yield from by_steps(dit(base["blocks"], 8, args.width, 1), args)
+    yield from by_variants(dit(base["blocks"], 8, args.width, 1), args)
 
 
-def run(call: Call, backend: str) -> Row:
-    """One row of running: a full step and a step that keeps half of the tokens."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, args = call[0].to(device), tuple(x.to(device) for x in call[1])
+def moved(call: Call, device: str) -> Call:
+    """The model and its inputs on a device."""
+    model, args, kwargs = call
+    return model.to(device), tuple(x.to(device) for x in args), {name: x.to(device) for name, x in kwargs.items()}
+
+
+def run(call: Call, options: argparse.Namespace) -> Row:
+    """A full step, a step that keeps half of the tokens, and what both kinds of step take together in memory."""
+    model, args, kwargs = moved(call, options.device)
     policy = functools.partial(tcc.plans.tprr, num_steps=2, k1=1, k2=1, keep=0.5, attention="kept")
-    began = time.perf_counter()
-    compiled = tcc.compile(model, policy, example_inputs=(args, {}), backend=backend)
-    seconds = time.perf_counter() - began
-    session, memory = compiled.new_session(), compiled.plan.memory(compiled.info)  # type: ignore[arg-type]
-    plain = tcc.compile(model, tcc.plans.full(compiled.info, num_steps=2), example_inputs=(args, {}), backend=backend)  # type: ignore[arg-type]
-
-    def p_step() -> Any:
-        session.step = 1
-        return session(*args)
-
-    session(*args)
-    times = time_calls({"full": lambda: plain(*args), "half": p_step}, rounds=7, warmup=2)
-    cost = compiled.plan.cost
+    given: dict[str, Any] = {"example_inputs": (args, kwargs), "backend": options.backend}
+    compiled = tcc.compile(model, policy, **given)
+    plain = compiled.with_plan(lambda info: tcc.plans.full(info, num_steps=2)).prepare(*args, **kwargs)
+    session, cost = compiled.new_session(), compiled.plan.cost
     assert cost is not None
-    row = {
-        "part": "runtime", "tokens": compiled.info.num_tokens, "batch": args[0].shape[0],  # type: ignore[union-attr]
-        "blocks": len(compiled.info.blocks), "compile s": seconds,  # type: ignore[union-attr]
-        "full ms": times["full"].median * 1e3, "half ms": times["half"].median * 1e3,
-        "bound": cost.full_macs / cost.step_macs[1], "slot bytes": memory.total,
+
+    def half() -> Any:
+        session.step = 1
+        return session(*args, **kwargs)
+
+    def whole() -> None:
+        started = compiled.new_session()
+        for _ in range(2):
+            started(*args, **kwargs)
+
+    session(*args, **kwargs)
+    times = time_calls({"full": lambda: plain(*args, **kwargs), "half": half}, rounds=options.rounds, warmup=2)
+    speedup = times["full"].median / times["half"].median
+    bound = cost.full_macs / cost.step_macs[1]
+    return {
+        "full ms": times["full"].median * 1e3, "half ms": times["half"].median * 1e3, "bound": bound,
+        "speedup": speedup, "realised share": speedup / bound, "slot bytes": session.slot_bytes,
+        "full peak": allocations(lambda: plain(*args, **kwargs), options.device).peak,
+        "run peak": allocations(whole, options.device).peak, "compile s": sum(compiled.compile_seconds),
     }  # fmt: skip
-    if device == "cuda":
-        row |= {"full peak": peak(lambda: plain(*args)), "half peak": peak(lambda: session(*args))}
-    return row
 
 
-def peak(call: Callable[[], Any]) -> int:
-    """The most bytes that are allocated on the GPU during a call."""
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    return torch.cuda.max_memory_allocated()
+def by_steps(call: Call, options: argparse.Namespace) -> Iterator[Row]:
+    """Whole runs of more and more steps, all compiled once: milliseconds of a step, and of opening a session."""
+    model, args, kwargs = moved(call, options.device)
+    compiled = tcc.compile(
+        model, functools.partial(tokens, steps=2), example_inputs=(args, kwargs), backend=options.backend
+    )
+    for steps in options.steps:
+        longer = compiled.with_plan(functools.partial(tokens, steps=steps)).prepare(*args, **kwargs)
+
+        def run_all(longer: tcc.CompiledModel = longer, steps: int = steps) -> None:
+            session = longer.new_session()
+            for step in range(steps):
+                session.run_step(step, *args, **kwargs)
+
+        times = time_calls({"run": run_all, "open": longer.new_session}, rounds=options.rounds)
+        yield {
+            "by": "steps", "model": "dit", "steps": steps, "variants": len(longer.program.variants),  # type: ignore[union-attr]
+            "ms per step": times["run"].median * 1e3 / steps, "open ms": times["open"].median * 1e3,
+            "slot bytes": longer.new_session().slot_bytes, "run peak": allocations(run_all, options.device).peak,
+        }  # fmt: skip
 
 
-def show(rows: list[Row], console: Console) -> None:
-    """One table for each part."""
-    for part in dict.fromkeys(row["part"] for row in rows):
-        found = [row for row in rows if row["part"] == part]
-        table = Table(title=part)
-        for column in found[0]:
-            if column != "part":
-                table.add_column(column, justify="right" if isinstance(found[0][column], (int, float)) else "left")
+def by_variants(call: Call, options: argparse.Namespace) -> Iterator[Row]:
+    """Plans of more and more variants, each compiled once: seconds of all that is compiled so far."""
+    model, args, kwargs = moved(call, options.device)
+    compiled: tcc.CompiledModel | None = None
+    seconds = 0.0
+    for count in options.variants:
+        policy = functools.partial(routers, steps=2 * count, variants=count)
+        if compiled is None:
+            compiled = tcc.compile(model, policy, example_inputs=(args, kwargs), backend=options.backend)
+        else:
+            compiled = compiled.with_plan(policy).prepare(*args, **kwargs)
+        seconds += sum(compiled.compile_seconds)
+        assert compiled.program is not None
+        yield {
+            "by": "variants", "model": "dit", "variants": len(compiled.program.variants), "compile s": seconds,
+            "resident bytes": resident_bytes(), "slot bytes": compiled.program.slot_bytes,
+        }  # fmt: skip
+
+
+def resident_bytes() -> int | None:
+    """What the process holds in memory; None where there is no /proc."""
+    path = Path("/proc/self/statm")
+    return int(path.read_text().split()[1]) * resource.getpagesize() if path.is_file() else None
+
+
+def show(rows: Sequence[Row], console: Console) -> None:
+    """One table for each kind of row."""
+    for by in dict.fromkeys(row.get("by") for row in rows):
+        found = [row for row in rows if row.get("by") == by]
+        table = Table(title=f"by {by}" if by else "planning", box=None)
+        for column in (name for name in found[0] if name != "by"):
+            table.add_column(column, justify="right" if isinstance(found[0][column], (int, float)) else "left")
         for row in found:
-            cells = (value for key, value in row.items() if key != "part")
+            cells = (value for name, value in row.items() if name != "by")
             table.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells))
         console.print(table)
 
 
-def plot(rows: list[Row], path: Path) -> None:
-    """Planning against steps and variants, running against tokens; what was measured."""
-    found = [row for row in rows if row["part"] == "planning"]
-    ran = [row for row in rows if row["part"] == "runtime"]
+def draw(axes: Axes, rows: Sequence[Row], x: str, y: dict[str, str], group: Sequence[str], log: str = "xy") -> None:
+    """Columns `y` (with their line styles) against column `x`, a colour for each value of `group`."""
+    for number, key in enumerate(dict.fromkeys(tuple(row[name] for name in group) for row in rows)):
+        mine = [row for row in rows if tuple(row[name] for name in group) == key]
+        for column, style in y.items():
+            label = ", ".join(map(str, (*key, column)))
+            axes.plot(
+                [r[x] for r in mine],
+                [r[column] for r in mine],
+                style,
+                marker="o",
+                ms=4,
+                color=f"C{number}",
+                label=label,
+            )
+    axes.set_xlabel(x)
+    if "x" in log:
+        axes.set_xscale("log", base=2)
+    if "y" in log:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=7)
+
+
+def plot_planning(rows: Sequence[Row], path: Path) -> None:
+    """Seconds before anything is compiled: against blocks, steps and variants."""
     figure = Figure(figsize=(13, 4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    for axes, key, policies in ((left, "steps", ("tokens",)), (middle, "variants", ("routers",))):
-        for model, blocks in dict.fromkeys((row["model"], row["blocks"]) for row in found):
-            mine = [r for r in found if (r["model"], r["blocks"]) == (model, blocks) and r["policy"] in policies]
-            axes.plot([r[key] for r in mine], [r["plan"] for r in mine], marker="o", label=f"{model}, {blocks} blocks")
-        axes.set(xlabel=key, ylabel=f"seconds to plan ({policies[0]})", xscale="log")
-    for batch in dict.fromkeys(row["batch"] for row in ran):
-        mine = [row for row in ran if row["batch"] == batch]
-        for key, line in (("full ms", "-"), ("half ms", "--")):
-            right.plot([r["tokens"] for r in mine], [r[key] for r in mine], line, marker="o", label=f"{key}, {batch}")
-    right.set(xlabel="tokens", ylabel="ms per step (batch)", xscale="log", yscale="log")
+    most = max(row["steps"] for row in rows)
+    draw(left, [r for r in rows if r["steps"] == most and r["policy"] == "tokens"], "blocks",
+         {"plan + rewrite": "-", "capture": ":"}, ("model",), log="")  # fmt: skip
+    draw(
+        middle, [r for r in rows if r["policy"] == "tokens"], "steps", {"plan + rewrite": "-"}, ("model", "blocks"), "x"
+    )
+    draw(
+        right,
+        [r for r in rows if r["policy"] == "routers"],
+        "variants",
+        {"plan + rewrite": "-"},
+        ("model", "blocks"),
+        "x",
+    )
     for axes in (left, middle, right):
-        if axes.lines:
-            axes.legend(fontsize=7)
+        axes.set_ylabel("seconds of processor time")
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
-    """Measure, print, write."""
+def plot_running(rows: Sequence[Row], path: Path) -> None:
+    """Time and memory of a step against tokens, batch and blocks; steps of long runs; compiling."""
+    figure = Figure(figsize=(13, 7.5), layout="constrained")
+    panels = figure.subplots(2, 4)
+    for (above, below), factor in zip(panels.T, ("tokens", "batch", "blocks"), strict=False):
+        mine = [row for row in rows if row["by"] == factor]
+        draw(above, mine, factor, {"full ms": "-", "half ms": "--"}, ("model",))
+        draw(below, mine, factor, {"full peak": "-", "run peak": "--", "slot bytes": ":"}, ("model",))
+        above.set_ylabel("ms per step")
+        below.set_ylabel("bytes")
+    draw(
+        panels[0, 3], [r for r in rows if r["by"] == "steps"], "steps", {"ms per step": "-", "open ms": ":"}, ("model",)
+    )
+    draw(panels[1, 3], [r for r in rows if r["by"] == "variants"], "variants", {"compile s": "-"}, ("model",), "")
+    figure.savefig(path, dpi=120)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["planning", "runtime"], help="one of the two parts")
-    parser.add_argument("--models", nargs="+", default=["dit", "two streams"], help="planning")
-    parser.add_argument("--quick", action="store_true", help="a few rows, to see that it works")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256, 1024], help="runtime: squares of even sides")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], help="runtime")
-    parser.add_argument("--depth", type=int, default=4, help="runtime: blocks")
-    parser.add_argument("--width", type=int, default=128, help="runtime: channels")
-    parser.add_argument("--backend", default="inductor", help="runtime")
-    parser.add_argument("--json", type=Path, help="write the rows, the machine, the command and the commit here")
-    parser.add_argument("--plot", type=Path, help="draw the rows here")
-    args = parser.parse_args()
-    console, rows = Console(width=140), []
-    if args.only != "runtime":
-        for row in planning(args.quick, args.models):
-            console.print(f"{row['model']}, {row['blocks']} blocks, {row['policy']}, {row['steps']} steps: "
-                          f"{row['plan']:.2f} s")  # fmt: skip
-            rows.append(row)
-            write(rows, args.json)
-    if args.only != "planning":
-        sides = [2 * int(count**0.5) for count in (args.tokens[:1] if args.quick else args.tokens)]
-        rows += runtime(sides, args.batch[:1] if args.quick else args.batch, args.depth, args.width, args.backend)
+    parser.add_argument("part", choices=["planning", "running"])
+    parser.add_argument("--results", type=Path, help="a folder for JSON and plot")
+    parser.add_argument("--quick", action="store_true", help="planning: a few rows, to see that it works")
+    parser.add_argument("--models", nargs="+", choices=list(BUILDERS), default=list(BUILDERS), help="running")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256, 1024, 4096], help="running: squares")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="running")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[2, 4, 8], help="running")
+    parser.add_argument("--steps", type=int, nargs="+", default=[10, 50, 250], help="running")
+    parser.add_argument("--variants", type=int, nargs="+", default=[2, 5, 10, 20], help="running")
+    parser.add_argument("--width", type=int, default=128, help="running: channels")
+    parser.add_argument("--rounds", type=int, default=7, help="running")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu", help="running: such as cuda")
+    parser.add_argument("--backend", default="inductor", help="running")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, write."""
+    args, console, rows = parse(arguments), Console(width=180, highlight=False), []
+    torch.set_num_threads(args.threads)
+    for row in planning(args.quick) if args.part == "planning" else running(args):
+        console.print(f"[dim]{', '.join(f'{name} {value}' for name, value in list(row.items())[:6])}[/]")
+        rows.append(row)
     show(rows, console)
-    if args.plot:
-        plot(rows, args.plot)
-    write(rows, args.json)
-
-
-def write(rows: list[Row], path: Path | None) -> None:
-    """The rows so far, and how they were measured."""
-    if path is None:
-        return
-    path.write_text(json.dumps({**provenance(), "rows": rows}, indent=1) + "\n")
+    if args.results is not None:
+        args.results.mkdir(parents=True, exist_ok=True)
+        path = args.results / f"scaling-{args.part}.json"
+        path.write_text(json.dumps({**provenance(), "rows": rows}, indent=1) + "\n")
+        (plot_planning if args.part == "planning" else plot_running)(rows, path.with_suffix(".png"))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -23,8 +23,8 @@ from torch.autograd.profiler import profile
 from tcc.errors import CallError
 
 __all__ = [
-    "Allocations", "Compilation", "Run", "RunTiming", "Timing", "allocations", "faster_threads", "machine", "time_calls",
-    "time_runs", "watched_compilation",
+    "Allocations", "Compilation", "Run", "RunTiming", "Timing", "allocations", "faster_threads", "machine",
+    "time_calls", "time_runs", "watched_compilation",
 ]  # fmt: skip
 
 Progress = Callable[[int, int], None]
