@@ -149,6 +149,8 @@ def _inductor(gm: fx.GraphModule, examples: list[torch.Tensor], options: dict[st
     # without the shape environment, which Dynamo brings along elsewhere, Inductor does not look into its cache
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
     inputs = [mode.from_tensor(x, static_shapes=True) for x in examples]
+    for node in gm.graph.nodes:
+        node.meta.pop("unbacked_bindings", None)  # of the environment that the capture had: made anew in this one
     with tracing(TracingContext(mode)):
         compiled: Runner = torch._inductor.compile(gm, [*inputs], options=options or None)
     return compiled

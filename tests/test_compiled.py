@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor import metrics
 
@@ -125,3 +126,35 @@ def test_histories_and_held_outputs_under_inductor() -> None:
     for step, output in enumerate(outputs):  # compared at the end: a later step must not have overwritten one
         wanted = reference(*which.inputs(step)[0])
         assert float((wanted - output).abs().max() / wanted.abs().max()) < 5e-6
+
+
+class Dropping(nn.Module):
+    """A model that sets the label embeddings to zero where a mask says so: how many they are is not known."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.embed, self.out, self.labels = nn.Linear(4, width), nn.Linear(width, 4), nn.Embedding(5, width)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, drop: torch.Tensor) -> torch.Tensor:
+        """`x` `[B, S, 4]`, `t` `[B]`, `y` `[B]`, `drop` `[B]`, of bools."""
+        label = self.labels(y)
+        label[drop] *= 0.0
+        x = self.embed(x) + (label + t[:, None])[:, None]
+        for block in self.blocks:
+            x = x + block(x)
+        out: torch.Tensor = self.out(x)
+        return out
+
+
+def test_a_mask_with_an_unknown_number_of_rows() -> None:
+    """The size that depends on data is named anew where Inductor traces, and another mask needs no compilation."""
+    torch.manual_seed(0)
+    model = Dropping().eval()
+    x, t, y = torch.randn(2, 8, 4), torch.rand(2), torch.tensor([1, 2])
+    first, second = ((x, t, y, torch.tensor(drop)) for drop in ([True, False], [False, False]))
+    policy = functools.partial(tcc.plans.fora, num_steps=2, interval=2)
+    compiled = tcc.compile(model, policy, example_inputs=(first, {}))
+    with torch.no_grad():
+        for call in (first, first, second):
+            torch.testing.assert_close(compiled(*call), model(*call), rtol=0, atol=2e-6)
