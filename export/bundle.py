@@ -24,6 +24,7 @@ from tcc.export import manifest as manifests
 from tcc.export.graphs import model_outputs
 from tcc.export.machine import Machine, versions
 from tcc.export.manifest import PLAN, TENSORS, WEIGHTS, Manifest, Step, TensorSpec, dtype_name, file_entry
+from tcc.export.stamp import stamp
 from tcc.export.targets import TARGETS, Writer, write_profiles
 from tcc.export.triton import VERSION, lay_out
 from tcc.export.weights import collect
@@ -167,7 +168,7 @@ def _write(
     graphs, seconds = writer(program, weights, folder, machine, progress)
     for path in folder.iterdir():
         path.chmod(0o644)
-    files = {path.name: file_entry(path) for path in sorted(folder.iterdir())}
+    files = {name: file_entry(folder / name) for name in (PLAN, WEIGHTS, TENSORS)}
     captured, content = program.captured, files[WEIGHTS].sha256
     if machine.arch:  # engines hold their weights
         (folder / WEIGHTS).unlink()
@@ -194,6 +195,7 @@ def _write(
         hashes={"plan": files[PLAN].sha256, "graph": captured.hash, "weights": content},
         tools={"python": platform.python_version(), **versions("tcc"), **machine.tools},
     )
+    made = stamp(folder, made)
     manifests.write(made, folder)
     manifests.read(folder)  # what cannot be read must not leave this function
     return made, seconds

@@ -13,7 +13,6 @@ import math
 import os
 import re
 import stat
-import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +21,31 @@ from typing import Any
 import torch
 
 from tcc.errors import BundleError
+from tcc.export.decode import Malformed, decode, parse
 
-__all__ = ["ENGINES", "MANIFEST", "PLAN", "TENSORS", "WEIGHTS", "FileEntry", "Graph", "Manifest", "Step", "TensorSpec"]
+__all__ = [
+    "COUNTER",
+    "ENGINES",
+    "MANIFEST",
+    "PLAN",
+    "TENSORS",
+    "WEIGHTS",
+    "FileEntry",
+    "Graph",
+    "Manifest",
+    "Step",
+    "TensorSpec",
+]
 __all__ += ["dtype_name", "file_entry", "next_of", "read", "write"]
 
 FORMAT, VERSION = "tcc-bundle", 2
 #: Targets whose graphs are engines: for one GPU architecture and one version of a library, with weights of their own.
 ENGINES = ("tensorrt", "tensorrt-onnx", "tensorrt-rtx")
 MANIFEST, PLAN, WEIGHTS, TENSORS = "manifest.json", "plan.safetensors", "weights.safetensors", "tensors.safetensors"
+#: The slot of a graph that counts its steps itself.
+COUNTER = "slot:step"
 #: A manifest is a table, not data: 50 steps of 28 blocks take some 100 KiB.
-MAX_MANIFEST_BYTES = 64 * 2**20
+MAX_MANIFEST_BYTES = 16 * 2**20
 #: No dimension and no tensor is larger than this. Of ONNX and TensorRT, what a runner allocates is also held against
 #: the inputs of the graphs.
 MAX_DIM, MAX_DIMS, MAX_TENSOR_BYTES = 2**31 - 1, 16, 2**40
@@ -149,6 +163,12 @@ class Manifest:
         return sum(slot.bytes for slot in self.slots)
 
     @property
+    def content(self) -> str:
+        """SHA-256 of what all graphs belong to: the plan, the captured graph, the weights, and what every step runs."""
+        made = (self.hashes, self.files[TENSORS].sha256, [dataclasses.asdict(step) for step in self.steps])
+        return _digest(made)
+
+    @property
     def bytes(self) -> int:
         """The bytes of all files but the manifest."""
         return sum(file.bytes for file in self.files.values())
@@ -214,9 +234,9 @@ def read(folder: Path) -> Manifest:
         raise BundleError(f"{folder}: no bundle, it has no {MANIFEST}: {hint}")
     _plain_file(path, at_most=MAX_MANIFEST_BYTES)
     try:
-        document = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path}: not JSON ({error}): the file was altered; export the bundle anew") from error
+        document = parse(path.read_bytes())
+    except Malformed as error:
+        raise BundleError(f"{path}: {error}: the file was altered; export the bundle anew") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise BundleError(f'{path}: not the manifest of a bundle (no "format": "{FORMAT}")')
     if document.get("version") != VERSION or isinstance(document["version"], bool):
@@ -228,73 +248,56 @@ def read(folder: Path) -> Manifest:
     if _digest(body) != document.get("sha256"):
         raise BundleError(f"{path}: the content does not match its checksum: it was altered; export the bundle anew")
     try:
-        manifest = _decode(Manifest, body, "manifest")
+        manifest = decode(Manifest, body, "manifest")
         _check(manifest)
-    except _Malformed as error:
+    except Malformed as error:
         raise BundleError(f"{path}: {error}") from error
     for name, entry in manifest.files.items():
         _check_file(folder / name, entry)
     return typing.cast(Manifest, manifest)
 
 
-class _Malformed(Exception):  # noqa: N818 # becomes a BundleError that names the file
-    """What is wrong with a manifest."""
-
-
-def _digest(body: dict[str, Any]) -> str:
+def _digest(body: Any) -> str:
     try:
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     except (ValueError, RecursionError):
         return "cannot be counted"
 
 
-def _decode(kind: Any, data: Any, where: str) -> Any:
-    """`data` from JSON as a value of type `kind`: a dataclass, a tuple, a dict, an int or a str.
-
-    Raises:
-        _Malformed: it is something else.
-    """
-    origin = typing.get_origin(kind)
-    if origin is tuple:
-        if not isinstance(data, list):
-            raise _Malformed(f"{where} is not a list")
-        return tuple(_decode(typing.get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(data))
-    if not dataclasses.is_dataclass(kind) and origin is not dict:
-        if type(data) is not kind:
-            raise _Malformed(f"{where} is {data!r:.60}, not of type {kind.__name__}")
-        return data
-    if not isinstance(data, dict):
-        raise _Malformed(f"{where} is not an object")
-    if origin is dict:
-        return {key: _decode(typing.get_args(kind)[1], item, f"{where}[{key!r:.60}]") for key, item in data.items()}
-    hints = typing.get_type_hints(kind, localns=vars(types))
-    if missing := hints.keys() ^ data.keys():
-        raise _Malformed(f"{where} lacks fields, or has unknown ones: {', '.join(sorted(missing))[:200]}")
-    return kind(**{name: _decode(hint, data[name], f"{where}.{name}") for name, hint in hints.items()})
-
-
 def _check(manifest: Manifest) -> None:
-    """Raise `_Malformed` where the manifest contradicts itself."""
-    for what, specs in (("input", manifest.inputs), ("slot", manifest.slots), ("tensor", manifest.tensors)):
-        if len({spec.name for spec in specs}) != len(specs):
-            raise _Malformed(f"two {what}s have one name")
+    """Raise `Malformed` where the manifest contradicts itself."""
+    for what in ("input", "output", "slot", "tensor"):
+        names = [spec.name for spec in getattr(manifest, f"{what}s")]
+        if len({*names}) != len(names):
+            raise Malformed(f"two {what}s have one name")
+        if other := [name for name in names if name.startswith("slot:") != (what == "slot")]:
+            raise Malformed(f"{other[0]!r:.80} is no name of a {what}: slots are named 'slot:...', and nothing else is")
     for spec in (*manifest.inputs, *manifest.outputs, *manifest.slots, *manifest.tensors):
         _check_spec(spec)
     for name in manifest.files:
         if not _FILE_NAME.fullmatch(name) or name == MANIFEST:
-            raise _Malformed(f"{name!r:.80} is no file of a bundle: file names are letters, digits, '.', '_' and '-'")
+            raise Malformed(f"{name!r:.80} is no file of a bundle: file names are letters, digits, '.', '_' and '-'")
     if manifest.device not in ("cpu", "cuda"):
-        raise _Malformed(f"device {manifest.device!r:.40}: bundles are for 'cpu' or 'cuda'")
+        raise Malformed(f"device {manifest.device!r:.40}: bundles are for 'cpu' or 'cuda'")
     if (manifest.target in ENGINES) != bool(manifest.arch):
-        raise _Malformed(f"target {manifest.target!r:.40} with arch {manifest.arch!r:.40}: engines have one, no others")
+        raise Malformed(f"target {manifest.target!r:.40} with arch {manifest.arch!r:.40}: engines have one, no others")
     files = [graph.file for graph in manifest.graphs]
     if manifest.target == "tensorrt-rtx":  # a graph names its engine, the file beside it
         files += [str(Path(file).with_suffix(".engine")) for file in files]
     for name in (PLAN, *(() if manifest.arch else (WEIGHTS,)), TENSORS, *files):
         if name not in manifest.files:
-            raise _Malformed(f"the file {name!r:.80} is not listed")
-    _check_graphs(manifest)
+            raise Malformed(f"the file {name!r:.80} is not listed")
+    _check_hashes(manifest)
     _check_steps(manifest)
+    _check_graphs(manifest)
+
+
+def _check_hashes(manifest: Manifest) -> None:
+    if manifest.hashes.keys() != {"plan", "graph", "weights"}:
+        raise Malformed("hashes are of 'plan', 'graph' and 'weights', and there are others")
+    for what, name in (("plan", PLAN), ("weights", WEIGHTS)):  # engines have their weights inside
+        if name in manifest.files and manifest.files[name].sha256 != manifest.hashes[what]:
+            raise Malformed(f"the hash of the {what} is not that of {name}: the file belongs to another bundle")
 
 
 def _check_graphs(manifest: Manifest) -> None:
@@ -302,33 +305,43 @@ def _check_graphs(manifest: Manifest) -> None:
     used: set[str] = set()
     for number, graph in enumerate(manifest.graphs):
         if graph.inputs[: len(inputs)] != inputs:
-            raise _Malformed(f"graph {number} does not begin with the model's inputs")
+            raise Malformed(f"graph {number} does not begin with the model's inputs")
         if unknown := set(graph.stores) - slots:
-            raise _Malformed(f"graph {number} stores {min(unknown)!r:.80}, which is no slot")
+            raise Malformed(f"graph {number} stores {min(unknown)!r:.80}, which is no slot")
+        if len({*graph.inputs}) != len(graph.inputs) or len({*graph.stores}) != len(graph.stores):
+            raise Malformed(f"graph {number} takes or stores something twice")
         used |= {*graph.inputs, *graph.stores}
     if idle := slots - used:
-        raise _Malformed(f"no graph has the slot {min(idle)!r:.80}")
+        raise Malformed(f"no graph has the slot {min(idle)!r:.80}")
+    if idle_graphs := set(range(len(manifest.graphs))) - {step.graph for step in manifest.steps}:
+        raise Malformed(f"no step runs graph {min(idle_graphs)}")
 
 
 def _check_steps(manifest: Manifest) -> None:
     if not manifest.steps:
-        raise _Malformed("there are no steps")
-    slots, tensors = {s.name for s in manifest.slots}, {t.name for t in manifest.tensors}
+        raise Malformed("there are no steps")
+    slots, tensors = {s.name for s in manifest.slots}, {t.name: (t.shape, t.dtype) for t in manifest.tensors}
+    kinds: dict[tuple[int, str], tuple[tuple[int, ...], str]] = {}
     for number, step in enumerate(manifest.steps):
         if not 0 <= step.graph < len(manifest.graphs):
-            raise _Malformed(f"step {number} runs graph {step.graph}, and there are {len(manifest.graphs)}")
+            raise Malformed(f"step {number} runs graph {step.graph}, and there are {len(manifest.graphs)}")
         for name in manifest.graphs[step.graph].inputs[len(manifest.inputs) :]:
-            if name not in slots and step.tensors.get(name) not in tensors:
-                raise _Malformed(f"step {number}: nothing is given for the input {name!r:.80} of graph {step.graph}")
+            if name not in slots and name not in step.tensors:
+                raise Malformed(f"step {number}: nothing is given for the input {name!r:.80} of graph {step.graph}")
+        for name, key in step.tensors.items():
+            if key not in tensors or name in slots:
+                raise Malformed(f"step {number}: {key!r:.80} cannot be given for {name!r:.80}")
+            if kinds.setdefault((step.graph, name), tensors[key]) != tensors[key]:
+                raise Malformed(f"step {number}: {key!r:.80} is of another shape or dtype than at other steps")
 
 
 def _check_spec(spec: TensorSpec) -> None:
     if spec.dtype not in _DTYPES:
-        raise _Malformed(f"{spec.name!r:.80} has the unknown dtype {spec.dtype!r:.40}")
+        raise Malformed(f"{spec.name!r:.80} has the unknown dtype {spec.dtype!r:.40}")
     if len(spec.shape) > MAX_DIMS or any(not 0 <= size <= MAX_DIM for size in spec.shape):
-        raise _Malformed(f"{spec.name!r:.80} has an impossible shape")
+        raise Malformed(f"{spec.name!r:.80} has an impossible shape")
     if spec.bytes > MAX_TENSOR_BYTES:
-        raise _Malformed(f"{spec.name!r:.80} has {spec.bytes} bytes, more than the {MAX_TENSOR_BYTES} of any tensor")
+        raise Malformed(f"{spec.name!r:.80} has {spec.bytes} bytes, more than the {MAX_TENSOR_BYTES} of any tensor")
 
 
 def _check_file(path: Path, entry: FileEntry) -> None:

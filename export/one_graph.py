@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file
 
 from tcc.errors import ExportError
-from tcc.export.manifest import TENSORS, Graph, Manifest, TensorSpec, next_of
+from tcc.export.manifest import COUNTER, TENSORS, Graph, Manifest, TensorSpec, next_of
 from tcc.export.onnx import OPSET
 
-__all__ = ["COUNTER", "START", "one_graph", "wire"]
+__all__ = ["START", "one_graph", "wire"]
 
-#: The slot that counts the steps, and the input that says that a run begins.
-COUNTER, START = "slot:step", "START"
+#: The input that says that a run begins.
+START = "START"
 
 
 def wire(spec: TensorSpec) -> TensorSpec:

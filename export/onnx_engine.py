@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from tcc.errors import BundleError, ExportError
 from tcc.export.manifest import WEIGHTS, Graph, Manifest, TensorSpec, next_of
 from tcc.export.slots import Slots
+from tcc.export.stamp import KEY, compare, expected, read_stamp
+from tcc.export.weights import load_tensors
 
 __all__ = ["OnnxEngine", "open_onnx"]
 
@@ -41,13 +42,17 @@ def open_onnx(folder: Path, manifest: Manifest, device: torch.device) -> list[On
         raise ExportError(
             f"device {device}: this ONNX Runtime has no {provider}: pip install onnxruntime-gpu, or load on the CPU"
         )
-    weights = load_file(folder / WEIGHTS)
+    weights = load_tensors(folder / WEIGHTS)
     values = {name: _shared(onnxruntime, tensor) for name, tensor in weights.items()}
     engines = []
-    for graph in manifest.graphs:
+    for number, graph in enumerate(manifest.graphs):
+        wanted = expected(manifest, number, weights)
+        if missing := set(graph.weights) - weights.keys():
+            raise BundleError(f"{folder / WEIGHTS}: lacks {min(missing)!r:.80}, which graph {number} reads")
         try:
             shared = {name: values[name] for name in graph.weights}
             session = _session(onnxruntime, folder / graph.file, shared, provider, device)
+            stamp = str(session.get_modelmeta().custom_metadata_map.get(KEY, ""))
         except Exception as error:  # ONNX Runtime has a dozen exception types without a common base
             if type(error).__name__ == "NotImplemented":  # the graph is right: bfloat16 on a CPU for example
                 raise ExportError(
@@ -55,6 +60,7 @@ def open_onnx(folder: Path, manifest: Manifest, device: torch.device) -> list[On
                     "a GPU, or export the model in float32"
                 ) from error
             raise BundleError(f"{folder / graph.file}: ONNX Runtime cannot read the graph ({error})") from error
+        compare(str(folder / graph.file), read_stamp(str(folder / graph.file), stamp), wanted)
         engines.append(OnnxEngine(session, graph, manifest, device, keep=weights))
     return engines
 
@@ -127,7 +133,10 @@ def _session(onnxruntime: Any, path: Path, weights: dict[str, Any], provider: st
 
 def _check(file: str, what: str, found: Sequence[Any], names: Sequence[str], specs: Mapping[str, TensorSpec]) -> None:
     """Raise where a graph's inputs or outputs are not what the manifest says."""
-    described = {value.name: (tuple(value.shape), value.type) for value in found}
+    try:
+        described = {value.name: (tuple(value.shape), value.type) for value in found}
+    except UnicodeDecodeError as error:
+        raise BundleError(f"{file}: the name of an {what} is no text: the graph was altered; export it anew") from error
     for name, spec in specs.items():
         expected = (spec.shape, f"tensor({_DTYPES[spec.torch_dtype][1]})")
         if described.get(name) != expected:

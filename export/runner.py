@@ -8,19 +8,22 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from tcc.errors import BundleError, CallError, ExportError
 from tcc.export.aoti_engine import open_aoti
+from tcc.export.check_steps import check_steps, read_plan
 from tcc.export.manifest import ENGINES, TENSORS, Manifest, TensorSpec, read
 from tcc.export.onnx_engine import open_onnx
 from tcc.export.slots import Slots
 from tcc.export.tensorrt_engine import open_tensorrt
 from tcc.export.tensorrt_rtx import open_rtx
+from tcc.export.weights import load_tensors
 from tcc.plan import CachePlan
 
 __all__ = ["Engine", "Runner", "load"]
+
+#: Whole numbers of inputs on a CPU are held against their range; larger inputs would cost more than they are worth.
+MAX_CHECKED = 2**16
 
 
 class Engine(Protocol):
@@ -74,39 +77,56 @@ def load(
         )
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ExportError(f"device {where}: torch sees no CUDA device here: load with device='cpu'")
-    try:
-        tensors = load_file(folder / TENSORS, device=str(where))
-    except (SafetensorError, OSError) as error:
-        raise BundleError(f"{folder / TENSORS}: cannot be read ({error})") from error
+    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
+        raise ExportError(f"device {where}: torch sees {torch.cuda.device_count()} CUDA devices here: name one of them")
+    if manifest.target == "aoti" and where.type != manifest.device:
+        raise ExportError(
+            f"{folder}: compiled for {manifest.device}, and it was to be loaded on {where}: export it there"
+        )
+    tensors, plan = load_tensors(folder / TENSORS), read_plan(folder)
     for spec in manifest.tensors:
         found = tensors.get(spec.name)
         if found is None or (tuple(found.shape), found.dtype) != (spec.shape, spec.torch_dtype):
             raise BundleError(f"{folder / TENSORS}: {spec.name!r:.80} is not as the manifest says")
-    where = next((tensor.device for tensor in tensors.values()), where)  # cuda:0 for cuda: what callers' tensors say
-    return Runner(folder, manifest, _OPEN[manifest.target](folder, manifest, where), tensors, where)
+    check_steps(folder, manifest, plan, tensors)
+    if where.type == "cuda" and where.index is None:
+        where = torch.device("cuda", torch.cuda.current_device())  # what callers' tensors say
+    engines = _OPEN[manifest.target](folder, manifest, where)
+    return Runner(plan, manifest, engines, {name: tensor.to(where) for name, tensor in tensors.items()}, where)
 
 
 def _device(name: str | torch.device) -> torch.device:
     try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise BundleError(f"unknown device {str(name)!r:.40}: use cpu or cuda") from error
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise BundleError(f"unknown device {str(name)!r:.40}: use cpu or cuda")
+    return device
 
 
 def _check(spec: TensorSpec, tensor: Any, device: torch.device) -> None:
     """Raise where a call does not give what the manifest says."""
     found = (tensor.dtype, tuple(tensor.shape), tensor.device) if isinstance(tensor, torch.Tensor) else type(tensor)
-    if found != (spec.torch_dtype, spec.shape, device):
+    if found != (spec.torch_dtype, spec.shape, device) or tensor.layout != torch.strided:
         raise CallError(
             f"input '{spec.name}' is {_described(tensor)}, expected {spec.dtype} {list(spec.shape)} on {device}: a "
             "bundle runs what it was exported with"
         )
+    if getattr(spec, "values", 0) and tensor.device.type == "cpu" and 0 < tensor.numel() <= MAX_CHECKED:
+        low, high = (int(value) for value in tensor.aminmax())
+        if low < 0 or high >= spec.values:
+            raise CallError(
+                f"input '{spec.name}' holds {low if low < 0 else high}, and the model looks it up in a table of "
+                f"{spec.values}: give 0 to {spec.values - 1}"
+            )
 
 
 def _described(tensor: Any) -> str:
     if not isinstance(tensor, torch.Tensor):
         return "None" if tensor is None else f"of type {type(tensor).__name__}"
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
+    kind = "" if tensor.layout == torch.strided else f"{str(tensor.layout).removeprefix('torch.')} "
+    return f"{kind}{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
 
 
 class Runner:
@@ -116,6 +136,7 @@ class Runner:
     itself. It returns the model's output tensor, or a tuple where the model has several.
 
     Attributes:
+        plan: the plan that it was made from.
         manifest: what the bundle holds.
         step: the next step.
         copied_bytes: what has been copied since the start, because a caller's tensor was not contiguous.
@@ -123,14 +144,14 @@ class Runner:
 
     def __init__(
         self,
-        folder: Path,
+        plan: CachePlan,
         manifest: Manifest,
         engines: list[Engine],
         tensors: dict[str, torch.Tensor],
         device: torch.device,
     ) -> None:
-        self.manifest, self.step, self.copied_bytes = manifest, 0, 0
-        self._shared = (folder, manifest, engines, tensors, device)
+        self.plan, self.manifest, self.step, self.copied_bytes = plan, manifest, 0, 0
+        self._shared = (plan, manifest, engines, tensors, device)
         self._slots = Slots(manifest.slots, device)
         self._device = device
         self._steps = [
@@ -146,15 +167,6 @@ class Runner:
     def slot_bytes(self) -> int:
         """The bytes of the buffers that are kept from step to step."""
         return self._slots.bytes
-
-    @property
-    def plan(self) -> CachePlan:
-        """The plan that the bundle was made from.
-
-        Raises:
-            PlanError: the file cannot be read as one.
-        """
-        return CachePlan.load(str(self._shared[0] / "plan.safetensors"))
 
     def new_session(self) -> Runner:
         """Own slots and own step counter, for another image or guidance branch at the same time; the rest is shared."""
@@ -189,7 +201,15 @@ class Runner:
 
     def _run(self, feeds: dict[str, torch.Tensor]) -> Any:
         engine, tensors = self._steps[self.step]
-        outputs = engine(feeds | tensors, self._slots)
+        try:
+            outputs = engine(feeds | tensors, self._slots)
+        except Exception as error:  # runtimes raise what they like; slots may be half written
+            step, self.step = self.step, 0
+            raise CallError(
+                f"step {step}, graph {self.manifest.steps[step].graph}: the {self.manifest.target} runtime failed "
+                f"({str(error).strip()[:500]}): check the values of the inputs, and the free memory; the "
+                "next call is step 0"
+            ) from error
         self.step = (self.step + 1) % len(self._steps)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
@@ -204,6 +224,6 @@ class Runner:
         for spec in self.manifest.inputs:
             tensor = given[spec.name]
             _check(spec, tensor, self._device)
-            feeds[spec.name] = tensor.detach().contiguous()
+            feeds[spec.name] = tensor.detach().resolve_neg().contiguous()
             self.copied_bytes += 0 if feeds[spec.name].data_ptr() == tensor.data_ptr() else tensor.nbytes
         return feeds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tcc.errors import BundleError
 from tcc.export.manifest import TensorSpec
 
 __all__ = ["Slots"]
@@ -17,6 +18,9 @@ class Slots:
     Args:
         specs: names, shapes and dtypes.
         device: where they live.
+
+    Raises:
+        BundleError: there is no memory for them.
     """
 
     def __init__(self, specs: tuple[TensorSpec, ...], device: torch.device) -> None:
@@ -41,4 +45,10 @@ class Slots:
         self.current[name], self._spare[name] = self.spare(name), self.current[name]
 
     def _new(self, spec: TensorSpec) -> torch.Tensor:
-        return torch.zeros(spec.shape, dtype=spec.torch_dtype, device=self._device)
+        try:
+            return torch.zeros(spec.shape, dtype=spec.torch_dtype, device=self._device)
+        except (RuntimeError, MemoryError) as error:
+            raise BundleError(
+                f"{spec.name!r:.80}: {self._device} has no memory for its {spec.bytes / 2**20:.1f} MiB ({error}): use "
+                "a larger device, or a plan with fewer or narrower slots"
+            ) from error

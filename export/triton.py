@@ -18,8 +18,21 @@ import torch
 from safetensors.torch import save_file
 
 from tcc.export import manifest as manifests
-from tcc.export.manifest import MANIFEST, PLAN, TENSORS, WEIGHTS, FileEntry, Graph, Manifest, Step, TensorSpec, next_of
-from tcc.export.one_graph import COUNTER, START, one_graph, wire
+from tcc.export.manifest import (
+    COUNTER,
+    MANIFEST,
+    PLAN,
+    TENSORS,
+    WEIGHTS,
+    FileEntry,
+    Graph,
+    Manifest,
+    Step,
+    TensorSpec,
+    next_of,
+)
+from tcc.export.one_graph import START, one_graph, wire
+from tcc.export.stamp import stamp
 
 __all__ = ["CONFIG", "MODEL", "VERSION", "config", "lay_out"]
 
@@ -48,9 +61,8 @@ def lay_out(folder: Path, old: Manifest) -> Manifest:
     (version / MODEL).write_bytes(proto.SerializeToString())
     starts = {name: torch.tensor([number], dtype=torch.int32) for name, number in (("start.0", 1), ("start.1", 0))}
     save_file(starts, version / TENSORS)
-    files = {name: old.files[name] for name in (PLAN, WEIGHTS)}
-    files |= {name: manifests.file_entry(version / name) for name in (MODEL, TENSORS)}
-    new = _bundle(old, dict(sorted(files.items())), sum(len(graph.node) for graph in _graphs(proto.graph)))
+    files = {name: old.files[name] for name in (PLAN, WEIGHTS)} | {TENSORS: manifests.file_entry(version / TENSORS)}
+    new = stamp(version, _bundle(old, files, sum(len(graph.node) for graph in _graphs(proto.graph))))
     manifests.write(new, version)
     (folder / CONFIG).write_text(config(new))
     return new

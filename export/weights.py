@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
+from tcc.errors import BundleError
 from tcc.program import Variant
 
-__all__ = ["Place", "Weights", "collect", "places"]
+__all__ = ["Place", "Weights", "collect", "load_tensors", "places"]
 
 
 @dataclass(frozen=True)
@@ -74,3 +76,15 @@ def places(path: Path) -> dict[str, Place]:
         name: Place(8 + length + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0])
         for name, entry in header.items()
     }
+
+
+def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file of a bundle; on a CPU they are a view of the file, read where they are used.
+
+    Raises:
+        BundleError: the file is none, or its header and its size do not fit.
+    """
+    try:
+        return load_file(path, device=str(device))
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+        raise BundleError(f"{path}: cannot be read as safetensors ({error}): export the bundle anew") from error

@@ -92,6 +92,8 @@ class Update:
             )
         if self.attention not in get_args(Attention):
             raise PlanError(f"Update(attention={self.attention!r}): use one of {', '.join(get_args(Attention))}")
+        if not isinstance(self.store, bool):
+            raise PlanError(f"Update(store={self.store!r:.60}): use True or False")
 
 
 @dataclass(frozen=True)

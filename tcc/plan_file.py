@@ -21,6 +21,8 @@ from tcc.scores import Attended, Entropy, Fixed, Norm, Probe, Score, Stale, Term
 __all__ = ["load", "save"]
 
 FORMAT = "tcc-plan-1"
+#: Steps times sites; checking a plan goes over them all.
+MAX_TABLE = 10**7
 _KINDS: dict[str, type[Any]] = {c.__name__.lower(): c for c in (Compute, Update, Reuse, Hold, Skip)}
 _TERMS: dict[str, type[Any]] = {c.__name__.lower(): c for c in (Fixed, Norm, Attended, Entropy, Stale, Probe)}
 
@@ -91,16 +93,19 @@ def load(path: str) -> CachePlan:
         return _decode(json.loads(text), tensors)
     except TccError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise PlanError(f"{path}: the plan's table is malformed ({type(error).__name__}: {error})") from error
 
 
 def _decode(body: dict[str, Any], tensors: dict[str, torch.Tensor]) -> CachePlan:
+    sites = len({site for _, site, _ in body["actions"]})
+    if isinstance(body["num_steps"], int) and body["num_steps"] > MAX_TABLE // max(sites, 1):
+        raise PlanError(f"{body['num_steps']} steps at {sites} sites: more than any plan has; make the plan anew")
     kinds = [_action(entry) for entry in body["kinds"]]
     model, cost = body["model"], body["cost"]
     if model is not None:
-        inputs = tuple((name, tuple(sizes)) for name, sizes in model["inputs"])
-        model = ModelKey(model["graph_hash"], inputs, model["num_tokens"])
+        inputs = tuple((str(name), tuple(map(int, sizes))) for name, sizes in model["inputs"])
+        model = ModelKey(str(model["graph_hash"]), inputs, int(model["num_tokens"]))
     if cost is not None:
         cost = Cost(cost["full_macs"], tuple(cost["step_macs"]), cost["slot_bytes"])
     dtype = body.get("slot_dtype")  # none in older files
@@ -128,7 +133,7 @@ def _action(entry: dict[str, Any]) -> Action:
     if isinstance(fields.get("tokens"), dict):
         fields["tokens"] = TopK(**fields["tokens"])
     if "coefficients" in fields:
-        fields["coefficients"] = tuple(fields["coefficients"])
+        fields["coefficients"] = tuple(map(float, fields["coefficients"]))
     action: Action = _KINDS[entry["kind"]](**fields)
     return action
 

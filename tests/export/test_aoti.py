@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import functools
+import json
+import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from tcc.errors import BundleError
-from tcc.export import bundle, load
+from tcc.errors import BundleError, CallError, ExportError
+from tcc.export import load
+from tcc.export.aoti_engine import open_aoti
+from tcc.export.manifest import read
+from tcc.export.stamp import expected
 from tcc.export.verify import verify
-from tests.export.bundles import STEPS, flat_inputs, mixed, session
-from tests.export.test_manifest import rewrite
+from tests.export.bundles import STEPS, flat_inputs, session
+from tests.export.mutations import rewrite, rezip, seal
 from tests.running import CLOSE
 from tests.tiny_models import case
 
@@ -33,10 +42,9 @@ print(float(outputs[2].abs().sum()) > 0)
 
 
 @pytest.mark.parametrize("name", ["dit", "uvit", "hf_pixart"])
-def test_a_package_computes_what_the_compiled_model_computes(name: str, tmp_path: Path) -> None:
-    """All variants in one file without a weight in it; at every step of two runs; then without the model's code."""
-    which = case(name)
-    written = bundle(which.model, mixed, (which.args, which.kwargs), tmp_path / name, target="aoti")
+def test_a_package_computes_what_the_compiled_model_computes(name: str, packaged: Any) -> None:
+    """All variants in one file without a weight in it; at every step of two runs."""
+    which, written = case(name), packaged(name)
     runner, compiled = load(written.folder), session(which)
     for _ in range(2):
         errors = list(verify(runner, compiled, functools.partial(flat_inputs, which)))
@@ -47,11 +55,127 @@ def test_a_package_computes_what_the_compiled_model_computes(name: str, tmp_path
     assert written.manifest.files["steps.pt2"].bytes < len(graphs) * 2**21
     with zipfile.ZipFile(written.folder / "steps.pt2") as package:
         assert not [name for name in package.namelist() if name.endswith((".cpp", ".pkl"))]
-    if name == "dit":
-        done = subprocess.run(
-            [sys.executable, "-c", ALONE, str(written.folder)], capture_output=True, text=True, check=False
-        )
-        assert done.stdout.strip() == "True", done.stderr
-        rewrite(written.folder, lambda d: d["graphs"][0].update(weights=["pos_embed"]))
-        with pytest.raises(BundleError, match=r"steps.pt2: 'step0' reads other weights than the manifest says"):
-            load(written.folder)
+
+
+def test_a_package_runs_without_the_code_of_the_model(packaged: Any) -> None:
+    """In a process that imports neither it nor the tests."""
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, str(packaged("dit").folder)], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "True", done.stderr
+
+
+def forge(folder: Path) -> None:
+    """Let the package say of itself what the manifest says of it."""
+    manifest, weights = read(folder), load_file(folder / "weights.safetensors")
+
+    def edit(content: dict[str, bytes]) -> None:
+        name = stamps(content)
+        found = json.loads(content[name])
+        for number, graph in enumerate(manifest.graphs):
+            files = {key: text for key, text in found[graph.entry].items() if key.startswith("file ")}
+            found[graph.entry] = expected(manifest, number, weights) | files
+        content[name] = json.dumps(found).encode()
+
+    rezip(folder / "steps.pt2", edit)
+    seal(folder)
+
+
+DIFFER: list[tuple[Callable[[dict[str, Any]], object], str]] = [
+    (
+        lambda d: d["slots"][0].update(shape=[2**17, 2**17]),
+        r"is slot:.*: float32 \[2, 16, 32\], and .* \[131072, 131072\]",
+    ),
+    (lambda d: d["slots"][0].update(dtype="int64"), r"is slot:.*: float32 \[2, 16, 32\], and .* int64 \[2, 16, 32\]"),
+    (lambda d: d["outputs"][0].update(shape=[1]), r"the output 0 is output: float32 .* says output: float32 \[1\]"),
+    (lambda d: d["inputs"][1].update(dtype="int32"), r"the input 1 is t: int64 \[2\], and the manifest says t: int32"),
+    (lambda d: d["graphs"][0].update(entry="step1"), r"'step1': the graph is 1, and the manifest says 0"),
+    (lambda d: d["graphs"][0].update(entry="none"), r"'none' is not in the package: the manifest was altered"),
+    (lambda d: d["graphs"][0].update(weights=["pos_embed"]), r"the weight '.*' is .*, and the manifest says none"),
+    (lambda d: d.update(device="cuda"), r"the device is cpu, and the manifest says cuda"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), DIFFER)
+def test_a_manifest_of_something_else_is_refused(
+    change: Callable[[dict[str, Any]], object], message: str, packaged: Any, tmp_path: Path
+) -> None:
+    """Before the package is opened; nothing is allocated for it."""
+    folder = Path(shutil.copytree(packaged("dit").folder, tmp_path / "bundle"))
+    rewrite(folder, change)
+    with pytest.raises(BundleError, match=message):
+        open_aoti(folder, read(folder), torch.device("cpu"))
+
+
+def test_compiled_code_checks_what_it_is_given(packaged: Any, tmp_path: Path) -> None:
+    """Where the package's own description was forged, too: a slot of another shape or dtype, an input too many."""
+    x, t, y = flat_inputs(case("dit"), 0)
+    changes: list[tuple[Callable[[dict[str, Any]], object], str]] = [
+        (
+            lambda d: d["slots"][0].update(shape=[1]),
+            r"step 0, graph 0: the aoti runtime failed \(.*unmatched dim value",
+        ),
+        (lambda d: d["slots"][0].update(dtype="float16"), r"the aoti runtime failed \(.*unmatched dtype"),
+        (lambda d: d["graphs"][0]["inputs"].pop(), r"the aoti runtime failed \(.*inputs vector size"),
+    ]
+    for number, (change, message) in enumerate(changes):
+        folder = Path(shutil.copytree(packaged("dit").folder, tmp_path / str(number)))
+        rewrite(folder, change)
+        forge(folder)
+        runner = load(folder)
+        with pytest.raises(CallError, match=message):
+            runner(x, t, y)
+        assert runner.step == 0
+
+
+PACKAGES: list[tuple[Callable[[dict[str, bytes]], object], str]] = [
+    (lambda files: files.update({"steps/../x": b""}), r"holds 'steps/../x', which no export writes: do not use it"),
+    (
+        lambda files: files.update({"steps/data/weights/w": b""}),
+        r"holds 'steps/data/weights/w', which no export writes",
+    ),
+    (
+        lambda files: files.update({code(files)[0]: files[code(files)[1]]}),
+        r"'step0': the file .*so is .*, and the manifest",
+    ),
+    (lambda files: files.update({code(files)[0]: b"no library"}), r"'step0': the file .*so is .*, and the manifest"),
+    (lambda files: files.pop(stamps(files)), r"steps.pt2: not a package that tcc wrote"),
+    (lambda files: files.update({stamps(files): b'{"a": {}, "a": {}}'}), r"the name 'a' comes twice in an object"),
+]
+
+
+def code(files: dict[str, bytes]) -> list[str]:
+    """The libraries in a package."""
+    return [name for name in files if name.endswith(".so")]
+
+
+def stamps(files: dict[str, bytes]) -> str:
+    """The file that says what was compiled for what."""
+    return next(name for name in files if name.endswith("tcc_stamps.json"))
+
+
+@pytest.mark.parametrize(("edit", "message"), PACKAGES)
+def test_a_package_that_no_export_writes_is_not_opened(
+    edit: Callable[[dict[str, bytes]], object], message: str, packaged: Any, tmp_path: Path
+) -> None:
+    """Under checksums that fit: paths that lead out of it, pickles, libraries in other places, no description."""
+    folder = Path(shutil.copytree(packaged("dit").folder, tmp_path / "bundle"))
+    rezip(folder / "steps.pt2", edit)
+    seal(folder)
+    with pytest.raises(BundleError, match=message):
+        load(folder)
+    rezip(folder / "steps.pt2", lambda files: None, zipfile.ZIP_DEFLATED)
+    seal(folder)
+    with pytest.raises(
+        BundleError, match=r"(is compressed, which no export does|which no export writes): do not use it"
+    ):
+        load(folder)
+
+
+def test_a_package_is_for_one_kind_of_device(packaged: Any) -> None:
+    """It is machine code."""
+    if torch.cuda.is_available():
+        with pytest.raises(ExportError, match=r"compiled for cpu, and it was to be loaded on cuda: export it there"):
+            load(packaged("dit").folder, device="cuda")
+    with pytest.raises(BundleError, match=r"unknown device 'meta': use cpu or cuda"):
+        load(packaged("dit").folder, device="meta")

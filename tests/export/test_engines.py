@@ -10,7 +10,6 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,10 @@ from tcc.export.machine import refuse_other
 from tcc.export.manifest import file_entry, read
 from tests.export import no_driver
 from tests.export.bundles import mixed
-from tests.export.test_manifest import mutate, rewrite
 from tests.tiny_models import case
 
 pytest.importorskip("onnx", reason="needs the ONNX packages: pip install 'tcc[onnx]'")
+from tests.export.mutations import mutate, rewrite  # needs the ONNX packages
 
 ROOT = Path(__file__).parents[2]
 TARGETS = ("tensorrt", "tensorrt-onnx", "tensorrt-rtx")
@@ -183,7 +182,8 @@ def test_an_altered_engine_is_never_opened(original: Path, tmp_path: Path, monke
     for target in TARGETS:
         monkeypatch.setitem(tcc.export.runner._OPEN, target, engine_opener)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("tcc.export.runner.load_file", _on_cpu(tcc.export.runner.load_file))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     with pytest.raises(BundleError, match="opened"):
         load(original)
     assert opened == ["original"]
@@ -198,10 +198,6 @@ def test_an_altered_engine_is_never_opened(original: Path, tmp_path: Path, monke
             load(folder)
         assert not opened or same, what
         shutil.rmtree(folder)
-
-
-def _on_cpu(load_file: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda path, device: load_file(path, device="cpu")
 
 
 BUILD = """

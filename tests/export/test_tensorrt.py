@@ -53,8 +53,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
 def opened(folder: Path) -> Runner:
     """What `tcc.load` returns where there is a GPU."""
     manifest = read(folder)
-    tensors = load_file(folder / "tensors.safetensors")
-    return Runner(folder, manifest, list(open_tensorrt(folder, manifest, CPU)), tensors, CPU)
+    tensors, plan = load_file(folder / "tensors.safetensors"), CachePlan.load(str(folder / "plan.safetensors"))
+    return Runner(plan, manifest, list(open_tensorrt(folder, manifest, CPU)), tensors, CPU)
 
 
 def named(calls: list[tuple[Any, ...]], name: str) -> list[tuple[Any, ...]]:
