@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import platform
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,19 @@ import torch
 
 from tcc.errors import BundleError, ExportError
 
-__all__ = ["Machine", "arch_of", "check_arch", "gpu_arch", "refuse_other", "versions"]
+__all__ = [
+    "Machine",
+    "arch_of",
+    "check_arch",
+    "gpu_arch",
+    "processor",
+    "refuse_other",
+    "refuse_processor",
+    "versions",
+]
+
+#: What torch calls processors, each with the instructions of those before it.
+_LEVELS = ("DEFAULT", "AVX2", "AVX512")
 
 
 @dataclass(frozen=True)
@@ -70,6 +83,26 @@ def gpu_arch(target: str, arch: str | None) -> str:
     if arch not in (None, here):
         raise ExportError(f"arch={arch!r}: target={target!r} builds engines for the GPU at hand, and that is {here}")
     return here
+
+
+def processor() -> str:
+    """The kind of processor at hand, and its vector instructions: `x86_64 AVX512`."""
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def refuse_processor(where: str, built: str) -> None:
+    """Raise where code was compiled for instructions that the processor at hand does not have.
+
+    Raises:
+        BundleError: it was; the code would end the process.
+    """
+    (kind, _, level), (here, _, found) = built.partition(" "), processor().partition(" ")
+    older = _LEVELS[: _LEVELS.index(found) + 1] if found in _LEVELS else (found,)
+    if kind != here or level not in older:
+        raise BundleError(
+            f"{where}: compiled for a processor of {built:.40}, and this is one of {here} {found}: export the bundle "
+            "anew on a machine like this one"
+        )
 
 
 def refuse_other(where: str, arch: str, tools: Mapping[str, str], device: torch.device, **used: str) -> None:

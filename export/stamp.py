@@ -18,6 +18,7 @@ import torch
 
 from tcc.errors import BundleError
 from tcc.export.decode import Malformed, decode, parse
+from tcc.export.machine import processor, refuse_processor
 from tcc.export.manifest import MANIFEST, WEIGHTS, Manifest, TensorSpec, file_entry
 from tcc.export.weights import load_tensors
 
@@ -25,6 +26,8 @@ __all__ = ["KEY", "compare", "expected", "package_stamps", "read_stamp", "stamp"
 
 #: The name of the stamp among what ONNX lets a model say of itself, and its file in a package.
 KEY, FILE = "tcc.stamp", "tcc_stamps.json"
+#: What the stamp of a compiled variant says beyond the manifest: the processor that it needs.
+_FOR = "processor"
 #: Where packages keep compiled variants, and further files; all other members are a few bytes each.
 _CODE, _EXTRA = "data/aotinductor/", "data/extra/"
 _SUFFIXES = (".so", ".json", ".cubin", ".hsaco", ".spv", ".ptx", ".fatbin", ".bin")
@@ -106,7 +109,7 @@ def _stamp_package(folder: Path, manifest: Manifest, weights: Mapping[str, torch
     for file in dict.fromkeys(graph.file for graph in manifest.graphs):
         with zipfile.ZipFile(folder / file, "a", zipfile.ZIP_STORED) as package:
             stamps = {
-                graph.entry: expected(manifest, number, weights) | _code(package, graph.entry)
+                graph.entry: expected(manifest, number, weights) | {_FOR: processor()} | _code(package, graph.entry)
                 for number, graph in enumerate(manifest.graphs)
                 if graph.file == file
             }
@@ -124,20 +127,25 @@ def package_stamps(path: Path) -> dict[str, dict[str, str]]:
     pickle, or grow. What the stamps say of the compiled files is checked here.
 
     Raises:
-        BundleError: the package is none of tcc's, or a compiled file is not the one that was stamped.
+        BundleError: the package is none of tcc's, a compiled file is not the one that was stamped, or it was compiled
+            for another processor.
     """
     try:
         with zipfile.ZipFile(path) as package:
             _check_members(path, package)
             found = decode(dict[str, dict[str, str]], parse(package.read(_member(package, _EXTRA + FILE))), "stamps")
             for entry, stamp in found.items():
-                code = _code(package, entry)
-                compare(f"{path}: {entry!r:.40}", {k: v for k, v in stamp.items() if k.startswith("file ")}, code)
+                where = f"{path}: {entry!r:.40}"
+                compare(where, {k: v for k, v in stamp.items() if k.startswith("file ")}, _code(package, entry))
+                refuse_processor(where, stamp.get(_FOR, "unknown"))
     except BundleError:
         raise
     except Exception as error:  # zipfile raises BadZipFile, NotImplementedError, EOFError, struct.error, ...
         raise BundleError(f"{path}: not a package that tcc wrote ({error}): export the bundle anew") from error
-    return {entry: {k: v for k, v in stamp.items() if not k.startswith("file ")} for entry, stamp in found.items()}
+    return {
+        entry: {k: v for k, v in stamp.items() if k != _FOR and not k.startswith("file ")}
+        for entry, stamp in found.items()
+    }
 
 
 def _check_members(path: Path, package: zipfile.ZipFile) -> None:

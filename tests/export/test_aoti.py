@@ -73,8 +73,8 @@ def forge(folder: Path) -> None:
         name = stamps(content)
         found = json.loads(content[name])
         for number, graph in enumerate(manifest.graphs):
-            files = {key: text for key, text in found[graph.entry].items() if key.startswith("file ")}
-            found[graph.entry] = expected(manifest, number, weights) | files
+            code = {key: text for key, text in found[graph.entry].items() if key.startswith(("file ", "processor"))}
+            found[graph.entry] = expected(manifest, number, weights) | code
         content[name] = json.dumps(found).encode()
 
     rezip(folder / "steps.pt2", edit)

@@ -6,6 +6,7 @@ What is missing is named before any work is done, altered engines are never open
 from __future__ import annotations
 
 import json
+import platform
 import random
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ import tcc
 from tcc.cli import app
 from tcc.errors import BundleError, ExportError
 from tcc.export import bundle, load
-from tcc.export.machine import refuse_other
+from tcc.export.machine import refuse_other, refuse_processor
 from tcc.export.manifest import file_entry, read
 from tests.export import no_driver
 from tests.export.bundles import mixed
@@ -165,6 +166,19 @@ def test_engines_run_on_the_version_and_the_gpu_they_were_built_for(monkeypatch:
         BundleError, match=r"engines are for sm89, and cuda is sm90: export the bundle anew with arch='sm90'"
     ):
         refuse_other("bundle", "sm89", tools, cuda, tensorrt="11.0.1")
+
+
+def test_code_runs_on_processors_that_have_its_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others would end the process with it; newer ones have those of older ones."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    kind = platform.machine()
+    for level in ("DEFAULT", "AVX2"):
+        refuse_processor("bundle", f"{kind} {level}")
+    for built in (f"{kind} AVX512", f"{kind} SVE256", "alpha AVX2", "unknown"):
+        with pytest.raises(
+            BundleError, match=rf"compiled for a processor of {built}, and this is one of {kind} AVX2: .*"
+        ):
+            refuse_processor("bundle", built)
 
 
 def test_an_altered_engine_is_never_opened(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
