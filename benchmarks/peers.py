@@ -177,7 +177,7 @@ def measure(args: argparse.Namespace, subject: Subject, batch: int, console: Con
         console.print(f"[dim]{escape(text)}[/]")
 
     torch.compiler.reset()  # else what was compiled for another batch size makes this one's graph dynamic
-    given = {name: getattr(args, name) for name in ("steps", "seed", "backend", "mode")}
+    given = {name: getattr(args, name) for name in ("steps", "seed", "backend", "mode", "regional")}
     bench, wanted = Bench(subject, batch=batch, say=say, **given), chosen(args.only)
     bench.add_uncached()
     bench.add_plans(wanted)
@@ -215,7 +215,7 @@ def versions() -> dict[str, str | None]:
 
 def head(args: argparse.Namespace, batch: int) -> dict[str, Any]:
     """What is needed to repeat the rows."""
-    names = ("model", "steps", "seed", "backend", "mode", "dtype", "rounds")
+    names = ("model", "steps", "seed", "backend", "mode", "regional", "dtype", "rounds")
     settings = {**{name: getattr(args, name) for name in names}, "batch": batch}
     return {**provenance(), "packages": versions(), "settings": settings}
 
@@ -267,6 +267,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--backend", default="inductor", help="of torch.compile and of tcc; eager for a quick look")
     parser.add_argument("--mode", choices=["default", "reduce-overhead"], default="default",
                         help="of torch.compile (whole model) and of tcc: reduce-overhead for CUDA graphs")  # fmt: skip
+    parser.add_argument("--regional", action="store_true", help="through tcc, compile blocks once")
     parser.add_argument("--only", default="", help="words, by commas: only methods with one of them in their name")
     parser.add_argument("--fd-images", type=int, default=0, help="also draw so many images for FD (trained models)")
     parser.add_argument("--results", type=Path, help="a folder for JSON, table and plot")

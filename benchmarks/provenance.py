@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,13 +18,18 @@ def provenance() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit of the checkout, marked where code differs from it."""
+    """The commit of the checkout, marked where code differs from it; without git, what TCC_COMMIT says."""
     changed = ["status", "--porcelain", "--", ":/passes", ":/tcc", ":/export", ":/benchmarks/*.py"]
-    found = [
-        subprocess.run(["git", *command], capture_output=True, text=True, check=False, cwd=Path(__file__).parent).stdout
-        for command in (["rev-parse", "--short", "HEAD"], changed)
-    ]
-    return found[0].strip() + ("-changed" if found[1].strip() else "")
+    try:
+        found = [_git(*command) for command in (["rev-parse", "--short", "HEAD"], changed)]
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+        return os.environ.get("TCC_COMMIT", "unknown")
+    return found[0] + ("-changed" if found[1] else "")
+
+
+def _git(*command: str) -> str:
+    where = Path(__file__).parent
+    return subprocess.run(["git", *command], capture_output=True, text=True, check=True, cwd=where).stdout.strip()
 
 
 def _told(word: str) -> str:

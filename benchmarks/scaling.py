@@ -285,7 +285,8 @@ def draw(axes: Axes, rows: Sequence[Row], x: str, y: dict[str, str], group: Sequ
     if "y" in log:
         axes.set_yscale("log")
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=7)
+    if axes.lines:
+        axes.legend(fontsize=7)
 
 
 def plot_planning(rows: Sequence[Row], path: Path) -> None:

@@ -49,6 +49,13 @@ Steps = Annotated[
 Fewer = Annotated[bool, typer.Option(help="Also the uncached model with as many steps as each plan's MACs allow.")]
 Device = Annotated[str, typer.Option(help="Where the model runs, such as [bold]cuda[/].")]
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="What the model computes in.")]
+Mode = Annotated[
+    Literal["default", "reduce-overhead"],
+    typer.Option(help="Of the compilers; [bold]reduce-overhead[/] replays CUDA graphs."),
+]
+Regional = Annotated[
+    bool, typer.Option("--regional", help="Through tcc, compile blocks once: quicker for deep models.")
+]
 Png = Annotated[
     Path | None,
     typer.Option(metavar="FILE", callback=options.in_a_folder, help="Draw speedup against closeness to the uncached."),
@@ -85,6 +92,8 @@ def bench(
     seconds: options.Seconds = 120.0,
     threads: options.Threads = None,
     backend: options.Backend = "inductor",
+    mode: Mode = "default",
+    regional: Regional = False,
     device: Device = "cpu",
     dtype: Dtype = "float32",
     json: options.Json = None,
@@ -125,6 +134,8 @@ def bench(
         branches=1 if task is None else 2,
         images=task is not None and not subject.random and task.noise.shape[1] in (1, 3),
         backend=backend,
+        mode=mode,
+        regional=regional,
     )
     lines = _measure(harness, plans, fewer, rounds, seconds)
     title = _title(subject.label, info, count, dtype)
@@ -135,7 +146,7 @@ def bench(
         plot(lines, title, png)
         screen.note(f"wrote {png}")
     settings = {"model": subject.label, "batch": batch, "steps": count, "seed": seed}
-    settings |= {"backend": backend, "dtype": dtype}
+    settings |= {"backend": backend, "mode": mode, "regional": regional, "dtype": dtype}
     rows = [line.as_dict() for line in lines]
     shown = {name: facts(made) for (name, _), made in plans.items()}
     screen.write_json(json, {**record.head(), **settings, "rows": rows, "plans": shown})

@@ -51,6 +51,7 @@ class Harness:
         images: whether results are images, with a PSNR.
         backend: of `torch.compile` and of tcc.
         mode: likewise: `reduce-overhead` for CUDA graphs.
+        regional: whether tcc compiles what a variant repeats once.
         say: called with what is done next.
     """
 
@@ -65,10 +66,11 @@ class Harness:
         images: bool = True,
         backend: str = "inductor",
         mode: str = "default",
+        regional: bool = False,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.model, self.task, self.info, self.steps, self.branches = model, task, info, steps, branches
-        self.images, self.backend, self.mode, self.say = images, backend, mode, say
+        self.images, self.backend, self.mode, self.regional, self.say = images, backend, mode, regional, say
         self.entries: list[Entry] = []
         self.failed: list[Line] = []
         self.full = plans.full(info, num_steps=steps)
@@ -109,7 +111,7 @@ class Harness:
         self.say(line.key)
         program = build_program(self.info.captured, self.info.analysis, plan, known=self._variants)
         with watched_compilation() as found:
-            executable = lower(program, self.backend, mode=self.mode, known=self._runners)
+            executable = lower(program, self.backend, mode=self.mode, regional=self.regional, known=self._runners)
             warm_up(self.task, [executable])
         done = replace(found[0], seconds=sum(executable.compile_seconds))
         line = replace(line, macs=self._macs(plan), cache_bytes=program.slot_bytes)

@@ -1,0 +1,161 @@
+"""What `run_gpu.sh` runs: each part in a process of its own, within one time limit; a table of all that was measured.
+
+Not to be called alone: the script puts tcc where Python finds it. Every part writes its JSON as soon as it is done, so
+that nothing is lost where a later one fails or time runs out; `gpu.json` says what ran, for how long, and what was left
+out and why, and `gpu.md` has the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from provenance import provenance
+
+from tcc.cli.lines import Line, markdown
+
+LIMIT = 460  # seconds, of all parts
+HERE = Path(__file__).parent
+NEEDS = {"diffusers": "FirstBlockCache, TaylorSeer, MagCache, PyramidAttentionBroadcast, FasterCache, PixArt, Flux",
+         "cache_dit": "DBCache"}  # fmt: skip
+BENCH = [sys.executable, "-m", "tcc", "bench"]
+TOKENS = "tprr k1=1 k2=1 attention=cached level=out keep"
+FEW = "FORA N=2,forecast 34%,uniform tokens,FirstBlockCache 0.1,TaylorSeer N=3,MagCache 0.06,DBCache F1B0 0.08"
+SCALING = shlex.split("--tokens 256 1024 4096 --batch 1 16 --blocks 4 --steps 10 250 --variants 2 --width 1152")
+SMALL_SCALING = shlex.split("--tokens 16 --batch 1 --blocks 2 --steps 2 --variants 2 --width 32 --rounds 1")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One measurement.
+
+    Attributes:
+        name: what its files are called.
+        title: what it measures.
+        command: what is run; `{out}` stands for the folder of results.
+        seconds: when it is stopped.
+        needs: packages without which it is left out.
+    """
+
+    name: str
+    title: str
+    command: tuple[str, ...]
+    seconds: int
+    needs: tuple[str, ...] = ()
+
+
+def parts(device: str) -> list[Part]:
+    """What is measured, the most important first; on a CPU the same commands with tiny settings."""
+    small = device == "cpu"
+    common = ["--device", device, *(("--backend", "eager", "--threads", "1") if small else ())]
+    fast = ["--rounds", "1"] if small else ["--seconds", "20"]
+    size, batch, steps, dtype = ("DiT-S/8", 4, 2, "float32") if small else ("DiT-XL/2", 32, 20, "bfloat16")
+    plans = ["fora interval=2", f"{TOKENS}=0.5", "fora interval=3", f"{TOKENS}=0.25"]
+    sizes = ["--model", size, "--steps", str(steps), "--dtype", dtype, "--regional", *common, *fast]
+    many = [*BENCH, *plans[: 2 if small else 4], *sizes, "--batch", str(batch), "--json", "{out}/xl.json"]
+    one = [*BENCH, *plans[:2], *sizes, "--batch", "2", "--mode", "reduce-overhead", "--json", "{out}/xl-one.json"]
+    peers = [sys.executable, str(HERE / "peers.py"), *common, *fast, "--results", "{out}"]
+    peers += ["--model", "reference", "--batch", "4", "--steps", str(steps), "--only", "nothing" if small else FEW]
+    tests = [sys.executable, "-P", "-m", "pytest", "-q", "-m", "gpu", "-W", "default", *map(str, gpu_tests())]
+    scaling = [sys.executable, str(HERE / "scaling.py"), "running", *common, "--results", "{out}", "--models", "dit"]
+    scaling += SMALL_SCALING if small else SCALING
+    return [
+        Part("xl", f"{size}, {batch // 2} images", tuple(many), 170),
+        Part("xl-one", f"{size}, one image, CUDA graphs", tuple(one), 120),
+        Part("peers", "the reference model beside other caches", tuple(peers), 120),
+        Part("tests", "the tests marked gpu", tuple(tests), 60, ("pytest", "hypothesis")),
+        Part("scaling", "time and memory against tokens, batch and steps", tuple(scaling), 90),
+    ]
+
+
+def gpu_tests() -> list[Path]:
+    """The test files that have tests for a GPU."""
+    return sorted(path for path in (HERE.parent / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text())
+
+
+def run(part: Part, out: Path, seconds: float) -> dict[str, Any]:
+    """Run a part, its output to `NAME.log`: its entry in `gpu.json`."""
+    command = [word.replace("{out}", str(out)) for word in part.command]
+    entry: dict[str, Any] = {"name": part.name, "title": part.title, "seconds": 0.0, "left out": None}
+    missing = [package for package in part.needs if importlib.util.find_spec(package) is None]
+    if missing or seconds < 5:
+        return entry | {"left out": f"{', '.join(missing)} is not installed" if missing else "no time was left"}
+    began = time.monotonic()
+    with (out / f"{part.name}.log").open("w") as log:
+        try:
+            done = subprocess.run(
+                command, stdout=log, stderr=subprocess.STDOUT, timeout=min(part.seconds, seconds), check=False
+            )
+            reason = (
+                None if done.returncode == 0 else f"exit code {done.returncode}: {last_line(out / f'{part.name}.log')}"
+            )
+        except subprocess.TimeoutExpired as error:
+            reason = f"stopped after {error.timeout:.0f} s"
+    return entry | {"seconds": round(time.monotonic() - began, 1), "left out": reason}
+
+
+def last_line(log: Path) -> str:
+    """The last line that says something."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "it printed nothing"
+
+
+def summary(out: Path, record: dict[str, Any]) -> str:
+    """`gpu.md`: where it ran, what was left out, and the tables."""
+    where = f"{record['accelerator'] or record['processor']}, torch {record['torch']}, commit {record['commit']}"
+    text = [f"# Measured on {where}", ""]
+    text += [f"- left out: {what}" for what in record["left out"]]
+    for entry in record["parts"]:
+        text += [
+            "",
+            f"## {entry['title']}",
+            "",
+            f"{entry['seconds']:.0f} s" + (f"; {entry['left out']}" if entry["left out"] else ""),
+        ]
+        for path in sorted(out.glob(f"{entry['name']}*.json")):
+            rows = json.loads(path.read_text())["rows"]
+            if path.stem == entry["name"] or entry["name"] == "peers":
+                lines = [Line.of_dict({k: v for k, v in row.items() if k != "part"}) for row in rows if "method" in row]
+                text += ["", markdown(lines)] if lines else []
+    return "\n".join(text) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run all parts; 1 if one of them failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds, of all parts")
+    args = parser.parse_args(arguments)
+    import torch  # late: --help needs none
+
+    if args.device != "cpu" and not torch.cuda.is_available():
+        print("torch sees no GPU: DEVICE=cpu tries the script without one", file=sys.stderr)
+        return 2
+    out, began = args.results.resolve(), time.monotonic()
+    left_out = [
+        f"{what}: {name} is not installed" for name, what in NEEDS.items() if importlib.util.find_spec(name) is None
+    ]
+    record: dict[str, Any] = {**provenance(), "left out": left_out, "parts": []}
+    for part in parts(args.device):
+        print(f"{part.name}: {part.title} ...", flush=True)
+        entry = run(part, out, args.limit - (time.monotonic() - began))
+        record["parts"].append(entry)
+        print(f"  {entry['seconds']:.0f} s{'; ' + entry['left out'] if entry['left out'] else ''}", flush=True)
+        (out / "gpu.json").write_text(json.dumps(record, indent=1) + "\n")
+        (out / "gpu.md").write_text(summary(out, record))
+    print((out / "gpu.md").read_text())
+    return int(any(entry["left out"] for entry in record["parts"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

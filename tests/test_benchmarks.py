@@ -1,0 +1,137 @@
+"""The scripts that measure scaling and GPUs, on tiny models and not compiled; the head of results."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import typer
+
+from tcc.cli import app
+from tests.scripts import BENCHMARKS, imported
+
+SCRIPTS = (
+    "provenance", "step_speed", "quality_store", "quality_rows", "peers_models", "peers_methods", "peers_probe",
+    "peers", "scaling", "run_gpu",
+)  # fmt: skip
+needs_diffusers = pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers")
+
+
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[dict[str, ModuleType]]:
+    """The scripts as modules."""
+    with imported(SCRIPTS) as modules:
+        yield modules
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_part_is_called_as_its_command_line_is(scripts: dict[str, ModuleType], device: str) -> None:
+    """Options that a script does not have would be noticed on the GPU machine only."""
+    bench: Any = typer.main.get_command(app).commands["bench"]  # type: ignore[attr-defined]
+    for part in scripts["run_gpu"].parts(device):
+        words = [word.replace("{out}", "/tmp") for word in part.command]
+        assert words[0] == sys.executable
+        if words[1:4] == ["-m", "tcc", "bench"]:
+            asked = bench.make_context("bench", words[4:]).params
+        elif (name := Path(words[1]).stem) in ("peers", "scaling"):
+            asked = vars(scripts[name].parse(words[2:]))
+        else:
+            assert words[1:4] == ["-P", "-m", "pytest"]
+            assert any(word.endswith("test_cuda_graphs.py") for word in words)
+            continue
+        assert asked["device"] == device
+
+
+def test_parts_that_fail_or_take_too_long_say_so(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
+    """The others run; tables are of what was measured."""
+    gpu = scripts["run_gpu"]
+
+    def left_out(code: str, seconds: int = 60, left: float = 60.0, needs: tuple[str, ...] = ()) -> Any:
+        return gpu.run(gpu.Part("part", "title", (sys.executable, "-c", code), seconds, needs), tmp_path, left)[
+            "left out"
+        ]
+
+    assert left_out("print('fine')") is None
+    assert left_out("raise SystemExit('no memory')") == "exit code 1: no memory"
+    assert left_out("import time; time.sleep(30)", seconds=1) == "stopped after 1 s"
+    assert left_out("", left=2.0) == "no time was left"
+    assert left_out("", needs=("no_such_package",)) == "no_such_package is not installed"
+    line = gpu.Line(method="fora", family="f", package="tcc", mode="tcc", steps=4, speedup=1.5, bound=2.0)
+    (tmp_path / "xl.json").write_text(json.dumps({"rows": [line.as_dict()]}))
+    parts = [{"name": "xl", "title": "XL", "seconds": 3.0, "left out": None}]
+    head = {"accelerator": "a GPU", "torch": "2", "commit": "abc", "left out": ["DBCache: cache_dit is not installed"]}
+    text = gpu.summary(tmp_path, {**head, "parts": parts})
+    assert "- left out: DBCache: cache_dit is not installed" in text
+    assert "| fora | tcc | 4 | 1.50x | 2.00x | 0.75 |" in text
+
+
+def test_the_script_is_sound() -> None:
+    """As far as the shell can tell without running it."""
+    script = BENCHMARKS / "run_gpu.sh"
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert script.stat().st_mode & 0o100
+
+
+def test_time_and_memory_of_growing_models(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
+    """A row for every value of every factor; slots grow with tokens, and are a part of a run's peak."""
+    scaling = scripts["scaling"]
+    small = ["--tokens", "16", "64", "--batch", "1", "--blocks", "4", "--steps", "2", "6", "--variants", "2", "3"]
+    options = ["--models", "dit", "--width", "32", "--rounds", "1", "--backend", "eager", "--threads", "1"]
+    threads = torch.get_num_threads()
+    assert scaling.main(["running", *small, *options, "--results", str(tmp_path)]) == 0
+    torch.set_num_threads(threads)
+    content = json.loads((tmp_path / "scaling-running.json").read_text())
+    rows: dict[str, list[Any]] = {}
+    for row in content["rows"]:
+        rows.setdefault(row["by"], []).append(row)
+    assert [(by, len(found)) for by, found in rows.items()] == [
+        ("tokens", 2), ("batch", 1), ("blocks", 1), ("steps", 2), ("variants", 2),
+    ]  # fmt: skip
+    small_row, large = rows["tokens"]
+    assert large["slot bytes"] == 4 * small_row["slot bytes"] > 0
+    assert all(row["run peak"] >= row["full peak"] + row["slot bytes"] for row in rows["tokens"])
+    assert [row["variants"] for row in rows["variants"]] == [2, 3]
+    assert [row["variants"] for row in rows["steps"]] == [2, 2]
+    assert {"command", "commit", "processor", "torch"} <= set(content)
+    assert (tmp_path / "scaling-running.png").read_bytes().startswith(b"\x89PNG")
+
+
+@needs_diffusers
+def test_planning_rows_and_the_model_of_two_streams(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
+    """All its streams are seen; a third of its blocks has two; the picture is drawn from the rows."""
+    scaling = scripts["scaling"]
+    model, args, kwargs = scaling.two_streams(3, side=4)
+    info = scaling.tcc.inspect(model, *args, **kwargs)
+    assert len(info.blocks) == 3
+    assert info.num_tokens == 16
+    before = {"capture": 1.0, "analyse": 1.0}
+    rows = [
+        scaling.planned("two streams", info, before, policy, steps, variants)
+        for policy, steps, variants in (("reuse", 4, 2), ("tokens", 4, 2), ("routers", 6, 3))
+    ]
+    assert [row["variants"] for row in rows] == [2, 2, 3]
+    assert all(row["plan + rewrite"] == row["plan"] + row["rewrite"] > 0 for row in rows)
+    scaling.plot_planning(rows, tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_say_where_they_come_from(
+    scripts: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Command, commit and machine, and no path of the machine; without git, the commit that the caller names."""
+    module = scripts["provenance"]
+    monkeypatch.setattr(sys, "argv", ["/somewhere/benchmarks/peers.py", "--results", "/somewhere/else/results"])
+    head = module.provenance()
+    assert head["command"] == "python benchmarks/peers.py --results results"
+    assert {"commit", "processor", "threads", "accelerator", "torch", "python"} <= set(head)
+    monkeypatch.setenv("PATH", str(tmp_path))  # where there is no git
+    monkeypatch.setenv("TCC_COMMIT", "abc1234")
+    assert module.commit() == "abc1234"
