@@ -58,7 +58,7 @@ def parts(device: str) -> list[Part]:
     small = device == "cpu"
     common = ["--device", device, *(("--backend", "eager", "--threads", "1") if small else ())]
     fast = ["--rounds", "1"] if small else ["--seconds", "20"]
-    size, batch, steps, dtype = ("DiT-S/8", 4, 2, "float32") if small else ("DiT-XL/2", 32, 20, "bfloat16")
+    size, batch, steps, dtype = ("DiT-S/8", 4, 3, "float32") if small else ("DiT-XL/2", 32, 20, "bfloat16")
     plans = ["fora interval=2", f"{TOKENS}=0.5", "fora interval=3", f"{TOKENS}=0.25"]
     sizes = ["--model", size, "--steps", str(steps), "--dtype", dtype, "--regional", *common, *fast]
     many = [*BENCH, *plans[: 2 if small else 4], *sizes, "--batch", str(batch), "--json", "{out}/xl.json"]

@@ -120,7 +120,7 @@ def bench(
     requests = [_request(text) for text in plan or ()]
     count = _steps(requests, steps)
     subject = _subject(model, batch, input_size, torch.device(device), getattr(torch, dtype))
-    task = _task(subject, seed, cfg) if isinstance(subject.model, Architecture) else None
+    task = _task(subject, subject.model, seed, cfg) if isinstance(subject.model, Architecture) else None
     args, kwargs = (subject.args, subject.kwargs) if task is None else task.first_call()
     with torch.no_grad():
         torch.set_num_threads(threads or timing.faster_threads(lambda: subject.model(*args, **kwargs), rounds=3))
@@ -235,18 +235,18 @@ def _subject(name: str, batch: int, input_size: int, device: torch.device, dtype
     return replace(found, args=args, kwargs=kwargs)
 
 
-def _task(subject: Subject, seed: int, cfg: float) -> Task:
+def _task(subject: Subject, model: Architecture, seed: int, cfg: float) -> Task:
     """Images to draw with a model of tcc's.
 
     Raises:
         ModelError: the batch is odd, or the model has no null class.
     """
-    rows, config = len(subject.args[0]), subject.model.config
+    rows, config = len(subject.args[0]), model.config
     if config.null_class is None:
         raise ModelError(f"{subject.label} has no null class, and guidance needs one")
     if rows % 2:
         raise ModelError(f"a batch of {rows}: guidance takes two rows for an image, so give an even number")
-    noise = seeded_noise(subject.model, rows // 2, seed).to(subject.args[0].device)
+    noise = seeded_noise(model, rows // 2, seed).to(subject.args[0].device)
     labels = torch.arange(rows // 2, device=noise.device) % config.num_classes
     return Task(noise, labels, config.null_class, cfg, dtype=subject.args[0].dtype)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tcc import plans
-from tcc.cli.compare import Method, Model, Task, compare, of_executable, warm_up
+from tcc.cli.compare import Job, Method, Model, compare, of_executable, warm_up
 from tcc.cli.lines import UNCACHED, Line
 from tcc.info import ModelInfo
 from tcc.passes.pipeline import StepKind
@@ -58,7 +58,7 @@ class Harness:
     def __init__(
         self,
         model: nn.Module,
-        task: Task,
+        task: Job,
         info: ModelInfo,
         *,
         steps: int,
@@ -128,8 +128,10 @@ class Harness:
 
     def compile(self, model: nn.Module) -> Model:
         """The model under `torch.compile`, with code of its own."""
-        mode = {} if self.mode == "default" or self.backend != "inductor" else {"mode": self.mode}
-        compiled: Model = torch.compile(model, backend=self.backend, **mode, **known_options(ISOLATED))
+        options = known_options(ISOLATED)
+        if self.backend == "inductor" and self.mode != "default":
+            options["mode"] = self.mode
+        compiled: Model = torch.compile(model, backend=self.backend, **options)
         return compiled
 
     def warm(self, method: Method) -> tuple[Method, Compilation]:
@@ -194,7 +196,7 @@ class Harness:
             return sum(weights.values()) + allocations(lambda: run(method, self.task), self.task.device).peak
 
 
-def run(method: Method, task: Task) -> Tensor:
+def run(method: Method, task: Job) -> Tensor:
     """One run: the result of its last step."""
     *_, result = task.denoise(method.open(), method.num_steps, method.sampler)
     return result

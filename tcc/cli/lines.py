@@ -188,12 +188,10 @@ def plot(lines: Sequence[Line], title: str, path: Path) -> None:
             members = [line for line in shown if (line.family, line.mode) == (family, mode)]
             color = f"C{number % 10}"
             axes.plot(
-                [line.speedup for line in members], [line.closeness for line in members], ls="none", ms=7,
-                marker=_MARKERS[number % len(_MARKERS)], color=color, mfc="none" if mode == "eager" else color,
-                label=f"{family}, {mode}",
-            )  # type: ignore[arg-type] # fmt: skip
-    best = front(shown)
-    axes.plot([line.speedup for line in best], [line.closeness for line in best], "k:", lw=1, zorder=0, label="front")  # type: ignore[arg-type]
+                *_points(members), ls="none", ms=7, marker=_MARKERS[number % len(_MARKERS)], color=color,
+                mfc="none" if mode == "eager" else color, label=f"{family}, {mode}",
+            )  # fmt: skip
+    axes.plot(*_points(front(shown)), "k:", lw=1, zorder=0, label="front")
     images = any(line.psnr is not None for line in shown)
     axes.set_xlabel("speedup over the uncached model under torch.compile")
     axes.set_ylabel("PSNR to the uncached images, dB" if images else "uncached result / error, dB")
@@ -201,3 +199,8 @@ def plot(lines: Sequence[Line], title: str, path: Path) -> None:
     axes.grid(alpha=0.25)
     figure.legend(loc="outside right upper", fontsize=7, frameon=False)
     figure.savefig(path, facecolor="white")
+
+
+def _points(lines: Sequence[Line]) -> tuple[list[float], list[float]]:
+    """Where the rows stand in the plot."""
+    return [line.speedup or 0.0 for line in lines], [line.closeness or 0.0 for line in lines]

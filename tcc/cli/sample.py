@@ -16,7 +16,7 @@ from tcc.cli.sheet import SheetRow, draw_sheet
 from tcc.cli.subjects import dit_inputs, load_pixel_dit, look
 from tcc.data.fashion_mnist import CLASS_NAMES
 from tcc.errors import PlanError
-from tcc.models import DiT
+from tcc.models import Architecture, DiT
 from tcc.plan import CachePlan
 from tcc.runtime import Session
 from tcc.samplers import Sampler, named
@@ -88,7 +88,7 @@ def sample(
     screen.note(f"{len(labels)} images in {chosen.num_steps} steps, {seconds:.2f} s after compiling; wrote {out}")
 
 
-def seeded_noise(model: DiT, count: int, seed: int) -> torch.Tensor:
+def seeded_noise(model: Architecture, count: int, seed: int) -> torch.Tensor:
     """Unit Gaussian noise `[count, C, H, W]`, the same on every machine for the same seed."""
     shape = (count, model.config.in_channels, *model.config.input_size)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
