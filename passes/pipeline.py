@@ -10,6 +10,7 @@ from tcc.passes.base import Pass
 from tcc.passes.choose_tokens import Choice
 from tcc.passes.drop_dead_parts import DropDeadParts
 from tcc.passes.drop_dead_stores import DropDeadStores
+from tcc.passes.fold_timesteps import Fold, FoldTimesteps
 from tcc.passes.insert_slots import NO_RECORDS, Entry, InsertSlots, Records, history
 from tcc.passes.lower_tokens import LowerTokens
 from tcc.passes.merge_runs import MergeRuns
@@ -17,10 +18,33 @@ from tcc.passes.narrow_slots import NarrowSlots
 from tcc.passes.outline_repeats import OutlineRepeats
 from tcc.passes.prune_tokens import PruneTokens
 from tcc.passes.split_projections import SplitProjections
+from tcc.passes.write_rows import WriteRows
 from tcc.passes.write_slots import WriteSlots
 from tcc.plan import Compute
 
-__all__ = ["StepKind", "lowering_passes", "variant_passes"]
+__all__ = ["ALL", "Rewrites", "StepKind", "lowering_passes", "variant_passes"]
+
+
+@dataclass(frozen=True)
+class Rewrites:
+    """Which of the rewrites are made that change time and memory alone; to measure what each of them is worth.
+
+    Attributes:
+        merge_runs: neighbours with one token set gather once and scatter once.
+        merge_spans: neighbours on the stream that are treated alike share one summed slot.
+        drop_dead_stores: what no later step reads is not stored.
+        drop_dead_parts: parts of products that nobody reads are not computed.
+        write_rows: of a slot whose tokens are updated in part, those are written alone.
+    """
+
+    merge_runs: bool = True
+    merge_spans: bool = True
+    drop_dead_stores: bool = True
+    drop_dead_parts: bool = True
+    write_rows: bool = True
+
+
+ALL = Rewrites()
 
 
 @dataclass(frozen=True)
@@ -34,6 +58,7 @@ class StepKind:
         num_tokens: the tokens of the stream.
         records: what the step notes down for the scores of later steps.
         slot_dtype: what slots keep wider values in.
+        rewrites: what is left out of the pipeline.
     """
 
     entries: tuple[Entry, ...]
@@ -42,6 +67,7 @@ class StepKind:
     num_tokens: int
     records: Records = NO_RECORDS
     slot_dtype: torch.dtype | None = None
+    rewrites: Rewrites = ALL
 
     @property
     def slots(self) -> frozenset[str]:
@@ -52,29 +78,40 @@ class StepKind:
 def variant_passes(kind: StepKind) -> list[Pass]:
     """The passes for one kind of step, in order."""
     narrow = [NarrowSlots(kind.slots, kind.slot_dtype)] if kind.slot_dtype else []
+    live = [DropDeadStores(kind.live)] if kind.rewrites.drop_dead_stores else []
+    merge = [MergeRuns()] if kind.rewrites.merge_runs else []
     return [
         # first: names of sites are names of this graph
         InsertSlots(kind.entries, kind.sets, kind.num_tokens, kind.records),
-        DropDeadStores(kind.live),  # before pruning: a dead store would keep whole values alive
+        *live,  # before pruning: a dead store would keep whole values alive
         *narrow,  # after: a dead store needs no rounding
-        MergeRuns(),  # before pruning: gathers that cancel need not move
+        *merge,  # before pruning: gathers that cancel need not move
         SplitProjections(),  # before pruning: a fused projection is one value, needed whole for its keys
         PruneTokens(),
-        MergeRuns(),  # gathers that pruning has brought next to a scatter
+        *merge,  # gathers that pruning has brought next to a scatter
         LowerTokens(),  # last: the passes above look for the token operators
     ]
 
 
-def lowering_passes(kind: StepKind, *, regional: bool = False) -> list[Pass]:
+def lowering_passes(
+    kind: StepKind, *, regional: bool = False, folds: tuple[Fold, ...] = (), num_steps: int = 0
+) -> list[Pass]:
     """The passes for a variant that is compiled in this process, in order.
 
     Args:
         kind: what it does.
         regional: make one sub-graph of what it repeats, and compile it once.
+        folds: the values that are computed once per run.
+        num_steps: the steps of a run, for which there are such values.
     """
+    computes = all(isinstance(entry.action, Compute) for entry in kind.entries)
     return [
+        *(
+            [FoldTimesteps(folds, num_steps)] if folds else []
+        ),  # before: parts of what is read from a table cost nothing
         # a step that computes everything keeps the model's own products, and with them its bits
-        *([] if all(isinstance(entry.action, Compute) for entry in kind.entries) else [DropDeadParts()]),
+        *([DropDeadParts()] if kind.rewrites.drop_dead_parts and not computes else []),
+        *([WriteRows()] if kind.rewrites.write_rows else []),
         *([OutlineRepeats()] if regional else []),  # before slots are written: copies write different ones
         WriteSlots(),
     ]

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -280,6 +280,7 @@ def compile(
     calls_per_step: int = 1,
     slot_dtype: torch.dtype | None = None,
     regional: bool = False,
+    timesteps: Sequence[float] | torch.Tensor | None = None,
 ) -> CompiledModel:
     """Compile `model` to run `plan`.
 
@@ -308,6 +309,10 @@ def compile(
             measure; see `CachePlan.slot_dtype`, which it replaces.
         regional: compile what a variant repeats, its blocks, once (regional compilation): deep models compile many
             times faster, at the price of fusions from one block into the next.
+        timesteps: the noise levels that every run will be called with, in order, as a scheduler's `timesteps`. What
+            depends on them, and else on inputs that stay the same within a run (labels, prompts), is then computed once
+            per run, for all steps together: modulations, embedded prompts, their keys and values. Each call is compared
+            with them. See `tcc.folding`.
 
     Returns:
         A model with the same forward signature.
@@ -325,8 +330,7 @@ def compile(
         raise CallError(f"max_shapes={max_shapes}, calls_per_step={calls_per_step}: both are 1 at least")
     given = Options(
         backend, options, progress, mode, on_shape_change, max_shapes, noise_level, max_slot_bytes, calls_per_step,
-        slot_dtype,
-        regional,
+        slot_dtype, regional, None if timesteps is None else torch.as_tensor(timesteps),
     )  # fmt: skip
     compiled = CompiledModel(Prepared(model, plan, given))
     if example_inputs is not None:

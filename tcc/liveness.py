@@ -18,20 +18,20 @@ __all__ = ["find_spans", "live_stores"]
 Span = tuple[Site, ...]
 
 
-def find_spans(plan: CachePlan, analysis: Analysis) -> list[Span]:
+def find_spans(plan: CachePlan, analysis: Analysis, *, merge: bool = True) -> list[Span]:
     """Group the plan's sites so that neighbours on the stream which are always treated alike share one slot.
 
     The slot then keeps the sum of what they add to the stream (*merge runs*, *merge reused spans*). Two neighbours are
     merged where they have the same action at every step and nothing between them reads or replaces the stream of the
     dropped tokens: no attention `current`, no held stream, no key computed of more tokens than the span's, no long
     skip, no value that a score reads, no branch on another stream. Keys are no neighbours: they read the stream, and
-    are not added to it.
+    are not added to it. Without `merge`, every site has a slot of its own.
     """
     spans: list[Span] = []
     latest: dict[str, int] = {}
     for site in (s for s in analysis.sites.values() if s.name in plan.sites):
         before = latest.get(site.stream)
-        if before is not None and _mergeable(plan, analysis, spans[before], site):
+        if merge and before is not None and _mergeable(plan, analysis, spans[before], site):
             spans[before] = (*spans[before], site)
         else:
             if site.kind != "kv":

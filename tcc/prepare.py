@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 from tcc.capture import capture
 from tcc.checks import check_model
 from tcc.errors import CallError, PlanError, ShapeError
+from tcc.folding import Folding, find_folding
 from tcc.info import ModelInfo
 from tcc.passes.pipeline import StepKind
 from tcc.passes.sites import analyse
@@ -45,6 +46,7 @@ class Options(NamedTuple):
     calls_per_step: int
     slot_dtype: torch.dtype | None
     regional: bool
+    timesteps: torch.Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,9 +96,19 @@ class Ready:
             )  # fmt: skip
             self.executables[start] = lower(
                 program, options.backend, options.options, progress, mode=options.mode, regional=options.regional,
-                known=shape.runners,
+                folding=self.folding, known=shape.runners,
             )  # fmt: skip
         return self.executables[start]
+
+    @functools.cached_property
+    def folding(self) -> Folding | None:
+        """What its runs compute once; None without timesteps.
+
+        Raises:
+            PlanError: the timesteps do not fit the model or the plan.
+        """
+        info, timesteps = self.shape.info, self.options.timesteps
+        return None if timesteps is None else find_folding(info.captured, info.analysis, self.plan, timesteps)
 
 
 class Prepared:

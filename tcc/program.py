@@ -17,7 +17,7 @@ from tcc.passes.choose_tokens import Choice, age_slot, map_slot
 from tcc.passes.graph import copy_of, output_values, value, write_code
 from tcc.passes.insert_slots import Entry, Records
 from tcc.passes.macs import count
-from tcc.passes.pipeline import StepKind, variant_passes
+from tcc.passes.pipeline import ALL, Rewrites, StepKind, variant_passes
 from tcc.passes.sites import Analysis
 from tcc.plan import Action, CachePlan, Compute, Cost, Hold, Reuse, TopK, Update
 from tcc.scores import Entropy, Fixed, Mapped, Norm, Probe, Stale, Term, kv_of
@@ -109,6 +109,7 @@ def build_program(
     progress: Callable[[str], None] | None = None,
     known: dict[StepKind, Variant] | None = None,
     max_slot_bytes: int | None = None,
+    rewrites: Rewrites = ALL,
 ) -> Program:
     """Rewrite the captured graph once per distinct kind of step.
 
@@ -121,13 +122,14 @@ def build_program(
         known: variants of the same graph that exist already; new ones are added to it.
         max_slot_bytes: the most bytes that a session may allocate for slots. Steps that differ in nothing but what
             they store share a variant, and store alike; where that takes too much, they get variants of their own.
+        rewrites: which rewrites are made, to measure what each of them is worth.
 
     Raises:
         PlanError: the plan does not fit the graph, or its slots take more than `max_slot_bytes`.
         PassError, VerificationError: a pass failed.
     """
     check_sites(plan, analysis)
-    kinds, tables = _step_kinds(plan, analysis)
+    kinds, tables = _step_kinds(plan, analysis, rewrites)
     made = _Making(captured, analysis, plan, tables, check, progress, {} if known is None else known)
     program = made.program(_share_stores(kinds))
     if max_slot_bytes is not None and program.slot_bytes > max_slot_bytes:  # more variants, and fewer slots at a time
@@ -194,8 +196,8 @@ class _Table:
     tables: tuple[str, ...]
 
 
-def _step_kinds(plan: CachePlan, analysis: Analysis) -> tuple[list[StepKind], list[_Table]]:
-    spans = find_spans(plan, analysis)
+def _step_kinds(plan: CachePlan, analysis: Analysis, rewrites: Rewrites) -> tuple[list[StepKind], list[_Table]]:
+    spans = find_spans(plan, analysis, merge=rewrites.merge_spans)
     stores = [live_stores(plan, span, analysis.num_tokens) for span in spans]
     depths = [forecast_depth(plan, span[0].name) for span in spans]
     terms = list(dict.fromkeys(term for score in plan.scores.values() for _, term in score.terms))
@@ -216,7 +218,7 @@ def _step_kinds(plan: CachePlan, analysis: Analysis) -> tuple[list[StepKind], li
             for tokens in table.tokens
         )
         records = _records(plan, analysis, step, table, maps, ages)
-        kinds.append(StepKind(entries, frozenset(live), sets, analysis.num_tokens, records, plan.slot_dtype))
+        kinds.append(StepKind(entries, frozenset(live), sets, analysis.num_tokens, records, plan.slot_dtype, rewrites))
         tables.append(table)
     return kinds, tables
 

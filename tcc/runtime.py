@@ -17,7 +17,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from tcc.cuda_graphs import Replay
 from tcc.errors import CallError
+from tcc.folding import Folded, Folding
 from tcc.passes.base import Pass, run_passes
+from tcc.passes.fold_timesteps import Fold
 from tcc.passes.graph import value
 from tcc.passes.pipeline import StepKind, lowering_passes
 from tcc.program import Program, Variant
@@ -29,8 +31,8 @@ logger = logging.getLogger(__name__)
 Runner = Callable[..., Sequence[torch.Tensor]]
 #: A compiled variant, and the names of its inputs after the model's own.
 Compiled = tuple[Runner, tuple[str, ...]]
-#: What makes two variants of one model the same: their kind, and the names of their slots.
-Known = tuple[StepKind, tuple[str, ...], tuple[str, ...]]
+#: What makes two variants of one model the same: their kind, the names of their slots, what is folded, and the steps.
+Known = tuple[StepKind, tuple[str, ...], tuple[str, ...], tuple[Fold, ...], int]
 
 #: `backend(gm, example_inputs)` returns a function of the same inputs: the protocol of `torch.compile` backends.
 Backend = Callable[[fx.GraphModule, list[torch.Tensor]], Runner]
@@ -46,6 +48,7 @@ class Executable:
         extras: per variant, the names of the inputs after the model's own, in order.
         compile_seconds: what compiling took, per variant.
         replay: whether sessions replay the variants as CUDA graphs.
+        folding: what sessions compute once per run.
     """
 
     program: Program
@@ -53,11 +56,13 @@ class Executable:
     extras: tuple[tuple[str, ...], ...]
     compile_seconds: tuple[float, ...]
     replay: bool = False
+    folding: Folding | None = None
 
     @functools.cached_property
     def alike(self) -> bool:
         """Whether all steps do the same and keep nothing, so that none can be run in place of another."""
-        return not self.program.slots and len({binding.variant for binding in self.program.bindings}) == 1
+        same = len({binding.variant for binding in self.program.bindings}) == 1
+        return same and not self.program.slots and self.folding is None
 
 
 def lower(
@@ -69,6 +74,7 @@ def lower(
     check: bool = True,
     mode: str = "default",
     regional: bool = False,
+    folding: Folding | None = None,
     known: dict[Known, Compiled] | None = None,
 ) -> Executable:
     """Compile every variant of `program`.
@@ -81,6 +87,7 @@ def lower(
         check: verify the graph after slots have become buffers.
         mode: `default`, or `reduce-overhead`: replay every variant as a CUDA graph (no difference on other devices).
         regional: make one sub-graph of what a variant repeats (`OutlineRepeats`), and compile it once.
+        folding: what sessions compute once per run, in place of once per step.
         known: what the same backend made of variants of the same model before; new ones are added to it.
 
     Raises:
@@ -90,21 +97,23 @@ def lower(
         raise CallError(f"mode={mode!r}: use 'default', or 'reduce-overhead' for CUDA graphs")
     replay = mode == "reduce-overhead" and program.captured.inputs[0].device.type == "cuda"
     compile_one = _backend(backend, options or {})
+    folds, num_steps = (folding.folds, len(folding.levels)) if folding else ((), 0)
     known = {} if known is None else known
     runners, extras, seconds = [], [], []
     for number, variant in enumerate(program.variants):
         start = time.perf_counter()
-        key = (variant.kind, variant.extras, variant.stores)
+        key = (variant.kind, variant.extras, variant.stores, folds, num_steps)
         if key not in known:
             if progress:
                 progress(f"compiling variant {number + 1}/{len(program.variants)}")
-            known[key] = _compile(variant, compile_one, lowering_passes(variant.kind, regional=regional), check)
+            passes = lowering_passes(variant.kind, regional=regional, folds=folds, num_steps=num_steps)
+            known[key] = _compile(variant, compile_one, passes, check)
         runner, names = known[key]
         runners.append(runner)
         extras.append(names)
         seconds.append(time.perf_counter() - start)
         logger.info("variant %d compiled in %.1f s", number, seconds[-1])
-    return Executable(program, tuple(runners), tuple(extras), tuple(seconds), replay)
+    return Executable(program, tuple(runners), tuple(extras), tuple(seconds), replay, folding)
 
 
 def _compile(variant: Variant, compile_one: Backend, passes: list[Pass], check: bool) -> Compiled:
@@ -174,9 +183,12 @@ class Session:
             f"slot:{slot.name}": torch.zeros(slot.shape, dtype=slot.dtype, device=slot.device)
             for slot in executable.program.slots
         }
+        self._folded = Folded(executable.folding) if executable.folding else None
+        if self._folded is not None:  # like slots: their addresses stay
+            self._slots |= self._folded.tensors
         self._replays: dict[int, Replay] = {}
-        self._steps = [self._bind(step) for step in range(len(executable.program.bindings))]
         self.start = self.step = start
+        self._steps = [self._bind(step) for step in range(len(executable.program.bindings))]
         seen = self._captured
         watched = watched and not executable.alike
         self._watch = Watch(seen.noise_level, seen.samples, start, self.num_steps) if watched else None
@@ -185,8 +197,9 @@ class Session:
         """The function and the extra inputs of `step`, looked up once so that a step only calls."""
         binding = self.executable.program.bindings[step]
         device = self._captured.inputs[0].device
+        given = {**binding.tensors, "step": torch.tensor([self.start + step])}
         extras = [
-            self._slots[name] if name in self._slots else binding.tensors[name].to(device)
+            self._slots[name] if name in self._slots else given[name].to(device)
             for name in self.executable.extras[binding.variant]
         ]
         return self._runner(binding.variant), extras
@@ -209,7 +222,12 @@ class Session:
     @property
     def slot_bytes(self) -> int:
         """The bytes of this session's slots."""
-        return sum(t.numel() * t.element_size() for t in self._slots.values())
+        return sum(tensor.nbytes for name, tensor in self._slots.items() if name.startswith("slot:"))
+
+    @property
+    def folded_bytes(self) -> int:
+        """The bytes of what this session computes once per run, where timesteps were given."""
+        return sum(tensor.nbytes for name, tensor in self._slots.items() if not name.startswith("slot:"))
 
     def reset(self) -> None:
         """Start a new run: the next call is its first step."""
@@ -237,6 +255,7 @@ class Session:
             CallError: the caller is at another step, where sessions are watched; nothing was run.
         """
         step = self.start if begin else self.step
+        self._fold(tensors, step)
         if self._watch is not None:
             self._watch.check(tensors, step)
         self.step = step
@@ -260,8 +279,18 @@ class Session:
                 "order. Call reset() to start a new run, and new_session() for a second run at the same time"
             )
         tensors = self._captured.flatten(args, kwargs)  # before the reset: a refused call changes nothing
+        self._fold(tensors, step)
         self.step = step
         return self._run(tensors)
+
+    def _fold(self, tensors: list[torch.Tensor], step: int) -> None:
+        """Compute what a run computes once, at its first step; later, see that it holds."""
+        if self._folded is None:
+            return
+        if step == self.start:
+            self._folded.begin(tensors, step)
+        else:
+            self._folded.check(tensors, step, last=step == self.num_steps - 1)
 
     def _run(self, tensors: list[torch.Tensor]) -> Any:
         runner, extras = self._steps[self.step - self.start]

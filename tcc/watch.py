@@ -13,7 +13,7 @@ import torch
 
 from tcc.errors import CallError
 
-__all__ = ["Watch", "is_readable"]
+__all__ = ["Watch", "is_readable", "version_of"]
 
 _SHARED = (
     "step {step} of {count}: this call has the sample and the noise level of the call before it, and other conditions. "
@@ -67,7 +67,7 @@ class Watch:
             raise CallError(_SHARED.format(step=step, count=self._count))
         if self._level is not None and tensors[self._level].numel():
             self._check_level(tensors[self._level], step)
-        self._last, self._versions = tensors, [_version(t) for t in tensors]
+        self._last, self._versions = tensors, [version_of(t) for t in tensors]
 
     def _is_other_branch(self, tensors: list[torch.Tensor]) -> bool:
         """Whether sample and noise level are the last call's, and something else is not."""
@@ -79,7 +79,7 @@ class Watch:
     def _same(self, tensors: list[torch.Tensor], sample: int) -> bool:
         old, new = self._last[sample], tensors[sample]
         if old is new:
-            return self._versions[sample] == _version(new)
+            return self._versions[sample] == version_of(new)
         return is_readable(new) and torch.equal(old, new)
 
     def _check_level(self, given: torch.Tensor, step: int) -> None:
@@ -112,6 +112,6 @@ def is_readable(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _version(tensor: torch.Tensor) -> int | None:
+def version_of(tensor: torch.Tensor) -> int | None:
     """How often the tensor was written to; None where nobody counts."""
     return None if tensor.is_inference() else tensor._version

@@ -12,7 +12,11 @@ from typing import Any
 
 import pytest
 
-from tcc.passes.pipeline import StepKind, variant_passes
+import tcc
+from tcc.passes.fold_timesteps import Fold
+from tcc.passes.pipeline import StepKind, lowering_passes, variant_passes
+from tcc.program import build_program
+from tests.tiny_models import case
 
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -77,3 +81,12 @@ def test_the_table_of_passes_is_the_pipeline() -> None:
     table = re.findall(r"^\| \d+ \| `(\w+)` \|", (ROOT / "passes/README.md").read_text(), re.MULTILINE)
 
     assert [item.name for item in variant_passes(StepKind((), frozenset(), (), 0))] == table
+
+
+def test_the_other_table_of_passes_is_what_runs_when_a_variant_is_compiled() -> None:
+    """With every option, for a step that reuses something."""
+    table = re.findall(r"^\| `(\w+)` \|", (ROOT / "passes/README.md").read_text(), re.MULTILINE)
+    info = case("dit").info
+    program = build_program(info.captured, info.analysis, tcc.plans.fora(info, num_steps=4, interval=2), check=False)
+    passes = lowering_passes(program.variants[1].kind, regional=True, folds=(Fold("linear", True),), num_steps=2)
+    assert [item.name for item in passes] == [name for name in table if name != "NarrowSlots"]

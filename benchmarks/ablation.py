@@ -1,0 +1,276 @@
+"""What each rewrite of the compiler is worth: a waterfall from the eager model to everything that tcc does.
+
+Every row has one rewrite more than the row above. Plans that alternate I- and P-steps, on a model with random weights
+(this is about speed and memory alone), in one process, all rows interleaved step by step, medians of each kind of step.
+
+    python benchmarks/ablation.py --threads 1 --results benchmarks/results
+
+writes `waterfall.json`, `waterfall.md` and `waterfall.png`. Columns: milliseconds of an I-step and of a P-step (the
+first step of a run is a kind of its own: it also computes what is folded); `run`, a whole run's time over that of the
+compiled uncached model, as a speedup; the bound that the plan's MACs allow, and the realised share, speedup / bound;
+the bytes of slots, and of what is computed once per run; the error, the largest relative difference of any step's
+output from the reference interpreter's (with narrow slots: from the reference with wide ones).
+
+What was measured and does not pay, so that there is no pass for it (DiT-S/2, batch 2, one thread, operators alone):
+
+- Timesteps without labels: the embedding of the timestep, two products of 384 rows, takes 0.18 ms of a P-step of
+  50 ms. All of the modulations, which depend on the label too, take 4.3 ms: `FoldTimesteps` folds both.
+- A contiguous token order: to gather a quarter of the rows of `[2, 256, 384]` takes 0.105 ms, to copy them from a slice
+  0.114 ms; there is one gather in a merged run, and it is part of the first normalisation's loop.
+- Gathers in the first normalisation, scatters in what follows the last product: Inductor makes one loop of each
+  already (`index_select` with `native_layer_norm`; `where` with the sum and the next normalisation), also of the keys
+  and values that are stored in part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from provenance import provenance
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import tcc
+from tcc.folding import find_folding
+from tcc.info import ModelInfo
+from tcc.models import DiT
+from tcc.passes.pipeline import ALL, Rewrites
+from tcc.plan import CachePlan
+from tcc.program import Program, build_program
+from tcc.reference import Reference
+from tcc.runtime import Session, lower
+from tcc.timing import Run, RunTiming, time_runs
+
+PLANS: dict[str, Callable[..., CachePlan]] = {
+    "FORA, N=2": functools.partial(tcc.plans.fora, interval=2),
+    "L2C-like, half of the branches": functools.partial(tcc.plans.bottom_up, share=0.5),
+    "a quarter of the tokens, kept": functools.partial(tcc.plans.tprr, k1=1, k2=1, keep=0.25, attention="kept"),
+    "half of the tokens, cached": functools.partial(
+        tcc.plans.tprr, k1=1, k2=1, keep=0.5, attention="cached", level="out", rotate=True
+    ),
+}
+MODELS = {"DiT-S/2": {"name": "DiT-S/2", "input_size": 32}, "DiT-B/2": {"name": "DiT-B/2", "input_size": 32}}
+COLUMNS = ("plan", "row", "I ms", "P ms", "run", "bound", "realised share", "slot KiB", "folded KiB", "error")
+NOTHING = Rewrites(merge_runs=False, merge_spans=False, drop_dead_stores=False, drop_dead_parts=False, write_rows=False)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a plan's waterfall.
+
+    Attributes:
+        label: what it has more than the row above.
+        rewrites: the rewrites that are made.
+        folds: whether timesteps are given, so that what depends on them is computed once per run.
+        slot_dtype: what slots keep wider values in.
+    """
+
+    label: str
+    rewrites: Rewrites
+    folds: bool = False
+    slot_dtype: torch.dtype | None = None
+
+
+ROWS = (
+    Row("+ slots, pruned tokens", NOTHING),
+    Row("+ merged runs", replace(NOTHING, merge_runs=True)),
+    Row("+ summed slots", replace(NOTHING, merge_runs=True, merge_spans=True)),
+    Row("+ dead stores dropped", replace(ALL, drop_dead_parts=False, write_rows=False)),
+    Row("+ dead parts dropped", replace(ALL, write_rows=False)),
+    Row("+ rows written in place", ALL),
+    Row("+ timesteps folded", ALL, folds=True),
+    Row("+ bfloat16 slots", ALL, folds=True, slot_dtype=torch.bfloat16),
+)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something that is timed: the uncached model (`plan` ""), or a plan under the rewrites of a row."""
+
+    plan: str
+    label: str
+    run: Run
+    bound: float = 1.0
+    slot_bytes: int = 0
+    folded_bytes: int = 0
+    error: float = 0.0
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, one call's inputs, and the timesteps of a run."""
+
+    model: torch.nn.Module
+    inputs: tuple[torch.Tensor, ...]
+    info: ModelInfo
+    timesteps: tuple[int, ...]
+
+    def call(self, step: int) -> tuple[torch.Tensor, ...]:
+        """The inputs at `step`."""
+        x, t, *conditions = self.inputs
+        return (x, torch.full_like(t, self.timesteps[step]), *conditions)
+
+
+def build_subject(steps: int, **sizes: Any) -> Subject:
+    """A DiT with random weights (its zero-initialised gates would hide errors), batch 2."""
+    torch.manual_seed(0)
+    model = (DiT.from_name(**sizes) if "name" in sizes else DiT(**sizes)).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.02)
+    h, w = model.config.input_size
+    inputs = (torch.randn(2, model.config.in_channels, h, w), torch.tensor([0, 0]), torch.tensor([1, 2]))
+    timesteps = tuple(round(999 * (1 - step / steps)) for step in range(steps))
+    return Subject(model, inputs, tcc.inspect(model, *inputs), timesteps)
+
+
+def uncached(subject: Subject, label: str, model: Callable[..., Any]) -> Candidate:
+    """The model without a plan: all steps are of one kind."""
+    steps = range(len(subject.timesteps))
+
+    def start() -> Iterator[Any]:
+        for step in steps:
+            with torch.no_grad():
+                yield model(*subject.call(step))
+
+    return Candidate("", label, Run(["I" for _ in steps], start))
+
+
+def candidate(subject: Subject, name: str, row: Row, backend: str, checked: int) -> Candidate:
+    """A plan under the rewrites of `row`, compiled, run once and compared with the reference for `checked` steps."""
+    info = subject.info
+    plan = replace(PLANS[name](info, num_steps=len(subject.timesteps)), slot_dtype=row.slot_dtype)
+    program = build_program(info.captured, info.analysis, plan, rewrites=row.rewrites)
+    folding = find_folding(info.captured, info.analysis, plan, subject.timesteps) if row.folds else None
+    session = Session(lower(program, backend, folding=folding))
+
+    def start() -> Iterator[Any]:
+        session.reset()
+        for step in range(plan.num_steps):
+            yield session(*subject.call(step))
+
+    reference = Reference(subject.model, replace(plan, slot_dtype=None), info)
+    outputs = start()
+    error = max(difference(next(outputs), reference(*subject.call(step))) for step in range(checked))
+    for _ in outputs:  # every variant has run
+        pass
+    return Candidate(
+        name, row.label, Run(kinds(program), start), info.count(replace(plan, slot_dtype=None)).bound,
+        session.slot_bytes, session.folded_bytes, error,
+    )  # fmt: skip
+
+
+def kinds(program: Program) -> list[str]:
+    """I or P for every step: whether it takes the MACs of the first; the first is of its own kind."""
+    macs = [program.variants[binding.variant].macs for binding in program.bindings]
+    return ["first", *("I" if count == macs[0] else "P" for count in macs[1:])]
+
+
+def difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Largest difference over the largest value."""
+    return float((got - wanted).abs().max() / wanted.abs().max())
+
+
+def lines(candidates: list[Candidate], times: dict[str, RunTiming]) -> list[dict[str, Any]]:
+    """The rows of the table; speedups are over the compiled uncached model."""
+    base, found = times[key(candidates[1])].seconds, []
+    for each in candidates:
+        timing = times[key(each)]
+        medians = {kind: taken.median * 1e3 for kind, taken in timing.by_kind.items()}
+        speedup = base / timing.seconds
+        found.append({
+            "plan": each.plan or "uncached", "row": each.label, "first ms": medians.get("first"), "I ms": medians["I"],
+            "P ms": medians.get("P"), "run": speedup, "bound": each.bound, "realised share": speedup / each.bound,
+            "slot_bytes": each.slot_bytes, "folded_bytes": each.folded_bytes, "error": each.error,
+        })  # fmt: skip
+    return found
+
+
+def key(each: Candidate) -> str:
+    """Its name among all that are timed."""
+    return f"{each.plan}: {each.label}"
+
+
+def cells(line: dict[str, Any]) -> list[str]:
+    """A row as text."""
+    share = "" if line["plan"] == "uncached" else f"{line['realised share']:.3f}"
+    return [
+        line["plan"], line["row"], f"{line['I ms']:.1f}", "" if line["P ms"] is None else f"{line['P ms']:.1f}",
+        f"{line['run']:.3f}x", f"{line['bound']:.3f}x", share, f"{line['slot_bytes'] / 1024:.0f}",
+        f"{line['folded_bytes'] / 1024:.0f}", f"{line['error']:.0e}" if line["error"] else "",
+    ]  # fmt: skip
+
+
+def markdown(found: list[dict[str, Any]]) -> str:
+    """The table for a document."""
+    grid = [COLUMNS, ("---", "---", *["---:"] * (len(COLUMNS) - 2)), *map(cells, found)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in grid) + "\n"
+
+
+def plot(found: list[dict[str, Any]], title: str, path: Path) -> None:
+    """For every plan the realised share of its bound, rewrite by rewrite."""
+    figure = Figure(figsize=(9, 4.8), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    for plan in dict.fromkeys(line["plan"] for line in found if line["plan"] != "uncached"):
+        own = [line for line in found if line["plan"] == plan]
+        axes.plot([line["row"] for line in own], [line["realised share"] for line in own], "o-", label=plan)
+    axes.axhline(1, color="k", lw=0.8, ls=":")
+    axes.set_ylabel("speedup over compiled uncached / bound")
+    axes.tick_params(axis="x", labelrotation=20)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, facecolor="white")
+
+
+def measure(subject: Subject, plans: list[str], backend: str, rounds: int, checked: int) -> list[dict[str, Any]]:
+    """All rows: compile, check, then time in turns."""
+    plain = subject.model if backend == "eager" else torch.compile(subject.model, fullgraph=True, backend=backend)
+    candidates = [uncached(subject, "eager", subject.model), uncached(subject, "compiled", plain)]
+    todo = [(plan, row) for plan in plans for row in ROWS]
+    candidates += [candidate(subject, plan, row, backend, checked) for plan, row in track(todo, "compiling")]
+    for each in candidates[:2]:
+        next(each.run.start())
+    return lines(candidates, time_runs({key(each): each.run for each in candidates}, rounds=rounds))
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="DiT-S/2", choices=[*MODELS])
+    parser.add_argument("--plans", nargs="+", default=list(PLANS), choices=list(PLANS))
+    parser.add_argument("--steps", type=int, default=20, help="steps of a run, over which folding pays")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of every row")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--backend", default="inductor")
+    parser.add_argument("--results", type=Path, help="write waterfall.json, .md and .png into this folder")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    console = Console(width=170)
+    found = measure(
+        build_subject(args.steps, **MODELS[args.model]), args.plans, args.backend, args.rounds, min(4, args.steps)
+    )
+    title = f"{args.model}, batch 2, fp32, {args.threads} threads, {args.steps} steps, medians of {args.rounds} rounds"
+    table = Table(title=title)
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column in ("plan", "row") else "right")
+    for line in found:
+        table.add_row(*cells(line))
+    console.print(table)
+    if args.results:
+        head = {**provenance(), "model": args.model, "steps": args.steps, "rounds": args.rounds}
+        (args.results / "waterfall.json").write_text(json.dumps({**head, "rows": found}, indent=1) + "\n")
+        (args.results / "waterfall.md").write_text(f"{title}\n\n{markdown(found)}")
+        plot(found, title, args.results / "waterfall.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Values that a run computes once, at its first step: they depend on the timesteps, and inputs that stay the same."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from tcc.capture import Captured
+from tcc.errors import CallError, PlanError
+from tcc.passes.fold_timesteps import Fold, find_folds, fold_graph
+from tcc.passes.sites import Analysis
+from tcc.plan import CachePlan
+from tcc.watch import is_readable, version_of
+
+__all__ = ["Folded", "Folding", "find_folding"]
+
+
+@dataclass(frozen=True, eq=False)
+class Folding:
+    """What a run computes once.
+
+    Attributes:
+        folds: the values.
+        gm: from the model's inputs to them.
+        levels: the noise level of every step, `[steps, *shape of the input]`.
+        level: its position among the inputs.
+        fixed: the positions of the other inputs that `gm` reads.
+        names: the names of all inputs.
+    """
+
+    folds: tuple[Fold, ...]
+    gm: fx.GraphModule
+    levels: torch.Tensor
+    level: int
+    fixed: tuple[int, ...]
+    names: tuple[str, ...]
+
+
+def find_folding(
+    captured: Captured, analysis: Analysis, plan: CachePlan, timesteps: Sequence[float] | torch.Tensor
+) -> Folding | None:
+    """What a run of `plan` can compute once; None where that is nothing.
+
+    Args:
+        captured: the model's graph.
+        analysis: what is known about it.
+        plan: the plan: what it keeps from step to step is left to it.
+        timesteps: the noise level of every step, in the order of the steps.
+
+    Raises:
+        PlanError: the model has no known noise level, or there are not as many timesteps as steps, or they are not
+            numbers of the noise level's dtype.
+    """
+    if captured.noise_level is None:
+        raise PlanError("timesteps: no noise level was found among the inputs; name it: tcc.compile(noise_level=...)")
+    graph = captured.gm.graph
+    nodes, inputs = {n.name: n for n in graph.nodes}, [n for n in graph.nodes if n.op == "placeholder"]
+    kept = [site for name, site in analysis.sites.items() if name in plan.sites]
+    names = {name for site in kept for name in (*site.values, *site.attention, site.stream_out) if name}
+    changing = [*(inputs[position] for position in captured.samples), *(nodes[name] for name in names)]
+    folds = find_folds(graph, captured.noise_level, changing)
+    if not folds:
+        return None
+    gm = fold_graph(captured.gm, folds)
+    read = [n for n, node in enumerate(m for m in gm.graph.nodes if m.op == "placeholder") if node.users]
+    return Folding(
+        folds, gm, _levels(captured, plan, timesteps), captured.noise_level,
+        tuple(n for n in read if n != captured.noise_level), tuple(spec.name for spec in captured.inputs),
+    )  # fmt: skip
+
+
+def _levels(captured: Captured, plan: CachePlan, timesteps: Sequence[float] | torch.Tensor) -> torch.Tensor:
+    assert captured.noise_level is not None
+    spec, given = captured.inputs[captured.noise_level], torch.as_tensor(timesteps)
+    if tuple(given.shape) != (plan.num_steps,):
+        raise PlanError(f"timesteps: {list(given.shape)} numbers were given, but the plan has {plan.num_steps} steps")
+    levels = given.to(spec.device, spec.dtype)
+    if not spec.dtype.is_floating_point and not torch.equal(levels.double(), given.to(spec.device).double()):
+        raise PlanError(f"timesteps: not all are {spec.dtype}, which the model's '{spec.name}' was captured with")
+    return levels.reshape(-1, *(1 for _ in spec.shape)).expand(-1, *spec.shape).contiguous()
+
+
+class Folded:
+    """The folded values of one session's run.
+
+    Attributes:
+        tensors: the inputs of variants, by name: of a value that depends on the noise level a row for every step.
+    """
+
+    def __init__(self, folding: Folding) -> None:
+        self._folding = folding
+        output = folding.gm.graph.output_node()
+        self.tensors: dict[str, torch.Tensor] = {}
+        for fold, node in zip(folding.folds, output.all_input_nodes, strict=True):
+            val, rows = node.meta["val"], [len(folding.levels)] if fold.per_step else []
+            self.tensors[fold.input] = torch.zeros([*rows, *val.shape], dtype=val.dtype, device=val.device)
+        self._given: list[tuple[torch.Tensor, int | None]] = []
+        self._known: list[torch.Tensor] = []
+        self._differs: dict[int, torch.Tensor] = {}
+
+    def begin(self, inputs: list[torch.Tensor], step: int) -> None:
+        """Compute the values of a run whose first call is this one.
+
+        Raises:
+            CallError: the noise level is not that of the step.
+        """
+        folding = self._folding
+        self._given = [(inputs[n], version_of(inputs[n])) for n in folding.fixed]
+        self._known, self._differs = [inputs[n].clone() for n in folding.fixed], {}
+        self.check(inputs, step)
+        positions = [0 if n == folding.level else None for n in range(len(inputs))]
+        given = [folding.levels if n == folding.level else tensor for n, tensor in enumerate(inputs)]
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
+            values = torch.func.vmap(folding.gm, in_dims=tuple(positions))(*given)
+        for fold, val in zip(folding.folds, values, strict=True):
+            self.tensors[fold.input].copy_(val if fold.per_step else val[0])
+
+    def check(self, inputs: list[torch.Tensor], step: int, *, last: bool = False) -> None:
+        """Compare a call with what the values were computed for.
+
+        Where reading a value would wait for the device, that is done at the last step of a run.
+
+        Raises:
+            CallError: the noise level is not that of the step, or another input has changed within the run.
+        """
+        folding = self._folding
+        pairs = [(folding.level, folding.levels[step])]
+        for position, (given, version), known in zip(folding.fixed, self._given, self._known, strict=True):
+            if inputs[position] is not given or version is None or version != version_of(given):
+                pairs.append((position, known))
+        if is_readable(inputs[folding.level]):
+            for position, expected in pairs:
+                if not torch.equal(inputs[position], expected):
+                    raise CallError(_told(folding, position, step, inputs[folding.level]))
+            return
+        for position, expected in pairs:
+            differs = (inputs[position] != expected).any()
+            self._differs[position] = self._differs.get(position, differs) | differs
+        if last:
+            for position, differs in self._differs.items():
+                if bool(differs):
+                    raise CallError(_told(folding, position, step, None))
+
+
+def _told(folding: Folding, position: int, step: int, given: torch.Tensor | None) -> str:
+    name = folding.names[position]
+    if position != folding.level:
+        return (
+            f"input '{name}' changed within the run, at step {step} or before: what depends on it was computed once, "
+            "at the first step. Call reset() to begin a new run, or compile without timesteps"
+        )
+    now = "is another" if given is None else f"is {given.flatten()[0].item():g}"
+    at = f"at step {step}" + (" or before" if given is None else "")
+    return (
+        f"noise level '{name}' {now} {at}, where timesteps={folding.levels[step].flatten()[0].item():g} was "
+        "compiled in: give tcc.compile(timesteps=...) the scheduler's timesteps, in the order of the steps"
+    )
