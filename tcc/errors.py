@@ -7,6 +7,7 @@ __all__ = [
     "BundleError",
     "CallError",
     "CaptureError",
+    "CompileError",
     "ExportError",
     "ModelError",
     "PassError",
@@ -36,6 +37,10 @@ class AnalysisError(TccError, RuntimeError):
 
 class PlanError(TccError, ValueError):
     """The plan contradicts itself, does not belong to the model, or could not be read from its file."""
+
+
+class CompileError(TccError, RuntimeError):
+    """A backend could not compile a variant; names the variant and its steps, and is raised `from` the cause."""
 
 
 class CallError(TccError, RuntimeError):

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from tcc.cuda_graphs import Replay
-from tcc.errors import CallError
+from tcc.errors import CallError, CompileError
 from tcc.folding import Folded, Folding
 from tcc.passes.base import Pass, run_passes
 from tcc.passes.fold_timesteps import Fold
@@ -92,6 +92,7 @@ def lower(
 
     Raises:
         CallError: the mode or the backend is not known.
+        CompileError: the backend failed.
     """
     if mode not in ("default", "reduce-overhead"):
         raise CallError(f"mode={mode!r}: use 'default', or 'reduce-overhead' for CUDA graphs")
@@ -107,7 +108,11 @@ def lower(
             if progress:
                 progress(f"compiling variant {number + 1}/{len(program.variants)}")
             passes = lowering_passes(variant.kind, regional=regional, folds=folds, num_steps=num_steps)
-            known[key] = _compile(variant, compile_one, passes, check)
+            gm, names = _lowered(variant, passes, check)
+            try:
+                known[key] = _compile(gm, compile_one), names
+            except Exception as error:
+                raise CompileError(_what_failed(program, number, backend, error)) from error
         runner, names = known[key]
         runners.append(runner)
         extras.append(names)
@@ -116,16 +121,29 @@ def lower(
     return Executable(program, tuple(runners), tuple(extras), tuple(seconds), replay, folding)
 
 
-def _compile(variant: Variant, compile_one: Backend, passes: list[Pass], check: bool) -> Compiled:
+def _lowered(variant: Variant, passes: list[Pass], check: bool) -> tuple[fx.GraphModule, tuple[str, ...]]:
     graph = fx.Graph()
     graph.output(graph.graph_copy(variant.gm.graph, {}))
     gm = fx.GraphModule(variant.gm, graph)
     gm.meta["stores"] = variant.stores
     run_passes(gm, passes, label="lower", check=check)
-    inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    names = tuple(n.meta["input"] for n in inputs if "input" in n.meta)
+    return gm, tuple(n.meta["input"] for n in gm.graph.find_nodes(op="placeholder") if "input" in n.meta)
+
+
+def _compile(gm: fx.GraphModule, compile_one: Backend) -> Runner:
     with torch.no_grad():
-        return compile_one(gm, [_example(value(n)) for n in inputs]), names
+        return compile_one(gm, [_example(value(n)) for n in gm.graph.find_nodes(op="placeholder")])
+
+
+def _what_failed(program: Program, number: int, backend: str | Backend, error: Exception) -> str:
+    steps = ", ".join(str(step) for step, binding in enumerate(program.bindings) if binding.variant == number)
+    name = backend if isinstance(backend, str) else getattr(backend, "__name__", "the backend")
+    first = (str(error).strip().splitlines() or [""])[0]
+    return (
+        f"{name} could not compile variant {number + 1} of {len(program.variants)} (steps {steps}): "
+        f"{type(error).__name__}: {first}. backend='aot_eager' runs the same graphs uncompiled, and tells whether the "
+        "backend is at fault"
+    )
 
 
 def _example(val: torch.Tensor) -> torch.Tensor:
@@ -154,15 +172,24 @@ def _backend(backend: str | Backend, options: dict[str, Any]) -> Backend:
 def _inductor(gm: fx.GraphModule, examples: list[torch.Tensor], options: dict[str, Any]) -> Runner:
     """Inductor without Dynamo in front: the graph is whole already, so nothing can break, guard or recompile."""
     import torch._inductor  # imported here: it is slow, and other backends do not need it
+    from torch._inductor.exc import InductorError
 
     # without the shape environment, which Dynamo brings along elsewhere, Inductor does not look into its cache
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
     inputs = [mode.from_tensor(x, static_shapes=True) for x in examples]
     for node in gm.graph.nodes:
         node.meta.pop("unbacked_bindings", None)  # of the environment that the capture had: made anew in this one
-    with tracing(TracingContext(mode)):
-        compiled: Runner = torch._inductor.compile(gm, [*inputs], options=options or None)
-    return compiled
+
+    def attempt(options: dict[str, Any]) -> Runner:
+        with tracing(TracingContext(mode)):
+            compiled: Runner = torch._inductor.compile(gm, [*inputs], options=options or None)
+        return compiled
+
+    try:
+        return attempt(options)
+    except InductorError as error:  # torch 2.13's fused C++ loops miss values that are written in place
+        logger.warning("Inductor failed (%s): compiling this variant with small loops, which are slower", error)
+        return attempt({"max_fusion_size": 4, **options})
 
 
 class Session:

@@ -8,10 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor
+from torch import fx
+from torch._inductor.exc import InductorError
 
 import tcc
+from tcc.errors import CompileError
 from tcc.plan import CachePlan, Compute, Hold, Reuse, Skip, Update
 from tcc.program import build_program
+from tcc.runtime import lower
 from tests.running import CLOSE, STEPS, call, hold_plan, session, token_plan
 from tests.tiny_models import Block, Case, Tokens, case, fill, relative_error, tensor_of
 
@@ -314,3 +319,38 @@ def test_two_plans_of_one_model_share_what_they_have_in_common() -> None:
     third = first.with_plan(tcc.plans.taylorseer(which.info, num_steps=4, interval=2, order=1))
     call(third, which, 0)
     assert len(made) > 2
+
+
+def test_a_backend_that_fails() -> None:
+    """The error names the variant and its steps, and keeps the cause."""
+
+    def failing(gm: fx.GraphModule, examples: list[torch.Tensor]) -> Any:
+        if any(node.op == "placeholder" and "slot" in node.name for node in gm.graph.nodes):
+            raise KeyError("buf7")
+        return gm.forward
+
+    which = case("dit")
+    plan = tcc.plans.fora(which.info, num_steps=4, interval=2)
+    program = build_program(which.info.captured, which.info.analysis, plan)
+    with pytest.raises(
+        CompileError, match=r"failing could not compile variant 1 of 2 \(steps 0, 1, 3\): KeyError: 'buf7'"
+    ):
+        lower(program, failing)
+
+
+def test_inductor_has_a_second_attempt(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Where fused loops fail, a variant is compiled with small ones, and a warning says so; other options are kept."""
+    tried: list[dict[str, Any]] = []
+
+    def compile_once(gm: fx.GraphModule, examples: list[torch.Tensor], options: dict[str, Any] | None) -> Any:
+        tried.append(options or {})
+        if "max_fusion_size" not in tried[-1]:
+            raise InductorError(KeyError("buf7"), None)
+        return gm.forward
+
+    monkeypatch.setattr(torch._inductor, "compile", compile_once)
+    which = case("dit")
+    program = build_program(which.info.captured, which.info.analysis, tcc.plans.full(which.info, num_steps=1))
+    lower(program, "inductor", options={"freezing": False})
+    assert tried == [{"freezing": False}, {"freezing": False, "max_fusion_size": 4}]
+    assert "Inductor failed (KeyError: 'buf7')" in caplog.text
