@@ -250,10 +250,12 @@ class _Edit:
         return scatter(self.graph, base, rows, tokens, site.axis, site.batch, like)
 
     def _sum(self, entry: Entry) -> fx.Node:
-        terms = [self._now(self.nodes[name]) for name in entry.values]
-        total = terms[0]
-        for term in terms[1:]:
-            total = self._call(aten.add.Tensor, total, term, like=term)
+        """The sum of the entry's values: each is added as soon as it exists, so that no more than one waits for it."""
+        total, *rest = (self._now(self.nodes[name]) for name in entry.values)
+        for term in rest:
+            last = max(total, term)
+            with self.graph.inserting_before(self.first if last.op == "placeholder" else last.next):
+                total = self._call(aten.add.Tensor, total, term, like=term)
         return total
 
     def _store(self, entry: Entry, slot: str, node: fx.Node) -> None:

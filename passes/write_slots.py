@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,8 @@ class WriteSlots(Pass):
        the inputs: AOTAutograd writes mutated inputs in that order, whatever the order of the calls.
     2. A model output that is a slot itself, or a view of one, is cloned: the next step would overwrite it.
     3. A value is written as soon as it exists and nobody reads the old one any more, so that it is not kept twice.
+    4. A sum is added up in the slot: `slot <- a + b + c` becomes `copy_(slot, a); add_(slot, b); add_(slot, c)`, where
+       nobody else reads it. (Backends that make the graph functional first undo this.)
     """
 
     def run(self, gm: fx.GraphModule) -> int:
@@ -42,7 +44,8 @@ class WriteSlots(Pass):
         pairs = dict(zip(stores, values[len(own) :], strict=True))
         ages = {name: _age(name, pairs) for name in pairs}
         for name in sorted(pairs, key=ages.__getitem__, reverse=True):
-            _write(gm.graph, _slot(gm.graph, name, pairs[name]), pairs[name])
+            sums = _sums(pairs[name]) if values.count(pairs[name]) == 1 else []
+            _write(gm.graph, _slot(gm.graph, name, pairs[name]), pairs[name], sums)
         if edits or stores:
             output.args = (tuple(own),)
             gm.meta["stores"] = ()
@@ -51,17 +54,39 @@ class WriteSlots(Pass):
         return edits + len(stores)
 
 
-def _write(graph: fx.Graph, slot: fx.Node, val: fx.Node) -> None:
-    last, todo = max(slot, val), [slot]
+def _write(graph: fx.Graph, slot: fx.Node, val: fx.Node, sums: Sequence[fx.Node]) -> None:
+    """Write `val` to the slot: at once, or addition by addition of `sums`."""
+    last, todo = slot, [slot]
     while todo:  # what reads the slot, or a view of it, comes first
         for user in (user for user in todo.pop().users if user.op != "output"):
             last = max(last, user)
             if is_view(user):
                 todo.append(user)
+    sums = sums if sums and last < sums[0] else ()
+    first = sums[0].args[0] if sums else val
+    last = max(last, first)
     if last.op == "placeholder":
         last = [n for n in graph.nodes if n.op == "placeholder"][-1]
     with graph.inserting_after(last):
-        emit(graph, aten.copy_.default, (slot, val))
+        emit(graph, aten.copy_.default, (slot, first))
+    for add in sums:
+        with graph.inserting_before(add):
+            emit(graph, aten.add_.Tensor, (slot, add.args[1]))
+
+
+def _sums(val: fx.Node) -> list[fx.Node]:
+    """The additions that `val` is made by, first to last, each of which is read by the next one alone."""
+    found: list[fx.Node] = []
+    while val.target is aten.add.Tensor and not val.kwargs and len(val.users) == 1:
+        if not all(isinstance(term, fx.Node) and _made(term) == _made(val) for term in val.args):
+            break
+        found.append(val)
+        val = val.args[0]  # type: ignore[assignment]
+    return found[::-1]
+
+
+def _made(node: fx.Node) -> tuple[torch.Size, torch.dtype]:
+    return value(node).shape, value(node).dtype
 
 
 def _age(name: str, pairs: Mapping[str, fx.Node]) -> int:

@@ -71,6 +71,42 @@ def test_a_history_moves_up_before_it_is_overwritten(depth: int, shared: dict[st
     assert inputs == [None, *reversed(names)]
 
 
+def summed(extra: str = "") -> fx.GraphModule:
+    """Three branches on a stream; their sum is stored, and the stream returned."""
+    sketch = Sketch()
+    x, slot = sketch.input("x", 2, 3), sketch.input("slot:a", 2, 3)
+    first, second, third = (
+        sketch.call(target, x) for target in (aten.relu.default, aten.exp.default, aten.tanh.default)
+    )
+    part = sketch.call(aten.add.Tensor, first, second)
+    total = sketch.call(aten.add.Tensor, part, third)
+    y = sketch.call(aten.mul.Tensor, x, {"": third, "part": part, "total": total}.get(extra, third))
+    outputs = [sketch.call(aten.add.Tensor, y, slot)] if extra == "slot" else [y]
+    return sketch.done(*outputs, total, stores=("a",))
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        ("", ["copy_", "add_", "add_"]),
+        ("part", ["add", "copy_", "add_"]),  # somebody else reads what is in between
+        ("total", ["add", "add", "copy_"]),
+        ("slot", ["add", "add", "add", "copy_"]),  # the old value is read after the sum is there
+    ],
+)
+def test_a_sum_is_added_up_in_the_slot(extra: str, expected: list[str]) -> None:
+    """No value of its own is kept for it, unless somebody else reads one; the bits are the same."""
+    gm = summed(extra)
+    inputs = values(gm)
+    y, a = gm(*inputs)
+    assert edits(gm, WriteSlots()) == 1
+    found = [name.split(".")[1] for name in calls(gm)]
+    assert [name for name in found if name in ("add", "add_", "copy_")] == expected
+    kept = [t.clone() for t in inputs]
+    assert torch.equal(gm(*kept)[0], y)
+    assert torch.equal(kept[1], a)
+
+
 @pytest.mark.parametrize("view", ["itself", "transpose", "view", "chunk", "alias of a slice"])
 def test_an_output_that_views_a_slot_is_copied(view: str) -> None:
     """The next step overwrites the slot, and must not overwrite what was returned."""
