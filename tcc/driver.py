@@ -22,6 +22,7 @@ from tcc.prepare import OnShapeChange, Options, Policy, Prepared, Ready
 from tcc.program import Program
 from tcc.runtime import Backend, Executable, Session
 from tcc.stand_in import StandIn
+from tcc.whole_run import Loop, WholeRun
 
 __all__ = ["CompiledModel", "compile"]
 
@@ -147,10 +148,24 @@ class CompiledModel(StandIn):
         Raises:
             PlanError: nothing is compiled yet, or the plan has no such step.
         """
+        return Session(self._executable(start_step), start=start_step, watched=True)
+
+    def whole_run(self, loop: Loop) -> WholeRun:
+        """A sampling loop around this plan, on CUDA devices as one CUDA graph of all steps where that is faster.
+
+        Args:
+            loop: called as `loop(model, *inputs)`; see `tcc.whole_run.WholeRun` for what it may do.
+
+        Raises:
+            PlanError: nothing is compiled yet, or the last `reset` named a step that the plan does not have.
+        """
+        return WholeRun(self._executable(self._start), loop)
+
+    def _executable(self, start_step: int) -> Executable:
         if self._prepared.last is None:
             raise PlanError("nothing is compiled yet: call the model once, or pass example_inputs to tcc.compile")
         with self._prepared.lock:
-            return Session(self._prepared.last.executable(start_step), start=start_step, watched=True)
+            return self._prepared.last.executable(start_step)
 
     def reset(self, *, start_step: int = 0) -> None:
         """Start a new image in every context; what other threads are in the middle of goes on.

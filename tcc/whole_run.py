@@ -1,0 +1,83 @@
+"""A whole sampling run as one CUDA graph: every step of a plan, and the arithmetic of the sampler between them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tcc.cuda_graphs import Record, Replay, record
+from tcc.errors import CallError
+from tcc.runtime import Executable, Session
+from tcc.timing import time_calls
+
+__all__ = ["WholeRun"]
+
+#: `loop(model, *inputs)`: a whole run.
+Loop = Callable[..., Tensor]
+
+
+class WholeRun:
+    """A sampling loop around a compiled plan, called with the tensors that it begins with.
+
+    A plan leaves no decision to the host. So on a CUDA device the loop is captured, with the sampler's arithmetic, as
+    one CUDA graph. The first call does that, times it against the loop step by step, and keeps the faster one. On
+    other devices the loop runs as it is.
+
+    The loop may read no tensor's value (`float(x)`, `if x > 0`), copy nothing from the host to the device, and draw
+    noise from the device's default generator only. Python values in it, such as the number of steps and the guidance
+    scale, are those of the first call.
+
+    Args:
+        executable: the compiled plan.
+        loop: called as `loop(model, *inputs)`; calls `model` once per step, and returns a tensor.
+        recorder: what captures a run; by default, a CUDA graph where the model is on a CUDA device.
+
+    Attributes:
+        seconds: of a run, by the way it is run, once both were timed.
+    """
+
+    def __init__(self, executable: Executable, loop: Loop, *, recorder: Record | None = None) -> None:
+        on_cuda = executable.program.captured.inputs[0].device.type == "cuda"
+        self._executable, self._loop = executable, loop
+        self._recorder = recorder or (record if on_cuda else None)
+        self._way: Callable[..., Tensor] | None = None
+        self._form: list[tuple[torch.Size, torch.dtype, torch.device]] = []
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Run the loop.
+
+        Raises:
+            CallError: the inputs have other shapes, dtypes or devices than those of the first call.
+        """
+        form = [(x.shape, x.dtype, x.device) for x in inputs]
+        if self._way is None:
+            self._way, self._form = self._choose(inputs), form
+        if form != self._form:
+            raise CallError(
+                f"the run's inputs are {form}, and those of the first call were {self._form}: a run is captured for "
+                "one set of shapes. Make another one with whole_run"
+            )
+        return self._way(*inputs)
+
+    def _choose(self, inputs: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+        by_steps = functools.partial(self._run, Session(self._executable))
+        if self._recorder is None:
+            return by_steps
+        session = Session(dataclasses.replace(self._executable, replay=False))  # no graphs of variants inside a graph
+        graph = Replay(
+            lambda *tensors: [self._run(session, *tensors)], [False] * len(inputs), warm_ups=1, record=self._recorder
+        )
+        ways: dict[str, Callable[..., Tensor]] = {"by steps": by_steps, "one graph": lambda *x: graph(*x)[0]}
+        times = time_calls({name: functools.partial(way, *inputs) for name, way in ways.items()}, rounds=3)
+        self.seconds = {name: timing.median for name, timing in times.items()}
+        return ways[min(self.seconds, key=self.seconds.__getitem__)]
+
+    def _run(self, session: Session, *inputs: Tensor) -> Tensor:
+        session.reset()
+        with torch.no_grad():
+            return self._loop(session, *inputs)

@@ -1,0 +1,149 @@
+"""A whole sampling run as one recorded graph: what replays gives what the loop gives, for any noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import tcc
+from tcc import whole_run
+from tcc.errors import CallError, PlanError
+from tcc.samplers import sample
+from tcc.timing import Timing
+from tcc.whole_run import WholeRun
+from tests.tiny_models import case, dit, noise
+
+STEPS = 6
+LABELS = torch.tensor([1, 2])
+
+
+class Tape(TorchDispatchMode):
+    """Stands in for a CUDA graph: runs the operators of a call again, on the same memory, without its Python code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator, and note it down; the schedule's tables, in float64, stay on the host and may be read."""
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype != torch.float64:
+            raise RuntimeError("a value is read while a graph is captured")
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        """Run all of it again; every result goes where it was."""
+        with torch.no_grad():
+            self._replay()
+
+    def _replay(self) -> None:
+        for func, args, kwargs, out in self.calls:
+            for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+def record(call: Callable[[], Sequence[Tensor]], warm_ups: int) -> tuple[Callable[[], None], Sequence[Tensor]]:
+    """What `tcc.cuda_graphs.record` does, with a tape."""
+    for _ in range(warm_ups):
+        call()
+    with Tape() as tape:
+        outputs = call()
+    return tape.replay, outputs
+
+
+def loop(model: Any, start: Tensor, labels: Tensor) -> Tensor:
+    """DDIM with guidance: the sampler's arithmetic, and a model call at every step."""
+    return sample(model, start, labels, num_steps=STEPS, cfg_scale=1.5, null_class=10)
+
+
+def compiled() -> tcc.CompiledModel:
+    """A plan with reuse and pruned tokens in one run."""
+    which = case("dit")
+    inputs = (torch.cat([which.args[0]] * 2), torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64))
+    options: dict[str, Any] = {"keep": 0.5, "attention": "cached", "rotate": True}
+    info = tcc.inspect(which.model, *inputs)
+    plan = tcc.plans.tprr(info, num_steps=STEPS, k1=1, k2=1, **options)
+    return tcc.compile(which.model, plan, example_inputs=(inputs, {}), backend="eager")
+
+
+def choose(monkeypatch: pytest.MonkeyPatch, seconds: Mapping[str, float]) -> None:
+    """Every way is called once, and takes so long."""
+
+    def timed(calls: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, Timing]:
+        for call in calls.values():
+            call()
+        return {name: Timing((seconds[name],)) for name in calls}
+
+    monkeypatch.setattr(whole_run, "time_calls", timed)
+
+
+@pytest.mark.parametrize("faster", ["one graph", "by steps"])
+def test_the_faster_way_runs_and_gives_what_the_loop_gives(monkeypatch: pytest.MonkeyPatch, faster: str) -> None:
+    """Bit for bit, also for noise that was not there when the run was recorded; a replay runs no Python of the loop."""
+    choose(monkeypatch, {"one graph": 1.0, "by steps": 1.0} | {faster: 0.5})
+    model, called = compiled(), []
+
+    def counted(*args: Any) -> Tensor:
+        called.append(args)
+        return loop(*args)
+
+    run = WholeRun(model._executable(0), counted, recorder=record)
+    for seed in range(3):
+        start = noise(2, 4, 8, 8, seed=seed)
+        assert torch.equal(run(start, LABELS), loop(model.new_session(), start, LABELS))
+    assert run.seconds[faster] == 0.5
+    assert len(called) == {"one graph": 3, "by steps": 6}[faster]  # one by steps; warm-up and recording
+
+
+def test_images_are_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recorded run against the interpreter."""
+    choose(monkeypatch, {"one graph": 0.5, "by steps": 1.0})
+    model = compiled()
+    run, start = WholeRun(model._executable(0), loop, recorder=record), noise(2, 4, 8, 8, seed=5)
+    run(noise(2, 4, 8, 8, seed=4), LABELS)
+    torch.testing.assert_close(run(start, LABELS), loop(tcc.Reference(case("dit").model, model.plan), start, LABELS))
+
+
+def test_a_loop_that_reads_a_value_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-in refuses it as CUDA does: so the loops above read none, and nor does a session."""
+    choose(monkeypatch, {"one graph": 0.5, "by steps": 1.0})
+    run = WholeRun(compiled()._executable(0), lambda m, x, y: x * float(x.mean()), recorder=record)
+    with pytest.raises(RuntimeError, match="a value is read while a graph is captured"):
+        run(noise(2, 4, 8, 8), LABELS)
+
+
+def test_without_a_recorder_the_loop_runs_as_it_is() -> None:
+    """On CPUs; for one set of shapes too."""
+    model, start = compiled(), noise(2, 4, 8, 8)
+    run = model.whole_run(loop)
+    assert torch.equal(run(start, LABELS), loop(model.new_session(), start, LABELS))
+    assert run.seconds == {}
+    with pytest.raises(CallError, match=r"the run's inputs are .*, and those of the first call were "):
+        run(start[:1], LABELS[:1])
+    with pytest.raises(PlanError, match="nothing is compiled yet"):
+        tcc.compile(case("dit").model, model.plan).whole_run(loop)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device, and there is none")
+@pytest.mark.parametrize("faster", ["one graph", "by steps"])
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_run_on_a_gpu(monkeypatch: pytest.MonkeyPatch, faster: str, mode: str) -> None:
+    """The same with CUDA graphs and Inductor."""
+    choose(monkeypatch, {"one graph": 1.0, "by steps": 1.0} | {faster: 0.5})
+    model = dit().model.cuda()
+    inputs = tuple(x.cuda() for x in (torch.zeros(4, 4, 8, 8), torch.zeros(4).long(), torch.zeros(4).long()))
+    plan = tcc.plans.tprr(tcc.inspect(model, *inputs), num_steps=STEPS, k1=1, k2=1, keep=0.5)
+    made = tcc.compile(model, plan, example_inputs=(inputs, {}), mode=mode)
+    run = made.whole_run(loop)
+    for seed in range(3):
+        start = noise(2, 4, 8, 8, seed=seed).cuda()
+        torch.testing.assert_close(run(start, LABELS.cuda()), loop(made.new_session(), start, LABELS.cuda()))
