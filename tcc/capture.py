@@ -5,6 +5,7 @@ The only module that touches the exported program's inner form.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import warnings
@@ -27,6 +28,9 @@ from tcc.passes.normalize import Normalize
 __all__ = ["Captured", "InputSpec", "capture"]
 
 logger = logging.getLogger(__name__)
+
+#: What an argument is that is certainly no structure.
+_LEAVES = frozenset({torch.Tensor, bool, int, float, str, type(None)})
 
 
 @dataclass(frozen=True)
@@ -108,15 +112,17 @@ class Captured:
             CallError: the call's structure, a constant, a shape (ShapeError), a dtype or a device differs from the
                 capture.
         """
-        bound = _bind(self.signature, args, kwargs)
-        leaves, spec = pytree.tree_flatten(bound)
-        if spec != self.in_spec:
-            raise CallError(self._other_structure(spec))
+        leaves = self._plain_leaves(args, kwargs)
+        if leaves is None:
+            leaves, spec = pytree.tree_flatten(_bind(self.signature, args, kwargs))
+            if spec != self.in_spec:
+                raise CallError(self._other_structure(spec))
         tensors = []
         for position, leaf in enumerate(leaves):
             if position not in self.constants:
                 tensors.append(leaf)
             elif not _same_constant(leaf, self.constants[position]):
+                bound = _bind(self.signature, args, kwargs)
                 raise CallError(
                     f"argument {self._leaf_name(bound, position)} is {_shown(leaf)} but was "
                     f"{self.constants[position]!r} at capture: values that are not tensors are compiled in; pass a "
@@ -125,6 +131,27 @@ class Captured:
         for spec_, tensor in zip(self.inputs, tensors, strict=True):
             spec_.check(tensor)
         return [tensor.contiguous() for tensor in tensors]  # itself, unless it is a slice, a transpose or the like
+
+    @functools.cached_property
+    def _defaults(self) -> tuple[tuple[str, Any], ...] | None:
+        """The forward's parameters and their defaults, where each was one tensor or constant at capture; else None."""
+        found = [] if self.signature is None else list(self.signature.parameters.values())
+        if not found or any(parameter.kind is not parameter.POSITIONAL_OR_KEYWORD for parameter in found):
+            return None
+        plain = self.in_spec == pytree.tree_structure(((0,) * len(found), {}))
+        return tuple((parameter.name, parameter.default) for parameter in found) if plain else None
+
+    def _plain_leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
+        """The leaves of a call that has the captured structure at first sight; None where it takes a closer look.
+
+        A step's time beside its graph would else be spent on binding and flattening.
+        """
+        if self._defaults is None:
+            return None
+        rest = self._defaults[len(args) :]
+        leaves = [*args, *(kwargs.get(name, default) for name, default in rest)]
+        known = len(leaves) == len(self._defaults) and sum(name in kwargs for name, _ in rest) == len(kwargs)
+        return leaves if known and all(type(leaf) in _LEAVES for leaf in leaves) else None
 
     def _other_structure(self, spec: pytree.TreeSpec) -> str:
         """What to say of a call whose arguments have the structure `spec`."""
