@@ -320,3 +320,37 @@ def test_debug_shows_the_traceback(run: Invoke) -> None:
     result = CliRunner().invoke(app, ["--debug", "inspect", "nothing"])
 
     assert type(result.exception).__name__ == "ModelError"
+
+
+PLAN = ["plan", "--model", "tiny:make", "--policy", "fora", "--steps", "4", "--batch", "4"]
+
+
+def test_slots_are_narrowed_and_kept_to_a_budget(run: Invoke) -> None:
+    """`--slot-dtype` is part of the plan; `--max-slot-bytes` refuses what needs more, in any unit."""
+    run(*PLAN, "--out", "wide.safetensors")
+    run(*PLAN, "--out", "narrow.safetensors", "--slot-dtype", "bfloat16", "--max-slot-bytes", "16KiB")
+    wide, narrow = (CachePlan.load(f"{name}.safetensors") for name in ("wide", "narrow"))
+    assert wide.cost is not None
+    assert narrow.cost is not None
+    assert (wide.cost.slot_bytes, narrow.cost.slot_bytes) == (2**15, 2**14)
+    assert (wide.slot_dtype, narrow.slot_dtype) == (None, torch.bfloat16)
+    message = plain(run(*PLAN, "--max-slot-bytes", "16384", exit_code=1).output)
+    assert "slots take 32 KiB for the captured batch, and max_slot_bytes allows 16 KiB" in message
+    assert "slot_dtype=torch.bfloat16 saves 16 KiB" in message
+
+
+def test_a_size_that_is_none_is_refused(run: Invoke) -> None:
+    """With the units there are."""
+    output = plain(run(*PLAN, "--max-slot-bytes", "20 MB", exit_code=2).output)
+    assert "'20 MB' is no size: write bytes, such as 1048576, or 512KiB, 20MiB" in output
+    assert "bfloat16" in plain(run(*PLAN, "--slot-dtype", "int8", exit_code=2).output)
+
+
+def test_sampling_keeps_to_a_budget_and_compiles_regionally(run: Invoke, weights: str) -> None:
+    """Both reach the compiler."""
+    run(*PLAN, "--model", weights, "--batch", "2", "--out", "plan.safetensors")
+    sample_it = ["sample", "--model", weights, "--plan", "plan.safetensors", "--classes", "1", "--backend", "eager"]
+    run(*sample_it, "--regional", "--out", "regional.png", "--max-slot-bytes", "16KiB")
+    run(*sample_it, "--out", "whole.png")
+    assert Path("regional.png").read_bytes() == Path("whole.png").read_bytes()
+    assert "max_slot_bytes allows 1 KiB" in plain(run(*sample_it, "--max-slot-bytes", "1KiB", exit_code=1).output)

@@ -17,17 +17,34 @@ from tcc.runtime import Compiled, Executable, Known, lower
 __all__ = ["executables"]
 
 
-def executables(info: ModelInfo, plans: Mapping[str, CachePlan], backend: str) -> dict[str, Executable]:
+def executables(
+    info: ModelInfo,
+    plans: Mapping[str, CachePlan],
+    backend: str,
+    *,
+    regional: bool = False,
+    max_slot_bytes: int | None = None,
+) -> dict[str, Executable]:
     """Compile every plan for one model that was captured once; the bar moves on with each new variant.
 
+    Args:
+        info: the model.
+        plans: the plans, by name.
+        backend: what compiles.
+        regional: see `tcc.compile`.
+        max_slot_bytes: see `tcc.compile`.
+
     Raises:
-        PlanError: a plan is not for this model.
+        PlanError: a plan is not for this model, or its slots take more than `max_slot_bytes`.
     """
     for plan in plans.values():
         check_model(plan, info.key)
     variants: dict[StepKind, Variant] = {}  # several plans of one model share variants: each is made once
     with screen.status("rewriting the graph"):
-        programs = {n: build_program(info.captured, info.analysis, plan, known=variants) for n, plan in plans.items()}
+        programs = {
+            name: build_program(info.captured, info.analysis, plan, known=variants, max_slot_bytes=max_slot_bytes)
+            for name, plan in plans.items()
+        }
     begun, runners = itertools.count(), dict[Known, Compiled]()
     with screen.bar("compiling", len(variants)) as bar:
 
@@ -36,7 +53,7 @@ def executables(info: ModelInfo, plans: Mapping[str, CachePlan], backend: str) -
             bar.describe(f"{name}: {line}")
 
         compiled = {
-            name: lower(program, backend, progress=functools.partial(begin, name), known=runners)
+            name: lower(program, backend, progress=functools.partial(begin, name), known=runners, regional=regional)
             for name, program in programs.items()
         }
         bar(len(variants), len(variants))

@@ -50,6 +50,8 @@ def demo(
     seconds: options.Seconds = 60.0,
     threads: options.Threads = None,
     backend: options.Backend = "inductor",
+    regional: options.Regional = False,
+    slot_dtype: options.SlotDtype = None,
     model: options.WeightsName = "reference",
 ) -> None:
     """Show what tcc does: one image per class, uncached and through several plans, in the same noise.
@@ -74,12 +76,16 @@ def demo(
     info = look(dit, task.inputs(task.noise, 0), {}, model)
     with screen.status("planning"):
         made = make_plans(info, steps)
-    rows = _measure(task, dit, made, executables(info, made, backend), rounds, seconds)
+        if slot_dtype is not None:
+            dtype = getattr(torch, slot_dtype)
+            made = {name: info.count(replace(plan, slot_dtype=dtype)) for name, plan in made.items()}
+    rows = _measure(task, dit, made, executables(info, made, backend, regional=regional), rounds, seconds)
     caption = _caption(rows, steps, cfg, seed)
     screen.out().print(_table(rows))
     screen.note(caption)
     draw_sheet(out, [SheetRow(r.method.name, _detail(r), r.images) for r in rows], class_names(dit, labels), caption)
-    screen.write_json(json, _record(rows, made, {"cfg": cfg, "seed": seed, "backend": backend, "model": model}))
+    settings = {"cfg": cfg, "seed": seed, "backend": backend, "regional": regional, "model": model}
+    screen.write_json(json, _record(rows, made, settings))
     screen.note(f"wrote {out}; {time.perf_counter() - began:.0f} s in all")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,10 +15,13 @@ __all__ = [
     "Classes",
     "InputSize",
     "Json",
+    "MaxSlotBytes",
     "ModelName",
+    "Regional",
     "Rounds",
     "Seconds",
     "Seed",
+    "SlotDtype",
     "Threads",
     "TrainedName",
     "WeightsName",
@@ -79,6 +83,36 @@ Rounds = Annotated[int, typer.Option(min=1, help="How often every method is run.
 Seconds = Annotated[float, typer.Option(help="No further round begins after so many seconds of measuring.")]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="CPU threads. [dim]default: torch's choice, or 1 on a busy machine[/]")
+]
+
+
+def byte_count(text: str) -> int:
+    """The bytes in `1048576`, `512KiB`, `20MiB` or `1.5GiB`.
+
+    Raises:
+        typer.BadParameter: not such a size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(B|KiB|MiB|GiB)?", text.strip())
+    if found is None:
+        raise typer.BadParameter(f"{text!r} is no size: write bytes, such as 1048576, or 512KiB, 20MiB, 1.5GiB")
+    return int(float(found[1]) * 1024 ** ("B", "KiB", "MiB", "GiB").index(found[2] or "B"))
+
+
+MaxSlotBytes = Annotated[
+    int | None,
+    typer.Option(
+        metavar="BYTES",
+        parser=byte_count,
+        help="Refuse a plan whose slots take more: [bold]1048576[/], [bold]512KiB[/], [bold]20MiB[/].",
+        show_default=False,
+    ),
+]
+SlotDtype = Annotated[
+    Literal["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"] | None,
+    typer.Option(help="Round what slots keep to this dtype: fewer bytes, and an error to measure.", show_default=False),
+]
+Regional = Annotated[
+    bool, typer.Option("--regional", help="Compile a block once for all of its copies: deep models compile faster.")
 ]
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from tcc.cli import options, screen
@@ -52,6 +54,8 @@ def plan(
     explain: Explain = False,
     steps: Steps = 50,
     shift: Shift = False,
+    slot_dtype: options.SlotDtype = None,
+    max_slot_bytes: options.MaxSlotBytes = None,
     out: Out = None,
     png: Png = None,
     json: options.Json = None,
@@ -71,6 +75,7 @@ def plan(
       tcc plan --policy fora -o interval=3 --png fora.png
       tcc plan --policy fora -o interval=2 --shifted --out dpm.safetensors
       tcc plan -o keep=0.25 -o rotate=true --out plan.safetensors
+      tcc plan --policy fora --slot-dtype bfloat16 --max-slot-bytes 8MiB
       tcc plan --model DiT-S/2 --batch 2 -o blocks=2-11
       tcc inspect plan.safetensors
     """
@@ -89,6 +94,10 @@ def plan(
     with screen.status("planning"):
         made = make(info, num_steps=steps, **chosen)
         made = shifted(info, made) if shift else made
+        if slot_dtype is not None:
+            made = info.count(replace(made, slot_dtype=getattr(torch, slot_dtype)))
+        if max_slot_bytes is not None:
+            made.memory(info, max_slot_bytes)  # refuses the plan if it needs more
     _show(made, subject.label, out, png, json)
 
 

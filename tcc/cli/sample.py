@@ -52,6 +52,8 @@ def sample(
     seed: options.Seed = 0,
     out: Out = Path("samples.png"),
     backend: options.Backend = "inductor",
+    regional: options.Regional = False,
+    max_slot_bytes: options.MaxSlotBytes = None,
     model: options.WeightsName = "reference",
 ) -> None:
     """Draw images with a trained DiT, one per class label, through a cache plan.
@@ -76,7 +78,8 @@ def sample(
     info = look(dit, dit_inputs(dit.config, rows), {}, model)
     chosen = loaded or plans.full(info, num_steps=steps or 50)
     solver = _solver(sampler, chosen.num_steps)
-    session = Session(executables(info, {"plan": chosen}, backend)["plan"])
+    compiled = executables(info, {"plan": chosen}, backend, regional=regional, max_slot_bytes=max_slot_bytes)
+    session = Session(compiled["plan"])
     start = time.perf_counter()
     with screen.bar("sampling") as bar:
         images = run_sampler(
