@@ -30,7 +30,7 @@ class Rewrites:
     """Which of the rewrites are made that change time and memory alone; to measure what each of them is worth.
 
     Attributes:
-        merge_runs: neighbours with one token set gather once and scatter once.
+        merge_runs: neighbours with one token set, or sets within each other, gather once and scatter once.
         merge_spans: neighbours on the stream that are treated alike share one summed slot.
         drop_dead_stores: what no later step reads is not stored.
         drop_dead_parts: parts of products that nobody reads are not computed.
@@ -59,6 +59,7 @@ class StepKind:
         records: what the step notes down for the scores of later steps.
         slot_dtype: what slots keep wider values in.
         rewrites: what is left out of the pipeline.
+        nested: token sets that are within another, see `MergeRuns`.
     """
 
     entries: tuple[Entry, ...]
@@ -68,6 +69,7 @@ class StepKind:
     records: Records = NO_RECORDS
     slot_dtype: torch.dtype | None = None
     rewrites: Rewrites = ALL
+    nested: frozenset[tuple[int, int]] = frozenset()
 
     @property
     def slots(self) -> frozenset[str]:
@@ -79,7 +81,7 @@ def variant_passes(kind: StepKind) -> list[Pass]:
     """The passes for one kind of step, in order."""
     narrow = [NarrowSlots(kind.slots, kind.slot_dtype)] if kind.slot_dtype else []
     live = [DropDeadStores(kind.live)] if kind.rewrites.drop_dead_stores else []
-    merge = [MergeRuns()] if kind.rewrites.merge_runs else []
+    merge = [MergeRuns(kind.nested)] if kind.rewrites.merge_runs else []
     return [
         # first: names of sites are names of this graph
         InsertSlots(kind.entries, kind.sets, kind.num_tokens, kind.records),

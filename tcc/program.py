@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -130,6 +131,7 @@ def build_program(
     """
     check_sites(plan, analysis)
     kinds, tables = _step_kinds(plan, analysis, rewrites)
+    kinds = _share_nesting(kinds, [_nested(plan, table.tokens) for table in tables])
     made = _Making(captured, analysis, plan, tables, check, progress, {} if known is None else known)
     program = made.program(_share_stores(kinds))
     if max_slot_bytes is not None and program.slot_bytes > max_slot_bytes:  # more variants, and fewer slots at a time
@@ -271,6 +273,26 @@ def _records(
         aged.append((site, None if isinstance(action, Compute) else number))
     shape = (analysis.batch, analysis.num_tokens)
     return Records(tuple(zip(computed, where, strict=True)), tuple(aged), shape)
+
+
+def _nested(plan: CachePlan, names: Sequence[str | TopK]) -> frozenset[tuple[int, int]]:
+    """Token sets that are within the one before, as where later blocks of a run keep fewer tokens."""
+    return frozenset(
+        (number + 1, number)
+        for number, (outer, inner) in enumerate(itertools.pairwise(names))
+        if isinstance(outer, str)
+        and isinstance(inner, str)
+        and bool(torch.isin(plan.tokens[inner], plan.tokens[outer]).all())
+    )
+
+
+def _share_nesting(kinds: list[StepKind], nested: list[frozenset[tuple[int, int]]]) -> list[StepKind]:
+    """The kinds with the sets that are nested at all steps of one kind: chance at one step makes no variant."""
+    common: dict[StepKind, frozenset[tuple[int, int]]] = {}
+    keys = [replace(kind, live=frozenset()) for kind in kinds]
+    for key, pairs in zip(keys, nested, strict=True):
+        common[key] = common.get(key, pairs) & pairs
+    return [replace(kind, nested=common[key]) for kind, key in zip(kinds, keys, strict=True)]
 
 
 def _share_stores(kinds: list[StepKind]) -> list[StepKind]:

@@ -15,7 +15,7 @@ import pytest
 from tests.scripts import imported
 
 SIZES = {"input_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
-NAMES = ["FORA, N=2", "a quarter of the tokens, kept"]
+NAMES = ["FORA, N=2", "a quarter of the tokens, kept", "a half to an eighth of the tokens, by depth"]
 
 
 @pytest.fixture(scope="module")
