@@ -140,6 +140,7 @@ def test_the_harness_measures_methods_side_by_side(
     monkeypatch.setitem(peers.SUBJECTS, "tiny", lambda: tiny)
     options = ["--model", "tiny", "--steps", "4", "--batch", "2", "--backend", "eager", "--rounds", "1"]
     options += ["--threads", str(torch.get_num_threads()), "--results", str(tmp_path / "out")]
+    options += ["--fd-images", "4"]
     assert peers.main([*options, "--only", "FORA N=2,FirstBlockCache 0.2,broadcast N=2"]) == 0
     record = json.loads((tmp_path / "out" / "peers-tiny-2x4.json").read_text())
     rows = {(row["method"], row["mode"]): row for row in record["rows"]}
@@ -148,6 +149,7 @@ def test_the_harness_measures_methods_side_by_side(
     assert rows["uncached", "eager"]["identical"]
     assert rows["FORA N=2", "tcc"]["bound"] > 1.3
     assert rows["FirstBlockCache 0.2", "eager"]["seconds"] > 0
+    assert rows["FirstBlockCache 0.2", "eager"]["fd"] == rows["FirstBlockCache 0.2", "torch.compile"]["fd"] > 0
     failed = rows["PyramidAttentionBroadcast N=2", "eager"]
     assert "match no module" in failed["reason"]
     assert failed["seconds"] is None
@@ -155,7 +157,7 @@ def test_the_harness_measures_methods_side_by_side(
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json", ".md", ".png"}
 
     earlier = tmp_path / "out" / "peers-tiny-2x4.json"
-    more = [*options[:-1], str(tmp_path / "more"), "--with", str(earlier)]
+    more = [*options, "--fd-images", "0", "--results", str(tmp_path / "more"), "--with", str(earlier)]
     assert peers.main([*more, "--only", "FORA N=3"]) == 0
     joined = json.loads((tmp_path / "more" / "peers-tiny-2x4.json").read_text())
     assert joined["rows"][: len(record["rows"])] == record["rows"]
