@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.figure import Figure
 from rich.markup import escape
@@ -17,6 +17,7 @@ __all__ = ["Line", "failures", "front", "markdown", "plot", "table"]
 
 UNCACHED = "uncached"
 _MARKERS = "osD^v<>Pp*Xh8d"
+_FILLED: dict[str, Literal["none", "left"]] = {"eager": "none", "compiled blocks": "left"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,8 +176,8 @@ def front(lines: Sequence[Line]) -> list[Line]:
 
 
 def plot(lines: Sequence[Line], title: str, path: Path) -> None:
-    """Speedup against closeness: filled where compiled, hollow where eager; the front as a line. Nothing uncached."""
-    figure = Figure(figsize=(9.5, 5.6), dpi=110, layout="constrained")
+    """Speedup against closeness: hollow where eager, half filled where blocks are compiled; the front as a line."""
+    figure = Figure(figsize=(11, 6), dpi=110, layout="constrained")
     axes = figure.subplots()
     shown = [
         line
@@ -189,13 +190,13 @@ def plot(lines: Sequence[Line], title: str, path: Path) -> None:
             color = f"C{number % 10}"
             axes.plot(
                 *_points(members), ls="none", ms=7, marker=_MARKERS[number % len(_MARKERS)], color=color,
-                mfc="none" if mode == "eager" else color, label=f"{family}, {mode}",
+                fillstyle=_FILLED.get(mode, "full"), label=f"{family}, {mode}",
             )  # fmt: skip
     axes.plot(*_points(front(shown)), "k:", lw=1, zorder=0, label="front")
     images = any(line.psnr is not None for line in shown)
     axes.set_xlabel("speedup over the uncached model under torch.compile")
     axes.set_ylabel("PSNR to the uncached images, dB" if images else "uncached result / error, dB")
-    figure.suptitle(textwrap.fill(title, 100), fontsize=9)
+    axes.set_title(textwrap.fill(title, 100), fontsize=9)
     axes.grid(alpha=0.25)
     figure.legend(loc="outside right upper", fontsize=7, frameon=False)
     figure.savefig(path, facecolor="white")
