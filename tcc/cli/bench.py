@@ -53,9 +53,6 @@ Mode = Annotated[
     Literal["default", "reduce-overhead"],
     typer.Option(help="Of the compilers; [bold]reduce-overhead[/] replays CUDA graphs."),
 ]
-Regional = Annotated[
-    bool, typer.Option("--regional", help="Through tcc, compile blocks once: quicker for deep models.")
-]
 Png = Annotated[
     Path | None,
     typer.Option(metavar="FILE", callback=options.in_a_folder, help="Draw speedup against closeness to the uncached."),
@@ -93,7 +90,7 @@ def bench(
     threads: options.Threads = None,
     backend: options.Backend = "inductor",
     mode: Mode = "default",
-    regional: Regional = False,
+    regional: options.Regional = False,
     device: Device = "cpu",
     dtype: Dtype = "float32",
     json: options.Json = None,
