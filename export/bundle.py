@@ -22,6 +22,7 @@ from tcc.driver import CompiledModel
 from tcc.errors import ExportError
 from tcc.export import manifest as manifests
 from tcc.export.graphs import model_outputs
+from tcc.export.inputs import describe
 from tcc.export.machine import Machine, versions
 from tcc.export.manifest import PLAN, TENSORS, WEIGHTS, Manifest, Step, TensorSpec, dtype_name, file_entry
 from tcc.export.stamp import stamp
@@ -177,9 +178,7 @@ def _write(
         target=target,
         device="cuda" if machine.arch else captured.inputs[0].device.type,
         arch=machine.arch,
-        inputs=tuple(
-            TensorSpec(i.name, i.shape, dtype_name(i.dtype), "input of the model's forward") for i in captured.inputs
-        ),
+        inputs=describe(captured),
         outputs=outputs,
         slots=tuple(
             TensorSpec(f"slot:{s.name}", s.shape, dtype_name(s.dtype), f"kept from step to step: {s.name}")

@@ -32,13 +32,14 @@ __all__ = [
     "WEIGHTS",
     "FileEntry",
     "Graph",
+    "Input",
     "Manifest",
     "Step",
     "TensorSpec",
 ]
 __all__ += ["dtype_name", "file_entry", "next_of", "read", "write"]
 
-FORMAT, VERSION = "tcc-bundle", 2
+FORMAT, VERSION = "tcc-bundle", 3
 #: Targets whose graphs are engines: for one GPU architecture and one version of a library, with weights of their own.
 ENGINES = ("tensorrt", "tensorrt-onnx", "tensorrt-rtx")
 MANIFEST, PLAN, WEIGHTS, TENSORS = "manifest.json", "plan.safetensors", "weights.safetensors", "tensors.safetensors"
@@ -84,6 +85,26 @@ class TensorSpec:
     def bytes(self) -> int:
         """Its size."""
         return math.prod(self.shape) * self.torch_dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Input(TensorSpec):
+    """What a call of the model takes.
+
+    Attributes:
+        role: its part in sampling: `sample`, `timestep`, `label`, ... (see `tcc.passes.inputs.InputFacts`).
+        axes: the name of each dimension, "" where it is not known.
+        values: whole numbers that are looked up lie in 0 to `values` - 1; 0 where nothing bounds them.
+    """
+
+    role: str = ""
+    axes: tuple[str, ...] = ()
+    values: int = 0
+
+    def __str__(self) -> str:
+        sizes = " x ".join(f"{size} {axis}".strip() for size, axis in zip(self.shape, self.axes, strict=True))
+        bounds = f" in 0 to {self.values - 1}" if self.values else ""
+        return f"{self.name}: {self.dtype}{bounds}, {sizes or 'one number'}; {self.meaning}"
 
 
 @dataclass(frozen=True)
@@ -147,7 +168,7 @@ class Manifest:
     target: str
     device: str
     arch: str
-    inputs: tuple[TensorSpec, ...]
+    inputs: tuple[Input, ...]
     outputs: tuple[TensorSpec, ...]
     slots: tuple[TensorSpec, ...]
     tensors: tuple[TensorSpec, ...]
@@ -342,6 +363,8 @@ def _check_spec(spec: TensorSpec) -> None:
         raise Malformed(f"{spec.name!r:.80} has an impossible shape")
     if spec.bytes > MAX_TENSOR_BYTES:
         raise Malformed(f"{spec.name!r:.80} has {spec.bytes} bytes, more than the {MAX_TENSOR_BYTES} of any tensor")
+    if isinstance(spec, Input) and (len(spec.axes) != len(spec.shape) or not 0 <= spec.values <= MAX_DIM):
+        raise Malformed(f"{spec.name!r:.80} has other axes than dimensions, or an impossible range")
 
 
 def _check_file(path: Path, entry: FileEntry) -> None:

@@ -7,9 +7,9 @@ a slot of its own, picks the step's variant by `If`, and looks token sets and co
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -20,13 +20,14 @@ from tcc.export.onnx import OPSET
 
 __all__ = ["START", "one_graph", "wire"]
 
+Spec = TypeVar("Spec", bound=TensorSpec)
 #: The input that says that a run begins.
 START = "START"
 
 
-def wire(spec: TensorSpec) -> TensorSpec:
+def wire(spec: Spec) -> Spec:
     """A tensor as it enters and leaves the graph: servers have no bfloat16, and float32 holds all its values."""
-    return TensorSpec(spec.name, spec.shape, "float32", spec.meaning) if spec.dtype == "bfloat16" else spec
+    return replace(spec, dtype="float32") if spec.dtype == "bfloat16" else spec
 
 
 def one_graph(folder: Path, manifest: Manifest) -> Any:

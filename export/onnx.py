@@ -72,6 +72,8 @@ def write_onnx(variant: Variant, weights: Weights, places: dict[str, Place], pat
         model.graph.register_initializer(value)
     for node in model.graph:
         node.metadata_props.clear()  # stack traces, longer than the graph
+        if node.op_type == "Clip" and len(node.inputs) == 2 and node.inputs[0].dtype == ir.DataType.INT64:
+            node.op_type = "Max"  # the same with a lower bound alone, and TensorRT clips real numbers only
     path.write_bytes(ir.serde.serialize_model(model).SerializeToString())
     return len(list(model.graph))
 

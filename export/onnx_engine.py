@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ from tcc.export.slots import Slots
 from tcc.export.stamp import KEY, compare, expected, read_stamp
 from tcc.export.weights import load_tensors
 
-__all__ = ["OnnxEngine", "open_onnx"]
+__all__ = ["OnnxEngine", "has_cuda", "open_onnx"]
+
+CUDA = "CUDAExecutionProvider"
 
 #: ONNX's numbers for dtypes (onnx.TensorProto.DataType), and ONNX Runtime's names for them.
 _DTYPES = {
@@ -24,20 +28,40 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def open_onnx(folder: Path, manifest: Manifest, device: torch.device) -> list[OnnxEngine]:
-    """A session of ONNX Runtime for every graph; all read one copy of the weights.
+def has_cuda() -> bool:
+    """Whether ONNX Runtime has its provider for CUDA.
 
     Raises:
-        ExportError: ONNX Runtime is missing, or has no provider for the device.
-        BundleError: a graph cannot be read, or is not the one that the manifest describes.
+        ExportError: ONNX Runtime is missing.
     """
+    return CUDA in _onnxruntime().get_available_providers()
+
+
+def _onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
         raise ExportError(
             "running an ONNX bundle needs ONNX Runtime: pip install onnxruntime (or onnxruntime-gpu)"
         ) from error
-    provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
+    return onnxruntime
+
+
+def open_onnx(folder: Path, manifest: Manifest, device: torch.device, *, prepack: bool = True) -> list[OnnxEngine]:
+    """A session of ONNX Runtime for every graph; on a CPU all read one copy of the weights.
+
+    Args:
+        folder: the bundle.
+        manifest: its manifest.
+        device: where to run.
+        prepack: whether each session may keep a copy of the weights that is laid out for its matrix products.
+
+    Raises:
+        ExportError: ONNX Runtime is missing, or has no provider for the device.
+        BundleError: a graph cannot be read, or is not the one that the manifest describes.
+    """
+    onnxruntime = _onnxruntime()
+    provider = CUDA if device.type == "cuda" else "CPUExecutionProvider"
     if provider not in onnxruntime.get_available_providers():
         raise ExportError(
             f"device {device}: this ONNX Runtime has no {provider}: pip install onnxruntime-gpu, or load on the CPU"
@@ -51,7 +75,7 @@ def open_onnx(folder: Path, manifest: Manifest, device: torch.device) -> list[On
             raise BundleError(f"{folder / WEIGHTS}: lacks {min(missing)!r:.80}, which graph {number} reads")
         try:
             shared = {name: values[name] for name in graph.weights}
-            session = _session(onnxruntime, folder / graph.file, shared, provider, device)
+            session = _session(onnxruntime, folder / graph.file, shared, provider, device, prepack)
             stamp = str(session.get_modelmeta().custom_metadata_map.get(KEY, ""))
         except Exception as error:  # ONNX Runtime has a dozen exception types without a common base
             if type(error).__name__ == "NotImplemented":  # the graph is right: bfloat16 on a CPU for example
@@ -61,7 +85,7 @@ def open_onnx(folder: Path, manifest: Manifest, device: torch.device) -> list[On
                 ) from error
             raise BundleError(f"{folder / graph.file}: ONNX Runtime cannot read the graph ({error})") from error
         compare(str(folder / graph.file), read_stamp(str(folder / graph.file), stamp), wanted)
-        engines.append(OnnxEngine(session, graph, manifest, device, keep=weights))
+        engines.append(OnnxEngine(session, graph, manifest, device, keep=(weights, values)))
     return engines
 
 
@@ -122,13 +146,40 @@ def _shared(onnxruntime: Any, tensor: torch.Tensor) -> Any:
     return onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy())
 
 
-def _session(onnxruntime: Any, path: Path, weights: dict[str, Any], provider: str, device: torch.device) -> Any:
+def _session(
+    onnxruntime: Any, path: Path, weights: dict[str, Any], provider: str, device: torch.device, prepack: bool
+) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors: warnings are about what its optimiser did not use
     options.intra_op_num_threads = torch.get_num_threads()
-    options.add_external_initializers(list(weights), list(weights.values()))
-    settings = {"device_id": device.index or 0} if device.type == "cuda" else {}
+    settings = {}
+    if device.type == "cuda":
+        settings = {"device_id": device.index or 0}
+        options.add_external_initializers(list(weights), list(weights.values()))
+    else:
+        _share(onnxruntime, options, weights, prepack)
     return onnxruntime.InferenceSession(str(path), options, providers=[(provider, settings)])
+
+
+def _share(onnxruntime: Any, options: Any, weights: dict[str, Any], prepack: bool) -> None:
+    """Let a session on a CPU read the weights where they are, and use the memory of other sessions for its values."""
+    for name, weight in weights.items():
+        options.add_initializer(name, weight)
+    if all(weight.data_type() == "tensor(float)" for weight in weights.values()):
+        # it would make a transposed copy of most weights; half precision is computed in float32, and needs the copies
+        options.add_session_config_entry("optimization.disable_specified_optimizers", "ConstantFolding")
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    _one_arena(onnxruntime)
+    options.add_session_config_entry("session.use_env_allocators", "1")
+
+
+@functools.cache
+def _one_arena(onnxruntime: Any) -> None:
+    """Register an allocator that sessions of this process share."""
+    arena, default = onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, onnxruntime.OrtMemType.DEFAULT
+    with contextlib.suppress(Exception):  # the process has one already
+        onnxruntime.create_and_register_allocator(onnxruntime.OrtMemoryInfo("Cpu", arena, 0, default), None)
 
 
 def _check(file: str, what: str, found: Sequence[Any], names: Sequence[str], specs: Mapping[str, TensorSpec]) -> None:

@@ -13,7 +13,7 @@ from tcc.errors import BundleError, CallError, ExportError
 from tcc.export.aoti_engine import open_aoti
 from tcc.export.check_steps import check_steps, read_plan
 from tcc.export.manifest import ENGINES, TENSORS, Manifest, TensorSpec, read
-from tcc.export.onnx_engine import open_onnx
+from tcc.export.onnx_engine import has_cuda, open_onnx
 from tcc.export.slots import Slots
 from tcc.export.tensorrt_engine import open_tensorrt
 from tcc.export.tensorrt_rtx import open_rtx
@@ -33,7 +33,7 @@ class Engine(Protocol):
         """Run the graph."""
 
 
-_OPEN: dict[str, Callable[[Path, Manifest, torch.device], Any]] = {
+_OPEN: dict[str, Callable[..., Any]] = {
     "onnx": open_onnx,
     "aoti": open_aoti,
     "tensorrt": open_tensorrt,
@@ -43,14 +43,21 @@ _OPEN: dict[str, Callable[[Path, Manifest, torch.device], Any]] = {
 
 
 def load(
-    path: str | os.PathLike[str], *, device: str | torch.device | None = None, max_slot_bytes: int = 2**36
+    path: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    max_slot_bytes: int = 2**36,
+    prepack: bool = True,
 ) -> Runner:
     """Load a bundle, to run it without the model's Python code.
 
     Args:
         path: the bundle's folder.
-        device: where to run; the device that it was exported for if not given.
+        device: where to run. If not given: a CUDA device where the bundle is of ONNX graphs and both torch and ONNX
+            Runtime can use one, else the device that it was exported for.
         max_slot_bytes: refuse a bundle whose slots are larger than this.
+        prepack: let ONNX Runtime, on a CPU, keep a copy of the weights for each graph that is laid out for its matrix
+            products. Without, steps take a few per cent longer and the weights are in memory once.
 
     Returns:
         A runner: call it like the model, once per denoising step.
@@ -69,7 +76,7 @@ def load(
             f"{folder}: slots of {manifest.slot_bytes / 2**30:.1f} GiB; at most {max_slot_bytes / 2**30:.1f} GiB: pass "
             "max_slot_bytes if that is meant"
         )
-    where = _device(device or manifest.device)
+    where = _device(device or _default_device(manifest))
     if manifest.target in ENGINES and (where.type != "cuda" or not torch.cuda.is_available()):
         raise ExportError(
             f"{folder}: its {manifest.target} engines run on an NVIDIA GPU ({manifest.arch}); "
@@ -91,8 +98,14 @@ def load(
     check_steps(folder, manifest, plan, tensors)
     if where.type == "cuda" and where.index is None:
         where = torch.device("cuda", torch.cuda.current_device())  # what callers' tensors say
-    engines = _OPEN[manifest.target](folder, manifest, where)
+    settings = {"prepack": prepack} if manifest.target == "onnx" else {}
+    engines = _OPEN[manifest.target](folder, manifest, where, **settings)
     return Runner(plan, manifest, engines, {name: tensor.to(where) for name, tensor in tensors.items()}, where)
+
+
+def _default_device(manifest: Manifest) -> str:
+    """Graphs of ONNX run on any device; all others on what they were made for."""
+    return "cuda" if manifest.target == "onnx" and torch.cuda.is_available() and has_cuda() else manifest.device
 
 
 def _device(name: str | torch.device) -> torch.device:
@@ -138,6 +151,7 @@ class Runner:
     Attributes:
         plan: the plan that it was made from.
         manifest: what the bundle holds.
+        device: where it runs.
         step: the next step.
         copied_bytes: what has been copied since the start, because a caller's tensor was not contiguous.
     """
@@ -153,7 +167,7 @@ class Runner:
         self.plan, self.manifest, self.step, self.copied_bytes = plan, manifest, 0, 0
         self._shared = (plan, manifest, engines, tensors, device)
         self._slots = Slots(manifest.slots, device)
-        self._device = device
+        self.device = device
         self._steps = [
             (engines[step.graph], {name: tensors[key] for name, key in step.tensors.items()}) for step in manifest.steps
         ]
@@ -223,7 +237,7 @@ class Runner:
         feeds = {}
         for spec in self.manifest.inputs:
             tensor = given[spec.name]
-            _check(spec, tensor, self._device)
+            _check(spec, tensor, self.device)
             feeds[spec.name] = tensor.detach().resolve_neg().contiguous()
             self.copied_bytes += 0 if feeds[spec.name].data_ptr() == tensor.data_ptr() else tensor.nbytes
         return feeds

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree  # no public pytree module in torch 2.11-2.13
 
-from tcc.export.manifest import Manifest
 from tcc.export.runner import Runner
 
-__all__ = ["StepError", "random_inputs", "verify"]
+__all__ = ["StepError", "verify"]
 
 
 @dataclass(frozen=True)
@@ -49,25 +48,12 @@ def verify(
     for step in range(runner.num_steps):
         tensors = inputs(step)
         specs = runner.manifest.inputs  # of other dtypes than the model's where Triton has no bfloat16
-        found = runner(*(tensor.to(spec.torch_dtype) for tensor, spec in zip(tensors, specs, strict=True)))
+        found = runner(*(t.to(runner.device, spec.torch_dtype) for t, spec in zip(tensors, specs, strict=True)))
         expected = [leaf for leaf in pytree.tree_leaves(compiled(*tensors)) if isinstance(leaf, torch.Tensor)]
         found = [found] if isinstance(found, torch.Tensor) else list(found)
         errors = [_error(a, b) for a, b in zip(found, expected, strict=True)]
         largest = max(errors, key=lambda pair: pair[1])
         yield StepError(step, runner.manifest.steps[step].graph, *largest)
-
-
-def random_inputs(manifest: Manifest, given: list[torch.Tensor], seed: int = 0) -> Callable[[int], list[torch.Tensor]]:
-    """Inputs for `verify`: normal noise of a step's own for floating-point inputs, `given` for all others."""
-
-    def inputs(step: int) -> list[torch.Tensor]:
-        generator = torch.Generator().manual_seed(seed * 100_003 + step)
-        return [
-            torch.randn(spec.shape, generator=generator).to(tensor) if tensor.is_floating_point() else tensor
-            for spec, tensor in zip(manifest.inputs, given, strict=True)
-        ]
-
-    return inputs
 
 
 def _error(found: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:

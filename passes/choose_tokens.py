@@ -223,11 +223,12 @@ def _highest(build: _Build, scores: fx.Node, choice: Choice) -> tuple[fx.Node, f
         is_kept = _from_cells(build, build(aten.lt.Scalar, _ranks(build, cells), each), always, choice)
     else:
         is_kept = build(aten.lt.Scalar, _ranks(build, scores), choice.count)
-    ones = build(aten._to_copy.default, is_kept, dtype=torch.int64)
-    so_far = build(aten.cumsum.default, ones, 1)
+    ones = build(aten._to_copy.default, is_kept, dtype=torch.float32)  # TensorRT has running sums of real numbers alone
+    so_far = build(aten.cumsum.default, ones, 1)  # exact: far fewer than 2**24 tokens
     place = build(aten.sub.Tensor, build(aten.mul.Tensor, so_far, ones), 1)
+    place = build(aten._to_copy.default, place, dtype=torch.int64)
     # the p-th kept token stands behind as many tokens as have fewer than p + 1 kept ones up to them
-    number = build(aten.arange.default, choice.count, device=value(scores).device)
+    number = build(aten.arange.default, choice.count, dtype=torch.float32, device=value(scores).device)
     number = build(aten.view.default, number, [1, choice.count, 1])
     behind = build(aten.le.Tensor, build(aten.unsqueeze.default, so_far, 1), number)
     kept = build(aten.sum.dim_IntList, behind, [2])

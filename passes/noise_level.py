@@ -10,7 +10,7 @@ from torch import fx
 from tcc.passes.graph import output_values, shape, value
 from tcc.passes.macs import node_macs
 
-__all__ = ["noise_level", "samples"]
+__all__ = ["is_single", "noise_level", "reaches_wave", "samples"]
 
 aten = torch.ops.aten
 
@@ -31,7 +31,7 @@ def noise_level(graph: fx.Graph) -> int | None:
     taken for noise levels only if they are named so: positions become waves too.
     """
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    doubts = [(not _is_named(node), not _reaches_wave(node), _is_single(node)) for node in inputs]
+    doubts = [(not _is_named(node), not reaches_wave(node), is_single(node)) for node in inputs]
     single = [(*doubt, n) for n, doubt in enumerate(doubts) if doubt[2] and not (doubt[0] and doubt[1])]
     spread = [(*doubt, n) for n, doubt in enumerate(doubts) if _is_number(inputs[n]) and not any(doubt)]
     real = [(*doubts[n], n) for n, node in enumerate(inputs) if doubts[n][2] and value(node).is_floating_point()]
@@ -47,7 +47,7 @@ def samples(graph: fx.Graph) -> tuple[int, ...]:
     """
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     outputs = [shape(node) for node in output_values(graph) if isinstance(node, fx.Node)]
-    alike = {n: _alike(shape(node), outputs[0]) for n, node in enumerate(inputs) if outputs and not _is_single(node)}
+    alike = {n: _alike(shape(node), outputs[0]) for n, node in enumerate(inputs) if outputs and not is_single(node)}
     return tuple(position for position, count in alike.items() if count == max(alike.values()))
 
 
@@ -61,17 +61,18 @@ def _is_number(node: fx.Node) -> bool:
     return isinstance(val, torch.Tensor) and val.dtype != torch.bool and not val.is_complex()
 
 
-def _is_single(node: fx.Node) -> bool:
+def is_single(node: fx.Node) -> bool:
     """Whether it is a number, or one for each sample."""
     return _is_number(node) and all(size == 1 for size in shape(node)[1:])
 
 
 def _is_named(node: fx.Node) -> bool:
     words = set(str(node.target).lower().split("_"))
-    return bool(words & (_WORDS | _SINGLE_WORDS if _is_single(node) else _WORDS)) or {"noise", "level"} <= words
+    return bool(words & (_WORDS | _SINGLE_WORDS if is_single(node) else _WORDS)) or {"noise", "level"} <= words
 
 
-def _reaches_wave(start: fx.Node) -> bool:
+def reaches_wave(start: fx.Node) -> bool:
+    """Whether a sine or cosine is taken of it before anything is multiplied or looked up."""
     seen, todo = {start}, [start]
     while todo:
         for user in todo.pop().users:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 
+from rich.markup import escape
 from rich.table import Table
 
-from tcc.export.manifest import Manifest, TensorSpec
+from tcc.export.manifest import Input, Manifest, TensorSpec
 
 __all__ = ["bundle_tables", "made_for", "ranges"]
 
@@ -49,9 +50,17 @@ def ranges(numbers: Iterable[int]) -> str:
 
 def _tensors(title: str, groups: list[tuple[str, tuple[TensorSpec, ...]]]) -> Table:
     table = Table(title=title)
-    for column in ("what", "name", "shape", "dtype", "KiB"):
+    for column in ("what", "name", "shape", "dtype", "KiB", "meaning"):
         table.add_column(column, justify="right" if column == "KiB" else "left")
     for what, specs in groups:
         for spec in specs:
-            table.add_row(what, spec.name, " x ".join(map(str, spec.shape)), spec.dtype, f"{spec.bytes / 1024:.1f}")
+            cells = (what, spec.name, " x ".join(map(str, spec.shape)), spec.dtype, f"{spec.bytes / 1024:.1f}")
+            table.add_row(*cells, _meaning(spec) if isinstance(spec, Input) else "")
     return table
+
+
+def _meaning(spec: Input) -> str:
+    """What an input means, its range, and the names of its dimensions."""
+    bounds = f", 0 to {spec.values - 1}" if spec.values else ""
+    axes = ", ".join(axis or "?" for axis in spec.axes)
+    return f"{spec.meaning}{bounds}" + escape(f" [{axes}]")

@@ -16,7 +16,8 @@ from tcc.cli.subjects import Subject, load_subject
 from tcc.driver import compile
 from tcc.errors import ExportError
 from tcc.export import Written, bundle, load
-from tcc.export.verify import StepError, random_inputs, verify
+from tcc.export.inputs import random_inputs
+from tcc.export.verify import StepError, verify
 from tcc.plan import CachePlan
 
 __all__ = ["check", "export"]
@@ -114,11 +115,11 @@ def check(folder: Path, subject: Subject, plan: CachePlan, backend: str) -> list
         )
     leaves, spec = pytree.tree_flatten((subject.args, subject.kwargs))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-    given = [leaves[i].to(runner.manifest.device) for i in places]
+    given = [leaves[i] for i in places]
 
     def call(*tensors: torch.Tensor) -> Any:
         filled = dict(zip(places, tensors, strict=True))
-        args, kwargs = pytree.tree_unflatten([_near(filled.get(i, leaf), leaf) for i, leaf in enumerate(leaves)], spec)
+        args, kwargs = pytree.tree_unflatten([filled.get(i, leaf) for i, leaf in enumerate(leaves)], spec)
         return compiled(*args, **kwargs)
 
     allowed = _ALLOWED[runner.manifest.outputs[0].torch_dtype]
@@ -127,7 +128,7 @@ def check(folder: Path, subject: Subject, plan: CachePlan, backend: str) -> list
     for column in ("step", "graph", "largest", "relative"):
         table.add_column(column, justify="right")
     with screen.bar("verifying") as bar:
-        for error in verify(runner, call, random_inputs(runner.manifest, given)):
+        for error in verify(runner, call, random_inputs(runner.manifest.inputs, given, runner.num_steps)):
             errors.append(error)
             bar(error.step + 1, runner.num_steps)
             table.add_row(str(error.step), str(error.graph), f"{error.largest:.2e}", f"{error.relative:.2e}")
@@ -139,11 +140,6 @@ def check(folder: Path, subject: Subject, plan: CachePlan, backend: str) -> list
             "allowed: do not ship this bundle; please report the model and the plan"
         )
     return errors
-
-
-def _near(value: Any, like: Any) -> Any:
-    """`value` where `like` is: engines run on a GPU, and the model that they are compared with may not."""
-    return value.to(like.device) if isinstance(value, torch.Tensor) else value
 
 
 def facts(written: Written) -> dict[str, Any]:

@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 import tcc
+from tcc.export.inputs import describe, random_inputs
+from tcc.export.manifest import Manifest
 from tcc.info import ModelInfo
-from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, Skip, Update
-from tests.tiny_models import Case
+from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, Skip, TopK, Update
+from tcc.scores import Attended, Fixed, Norm, Probe, Score, Stale
+from tests.tiny_models import Case, case, noise
 
-__all__ = ["STEPS", "counts", "flat_inputs", "half", "mixed", "session"]
+__all__ = [
+    "STEPS",
+    "allowed_bytes",
+    "bundle_bytes",
+    "chosen",
+    "counts",
+    "flat_inputs",
+    "half",
+    "mixed",
+    "planned",
+    "session",
+]
 
 STEPS = 6
 
@@ -52,14 +69,53 @@ def counts(info: ModelInfo) -> CachePlan:
 
 
 def flat_inputs(which: Case, step: int) -> list[torch.Tensor]:
-    """The tensors of a call, in the order of the graph's inputs."""
-    args, kwargs = which.inputs(step)
-    return which.info.captured.flatten(args, kwargs)
+    """The tensors of a call, in the order of the graph's inputs; all are other ones at each step."""
+    return _random(which)(step)
 
 
-def session(which: Case) -> Any:
-    """The compiled model under the mixed plan, called with flat tensors."""
-    model = tcc.compile(which.model, mixed, example_inputs=(which.args, which.kwargs), backend="eager")
+@functools.cache
+def _random(which: Case) -> Callable[[int], list[torch.Tensor]]:
+    captured = which.info.captured
+    return random_inputs(describe(captured), captured.flatten(which.args, which.kwargs), STEPS)
+
+
+def chosen(info: ModelInfo) -> CachePlan:
+    """Half of the tokens, chosen in the graph for each sample by all that a score can be made of."""
+    tokens, width, first = info.num_tokens, info.analysis.stream_shape[-1], info.blocks[0]
+    terms = (
+        (1.0, Probe(f"{first}.stream", "hidden", "offset", "weight", "one")), (0.5, Attended(f"{first}.attn")),
+        (0.5, Norm(f"{first}.mlp.out")), (0.5, Norm(f"{first}.attn.kv")), (0.25, Stale(f"{first}.mlp.out")),
+        (0.25, Fixed("each")),
+    )  # fmt: skip
+    shapes = {"one": (tokens,), "each": (info.batch, tokens), "hidden": (width, 4), "offset": (4,), "weight": (4,)}
+    tables = {name: noise(*sizes, seed=40 + i) for i, (name, sizes) in enumerate(shapes.items())}
+    kept = Update(TopK("best", tokens // 2), "cached")
+    sites = [site.name for site in info.sites.values() if site.kind in ("out", "kv")]
+    actions: dict[tuple[int, str], Action] = {
+        (step, site): kept if step % 3 else Compute() for step in range(STEPS) for site in sites
+    }
+    return info.count(CachePlan(STEPS, actions, scores={"best": Score(terms)}, tables=tables))
+
+
+def planned(name: str) -> tuple[Case, Callable[[ModelInfo], CachePlan]]:
+    """The tiny model of that name and the mixed plan; `chosen` is the tiny DiT with tokens chosen in the graph."""
+    return (case("dit"), chosen) if name == "chosen" else (case(name), mixed)
+
+
+def bundle_bytes(folder: Path) -> int:
+    """The bytes of all files of a bundle."""
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def allowed_bytes(model: nn.Module, manifest: Manifest) -> float:
+    """What a bundle may take: 1.1 times the weights, the plan, and 2 MB for each graph."""
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return 1.1 * weights + manifest.files["plan.safetensors"].bytes + 2e6 * len(manifest.graphs)
+
+
+def session(which: Case, plan: Callable[[ModelInfo], CachePlan] = mixed) -> Any:
+    """The compiled model under a plan, called with flat tensors."""
+    model = tcc.compile(which.model, plan, example_inputs=(which.args, which.kwargs), backend="eager")
     return lambda *tensors: model.session._run(list(tensors))
 
 

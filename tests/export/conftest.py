@@ -11,19 +11,19 @@ import torch
 
 import tcc
 from tcc.export import Written, bundle
-from tests.export.bundles import mixed
+from tests.export.bundles import planned
 from tests.tiny_models import case
 
 
 @pytest.fixture(scope="session")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A function: the ONNX bundle of the tiny model of that name under the mixed plan, made once; not to be changed."""
+    """A function: the ONNX bundle of that name (see `planned`), made once; not to be changed."""
     folder = tmp_path_factory.mktemp("onnx")
 
     @functools.cache
     def make(name: str) -> Written:
-        which = case(name)
-        return bundle(which.model, mixed, (which.args, which.kwargs), folder / name)
+        which, plan = planned(name)
+        return bundle(which.model, plan, (which.args, which.kwargs), folder / name)
 
     return make
 
@@ -40,12 +40,12 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def packaged(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A function: the AOTInductor bundle of the tiny model of that name under the mixed plan, made once, likewise."""
+    """A function: the AOTInductor bundle of that name, made once, likewise."""
     folder = tmp_path_factory.mktemp("aoti")
 
     @functools.cache
     def make(name: str) -> Written:
-        which = case(name)
-        return bundle(which.model, mixed, (which.args, which.kwargs), folder / name, target="aoti")
+        which, plan = planned(name)
+        return bundle(which.model, plan, (which.args, which.kwargs), folder / name, target="aoti")
 
     return make

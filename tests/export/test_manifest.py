@@ -39,7 +39,7 @@ def test_the_original_loads(small: Path) -> None:
 
 
 CHANGES: list[tuple[Callable[[dict[str, Any]], object], str]] = [
-    (lambda d: d.update(version=1), r"version 1 of the format, and this tcc reads version 2"),
+    (lambda d: d.update(version=1), r"version 1 of the format, and this tcc reads version 3"),
     (lambda d: d.update(version=True), r"version True of the format"),
     (lambda d: d.update(format="zip"), r"not the manifest of a bundle"),
     (lambda d: d.update(target="shell"), r"made for the target 'shell'; known: onnx, aoti"),
@@ -80,7 +80,7 @@ CHANGES: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda d: d["slots"].append(d["slots"][0]), r"two slots have one name"),
     (lambda d: d["slots"].append(d["slots"][0] | {"name": "slot:big"}), r"no graph has the slot 'slot:big'"),
     (
-        lambda d: d["inputs"][0].update(shape=[1]),
+        lambda d: d["inputs"][0].update(shape=[1], axes=[""]),
         r"not the plan that the manifest is for: .*input 'x' has shape \[2, 12, 16\]",
     ),
     (
@@ -109,6 +109,8 @@ CHANGES: list[tuple[Callable[[dict[str, Any]], object], str]] = [
         lambda d: d.update(graphs=d["graphs"][:1] + d["graphs"][:0:-1]),
         r"the graph is 2, and the manifest says 1|is of another shape|cannot be given|nothing is given",
     ),
+    (lambda d: d["inputs"][0].update(axes=["batch"]), r"'x' has other axes than dimensions, or an impossible range"),
+    (lambda d: d["inputs"][0].update(values=-1), r"'x' has other axes than dimensions, or an impossible range"),
     (lambda d: d.update(device="xpu"), r"device 'xpu': bundles are for 'cpu' or 'cuda'"),
 ]
 

@@ -1,0 +1,109 @@
+"""How ONNX Runtime's sessions are made: the device, one copy of the weights, one arena."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tcc.errors import BundleError
+from tcc.export import load
+from tcc.export.onnx_engine import _session
+from tcc.export.verify import verify
+from tests.export.bundles import flat_inputs, session
+from tests.running import CLOSE
+from tests.tiny_models import case
+
+onnx = pytest.importorskip("onnx", reason="needs the ONNX packages: pip install 'tcc[onnx]'")
+import onnxruntime  # noqa: E402 # is installed with them
+
+CPU = torch.device("cpu")
+BOTH = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+
+@pytest.fixture
+def opened(written: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The providers of sessions that were asked for, on a machine that seems to have a GPU; none is opened."""
+    found: list[Any] = []
+    written("dit")  # before the machine seems so
+
+    def seem(path: str, options: Any, providers: list[Any]) -> None:
+        found.extend(providers)
+        raise RuntimeError("not opened")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", seem)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: BOTH)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    return found
+
+
+def test_a_bundle_for_the_cpu_runs_on_the_gpu_where_there_is_one(written: Any, opened: list[Any]) -> None:
+    """By ONNX Runtime's provider for CUDA, on the GPU that is asked for; unless the caller says otherwise."""
+    folder = written("dit").folder
+    assert written("dit").manifest.device == "cpu"
+    for device, expected in (
+        (None, ("CUDAExecutionProvider", {"device_id": 0})),
+        ("cuda:1", ("CUDAExecutionProvider", {"device_id": 1})),
+        ("cpu", ("CPUExecutionProvider", {})),
+    ):
+        opened.clear()
+        with pytest.raises(BundleError, match="not opened"):
+            load(folder, device=device)
+        assert opened == [expected]
+
+
+@pytest.mark.parametrize("missing", ["provider", "GPU"])
+def test_without_a_provider_or_a_gpu_the_default_is_what_it_was_made_for(
+    missing: str, written: Any, opened: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are needed: ONNX Runtime's provider, and a GPU that torch sees."""
+    if missing == "provider":
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: BOTH[1:])
+    else:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BundleError, match="not opened"):
+        load(written("dit").folder)
+    assert opened == [("CPUExecutionProvider", {})]
+
+
+def test_without_packing_the_results_are_the_same(written: Any) -> None:
+    """To the rounding of re-ordered sums."""
+    runner = load(written("dit").folder, device="cpu", prepack=False)
+    errors = list(verify(runner, session(case("dit")), functools.partial(flat_inputs, case("dit"))))
+    assert max(error.relative for error in errors) < CLOSE
+
+
+def test_sessions_share_the_weights(tmp_path: Path) -> None:
+    """Of three sessions on 16 MiB of weights none takes a copy without packing, and each takes one with it."""
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    weight = torch.randn(2048, 2048)
+    (tmp_path / "weights").write_bytes(weight.numpy().tobytes())
+    tensor = onnx.TensorProto(name="w", dims=weight.shape, data_type=kind, data_location=onnx.TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="weights")
+    nodes = [helper.make_node("Transpose", ["w"], ["v"], perm=[1, 0]), helper.make_node("MatMul", ["x", "v"], ["y"])]
+    ends = [helper.make_tensor_value_info(name, kind, [2, 3, 2048]) for name in "xy"]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], [tensor])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 22)], ir_version=10)
+    onnx.save(model, tmp_path / "g.onnx")
+    weights = {"w": onnxruntime.OrtValue.ortvalue_from_numpy(weight.numpy())}
+    x, grown = torch.randn(2, 3, 2048), {}
+    for prepack in (False, True):
+        before, sessions = _own_bytes(), []
+        for _ in range(3):
+            sessions.append(_session(onnxruntime, tmp_path / "g.onnx", weights, BOTH[1], CPU, prepack))
+            (found,) = sessions[-1].run(None, {"x": x.numpy()})
+            torch.testing.assert_close(torch.from_numpy(found), x @ weight.T, atol=1e-3, rtol=1e-3)
+        grown[prepack] = _own_bytes() - before
+    assert grown[False] < 12 * 2**20
+    assert grown[True] > 3 * 12 * 2**20
+
+
+def _own_bytes() -> int:
+    """What this process alone has in memory and has written to."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty:"))
