@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -10,21 +12,49 @@ from typer.core import TyperGroup
 
 import tcc
 from tcc.cli import screen
-from tcc.cli.bench import bench
-from tcc.cli.demo import demo
-from tcc.cli.export import export
-from tcc.cli.inspect import inspect
-from tcc.cli.plan import plan
-from tcc.cli.run import run
-from tcc.cli.sample import sample
-from tcc.cli.train import app as train
 from tcc.errors import TccError
 
 __all__ = ["app", "main"]
 
+#: The commands, in the order of the help: `<name>` of `tcc.cli.<name>`, a function or an app with commands of its own.
+NAMES = ("bench", "demo", "export", "inspect", "plan", "train", "run", "sample")
+
+
+class Files(Mapping[str, Any]):
+    """The commands by name; one is imported when it is asked for, so that none needs what only others do."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in NAMES:
+            raise KeyError(name)
+        if name not in self._made:
+            found, holder = getattr(importlib.import_module(f"tcc.cli.{name}"), name), typer.Typer(**_SETTINGS)
+            if isinstance(found, typer.Typer):
+                holder.add_typer(found, name=name)
+            else:
+                holder.command(name)(found)
+            self._made[name] = typer.main.get_group(holder).commands[name]
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(NAMES)
+
+    def __len__(self) -> int:
+        return len(NAMES)
+
 
 class Commands(TyperGroup):
     """The commands; an error that tcc raises on purpose becomes one line and exit code 1."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = Files()  # type: ignore[assignment]
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Their names, without importing them."""
+        return list(NAMES)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
@@ -37,12 +67,12 @@ class Commands(TyperGroup):
             raise typer.Exit(1) from None
 
 
+_SETTINGS: dict[str, Any] = {"rich_markup_mode": "rich", "pretty_exceptions_show_locals": False}
 app = typer.Typer(
     name="tcc",
     cls=Commands,
     no_args_is_help=True,
-    rich_markup_mode="rich",
-    pretty_exceptions_show_locals=False,
+    **_SETTINGS,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
 
@@ -80,16 +110,6 @@ def start(
     """
     if not debug:
         warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")  # torch.export, of its own code
-
-
-app.command()(bench)
-app.command()(demo)
-app.command()(export)
-app.command()(inspect)
-app.command()(plan)
-app.add_typer(train, name="train")
-app.command()(run)
-app.command()(sample)
 
 
 def main() -> None:

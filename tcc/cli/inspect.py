@@ -11,7 +11,6 @@ from safetensors import SafetensorError, safe_open
 
 from tcc.cli import options, screen
 from tcc.cli.bundles import bundle_tables
-from tcc.cli.subjects import load_subject, look
 from tcc.export.manifest import MANIFEST, read
 from tcc.plan import CachePlan
 from tcc.plan_file import FORMAT
@@ -59,6 +58,8 @@ def inspect(
             screen.out().print(table)
         screen.write_json(json, asdict(manifest))
         return
+    from tcc.cli.subjects import load_subject, look  # here: a bundle is shown without the code of any model
+
     subject = load_subject(name, batch=batch, input_size=input_size, device="meta")
     info = look(subject.model, subject.args, subject.kwargs, subject.label)
     table = info.table()

@@ -15,9 +15,9 @@ from tcc.train.objective import Target
 from tcc.train.predictors import FORMS, Sizes
 from tcc.train.weights import Choices, RouterWeights, TokenWeights, Weights
 
-__all__ = ["app"]
+__all__ = ["train"]
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
+train = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
 
 _LEARN, _PLAN, _RUN = "What is learned from what", "The plan", "How long and where"
 
@@ -151,7 +151,7 @@ Form = Annotated[
 ]
 
 
-@app.callback()
+@train.callback()
 def start() -> None:
     """Learn what to cache, on a frozen model.
 
@@ -166,11 +166,11 @@ def start() -> None:
     """
 
 
-app.command("steps")(steps)
-app.command("errors")(errors)
+train.command("steps")(steps)
+train.command("errors")(errors)
 
 
-@app.command()
+@train.command()
 def router(
     out: Out,
     learned: Learned = None,
@@ -243,7 +243,7 @@ def router(
     run_training(run, settings, make, planned, Files(out, learned, json), plan_batch)
 
 
-@app.command()
+@train.command()
 def predictor(
     out: Out,
     learned: Learned = None,

@@ -46,10 +46,9 @@ import sys
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"mine", "tests", "diffusers"} or name.startswith("tcc.models") and not self.late:
+        if name.split(".")[0] in {"mine", "tests", "diffusers"} or name.startswith("tcc.models"):
             raise ImportError(f"{name} must not be needed")
 
-Blocker.late = False
 sys.meta_path.insert(0, Blocker())
 import torch, tcc
 runner = tcc.load(sys.argv[1])
@@ -57,10 +56,9 @@ torch.manual_seed(0)
 for step in range(runner.num_steps):
     inputs = [torch.randn(2, 16, 4, 4), torch.tensor([step, step]), torch.tensor([0, 1])]
     print(float(runner(*inputs).double().sum()))
-Blocker.late = True  # the command line knows the shipped models
-from tcc.cli import main
-sys.argv = ["tcc", "run", sys.argv[1], "--classes", "0,1", "--cfg", "1", "--out", "images.safetensors"]
-main()
+from tcc.cli import app
+app(["run", sys.argv[1], "--classes", "0,1", "--out", "images.safetensors"], standalone_mode=False)
+app(["inspect", sys.argv[1], "--json", "bundle.json"], standalone_mode=False)
 """
 
 
@@ -176,7 +174,7 @@ def test_devices_and_dtypes_that_are_not_there_are_named(tmp_path: Path) -> None
 
 
 def test_a_bundle_needs_nothing_of_the_model(tmp_path: Path) -> None:
-    """A process that cannot import the model's code loads and runs, also by `tcc run`, and computes the same."""
+    """A process that cannot import the model's code, nor any of tcc's models, loads, runs, draws and inspects."""
     model = mine()
     written = bundle(model, held, (EXAMPLE, {}), tmp_path / "b")
     done = subprocess.run(
@@ -189,3 +187,4 @@ def test_a_bundle_needs_nothing_of_the_model(tmp_path: Path) -> None:
         first = model(torch.randn(2, 16, 4, 4), torch.tensor([0, 0]), torch.tensor([0, 1]))
     assert float(done.stdout.split()[0]) == pytest.approx(float(first.double().sum()), abs=1e-3)
     assert (tmp_path / "images.safetensors").exists()
+    assert (tmp_path / "bundle.json").exists()

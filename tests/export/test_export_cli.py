@@ -89,7 +89,7 @@ def test_run_draws(folder: Path) -> None:
             ("--classes", "1,2,3", "--null-class", "10"),
             "made for a batch of 4, and these classes and this guidance make 6",
         ),
-        (("--classes", "1,2"), "guidance needs the label that means no class"),
+        (("--classes", "1,2", "--cfg", "1.5"), "guidance needs the label that means no class"),
         (("--classes", "1,2", "--null-class", "10", "--device", "moon"), "unknown device 'moon'"),
     ],
 )
