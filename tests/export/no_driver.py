@@ -84,7 +84,7 @@ def missing() -> str:
     try:
         import onnxruntime_ep_nv_tensorrt_rtx  # noqa: F401
     except ImportError:
-        return "needs the plugin: pip install 'tcc[rtx]'"
+        return "needs the plugin, which `make test` installs (Linux on x86-64, Python 3.11 or newer): 'tcc[rtx]'"
     return ""
 
 

@@ -220,7 +220,7 @@ sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 import onnx, pytest, tcc, torch
 from tests.export import no_driver
-from tests.export.bundles import counts, half, mixed
+from tests.export.bundles import chosen, counts, half, mixed
 from tests.tiny_models import case
 from tcc.export import bundle, tensorrt_rtx
 from tcc.export.profiles import merge
@@ -228,8 +228,10 @@ from tcc.export.profiles import merge
 with pytest.MonkeyPatch.context() as patch:
     no_driver.pretend(patch)
     model, example = half(case("dit"))
-    for arch, plan in (("sm89", mixed), ("sm120", tcc.CachePlan(num_steps=1, actions={}))):
-        bundle(model, plan, example, f"{sys.argv[2]}/{arch}", target="tensorrt-rtx", arch=arch)
+    for name, arch, plan in (
+        ("mixed", "sm89", mixed), ("chosen", "sm89", chosen), ("full", "sm120", tcc.CachePlan(num_steps=1, actions={}))
+    ):
+        bundle(model, plan, example, f"{sys.argv[2]}/{name}", target="tensorrt-rtx", arch=arch)
     try:
         bundle(model, mixed, example, f"{sys.argv[2]}/none", target="tensorrt-rtx", arch="sm77")
     except Exception as error:
@@ -251,7 +253,10 @@ with pytest.MonkeyPatch.context() as patch:
 
 @pytest.mark.skipif(bool(no_driver.missing()), reason=no_driver.missing())
 def test_tensorrt_rtx_builds_an_engine_for_every_graph(tmp_path: Path) -> None:
-    """NVIDIA's own parser and builder, for two architectures; the graphs are one node each, beside their engines."""
+    """NVIDIA's own parser and builder, for two architectures; the graphs are one node each, beside their engines.
+
+    Also where tokens are chosen in the graph.
+    """
     import onnx
 
     done = subprocess.run(
@@ -262,9 +267,9 @@ def test_tensorrt_rtx_builds_an_engine_for_every_graph(tmp_path: Path) -> None:
     assert (
         "profiles kept_0:8,kept_0:4 ['EPContext']" in done.stdout
     )  # what tensorrt-onnx gives TensorRT with --profiles
-    made = [read(tmp_path / arch) for arch in ("sm89", "sm120")]
-    assert [manifest.arch for manifest in made] == ["sm89", "sm120"]
-    for folder, manifest in ((tmp_path / manifest.arch, manifest) for manifest in made):
+    made = {tmp_path / name: read(tmp_path / name) for name in ("mixed", "chosen", "full")}
+    assert [manifest.arch for manifest in made.values()] == ["sm89", "sm89", "sm120"]
+    for folder, manifest in made.items():
         assert "weights.safetensors" not in manifest.files
         assert manifest.tools["onnxruntime-ep-nv-tensorrt-rtx-cu13"]
         for number, graph in enumerate(manifest.graphs):
