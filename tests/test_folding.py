@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import tcc
+from tcc import folding
 from tcc.errors import CallError, PlanError
 from tcc.folding import find_folding
 from tcc.passes.macs import count
@@ -69,8 +70,8 @@ def test_modulations_and_keys_of_prompts_are_computed_once(name: str, folded: in
     """The products that are no longer in the steps are as many as those that are computed apart."""
     which = case(name)
     info, plan = which.info, tcc.plans.full(which.info, num_steps=len(TIMESTEPS))
-    folding = find_folding(info.captured, info.analysis, plan, TIMESTEPS)
-    assert folding is not None
+    found = find_folding(info.captured, info.analysis, plan, TIMESTEPS)
+    assert found is not None
     graphs: list[torch.fx.GraphModule] = []
 
     def keep(gm: torch.fx.GraphModule, _: list[torch.Tensor]) -> Any:
@@ -78,8 +79,8 @@ def test_modulations_and_keys_of_prompts_are_computed_once(name: str, folded: in
         return gm.forward
 
     compiled(which, plan, backend=keep)
-    assert info.macs * info.batch - count(graphs[0].graph.nodes) == count(folding.gm.graph.nodes) > 0
-    products = [node for node in folding.gm.graph.nodes if node.target is torch.ops.aten.linear.default]
+    assert info.macs * info.batch - count(graphs[0].graph.nodes) == count(found.gm.graph.nodes) > 0
+    products = [node for node in found.gm.graph.nodes if node.target is torch.ops.aten.linear.default]
     assert len(products) == folded
 
 
@@ -122,6 +123,24 @@ def test_conditions_that_change_within_a_run_are_refused() -> None:
     model(*calls[1][:2], torch.tensor([1, 2]))
     model.reset()
     model(*calls[0][:2], labels)
+
+
+def test_where_reading_would_wait_the_last_step_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device the differences of a run are collected, and read once."""
+    monkeypatch.setattr(folding, "is_readable", lambda tensor: False)
+    which = case("dit")
+    session = compiled(which, plans(which)["branches"]).new_session()
+    calls = [inputs(which, step)[0] for step in range(4)]
+    for change, message in (("t", "noise level 't' is another at step 3 or before"), ("y", "input 'y' changed")):
+        session.reset()
+        for step, (x, t, y) in enumerate(calls[:3]):
+            session(x, t - 7 * (change == "t" and step == 1), y + (change == "y" and step == 2))
+        with pytest.raises(CallError, match=message):
+            session(*calls[3])
+    session.reset()
+    for call_ in calls:
+        session(*call_)
+    assert session.step == 0
 
 
 def test_a_run_that_begins_later_reads_the_rows_of_its_steps() -> None:
