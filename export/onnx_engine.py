@@ -12,6 +12,7 @@ import torch
 
 from tcc.errors import BundleError, ExportError
 from tcc.export.manifest import WEIGHTS, Graph, Manifest, TensorSpec, next_of
+from tcc.export.onnx_weights import NUMBERS, check_weights
 from tcc.export.slots import Slots
 from tcc.export.stamp import KEY, compare, expected, read_stamp
 from tcc.export.weights import load_tensors
@@ -20,12 +21,8 @@ __all__ = ["OnnxEngine", "has_cuda", "open_onnx"]
 
 CUDA = "CUDAExecutionProvider"
 
-#: ONNX's numbers for dtypes (onnx.TensorProto.DataType), and ONNX Runtime's names for them.
-_DTYPES = {
-    torch.float32: (1, "float"), torch.uint8: (2, "uint8"), torch.int8: (3, "int8"), torch.int16: (5, "int16"),
-    torch.int32: (6, "int32"), torch.int64: (7, "int64"), torch.bool: (9, "bool"), torch.float16: (10, "float16"),
-    torch.float64: (11, "double"), torch.bfloat16: (16, "bfloat16"),
-}  # fmt: skip
+#: ONNX Runtime's names for dtypes, where they are not torch's.
+_NAMES = {torch.float32: "float", torch.float64: "double"}
 
 
 def has_cuda() -> bool:
@@ -71,8 +68,7 @@ def open_onnx(folder: Path, manifest: Manifest, device: torch.device, *, prepack
     engines = []
     for number, graph in enumerate(manifest.graphs):
         wanted = expected(manifest, number, weights)
-        if missing := set(graph.weights) - weights.keys():
-            raise BundleError(f"{folder / WEIGHTS}: lacks {min(missing)!r:.80}, which graph {number} reads")
+        check_weights(folder / graph.file, graph.weights, weights)
         try:
             shared = {name: values[name] for name in graph.weights}
             session = _session(onnxruntime, folder / graph.file, shared, provider, device, prepack)
@@ -134,14 +130,14 @@ class OnnxEngine:
         return outputs
 
     def _bind(self, bind: Any, name: str, tensor: torch.Tensor) -> None:
-        kind = _DTYPES[tensor.dtype][0]
+        kind = NUMBERS[tensor.dtype]
         bind(name, tensor.device.type, tensor.device.index or 0, kind, tuple(tensor.shape), tensor.data_ptr())
 
 
 def _shared(onnxruntime: Any, tensor: torch.Tensor) -> Any:
     """A weight as a value of ONNX Runtime on the same memory."""
     if tensor.dtype == torch.bfloat16:
-        kind = _DTYPES[tensor.dtype][0]
+        kind = NUMBERS[tensor.dtype]
         return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(tensor.view(torch.int16).numpy(), kind)
     return onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy())
 
@@ -189,7 +185,7 @@ def _check(file: str, what: str, found: Sequence[Any], names: Sequence[str], spe
     except UnicodeDecodeError as error:
         raise BundleError(f"{file}: the name of an {what} is no text: the graph was altered; export it anew") from error
     for name, spec in specs.items():
-        expected = (spec.shape, f"tensor({_DTYPES[spec.torch_dtype][1]})")
+        expected = (spec.shape, f"tensor({_NAMES.get(spec.torch_dtype, spec.dtype)})")
         if described.get(name) != expected:
             raise BundleError(f"{file}: the {what} {name!r} is {described.get(name)}, and the manifest says {expected}")
     if len(described) != len(names):

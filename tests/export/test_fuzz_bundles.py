@@ -53,6 +53,7 @@ def outcomes(original: Path, scratch: Path, target: str, count: int) -> Counter[
     return found
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # importing Inductor
 @pytest.mark.parametrize(("target", "count"), [("onnx", 1500), pytest.param("aoti", 600, marks=pytest.mark.compiles)])
 def test_spoiled_bundles_do_no_harm(target: str, count: int, request: Any, tmp_path: Path) -> None:
     """None crashes or hangs the process, writes a file, or swells; what is not refused runs."""

@@ -65,7 +65,7 @@ CHANGES: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda d: d["graphs"][0].update(inputs=["y"]), r"graph 0 does not begin with the model's inputs"),
     (
         lambda d: d["graphs"][0].update(weights=["no.weight"]),
-        r"weights.safetensors: lacks 'no.weight', which graph 0 reads",
+        r"step0.onnx: reads 'no.weight', which weights.safetensors does not have",
     ),
     (lambda d: d["slots"][0].update(shape=[2**31, 2]), r"has an impossible shape"),
     (lambda d: d["slots"][0].update(shape=[2**20, 2**20, 2**20]), r"more than the 1099511627776 of any tensor"),
@@ -243,7 +243,7 @@ def test_a_safetensors_file_must_be_one(folder: Path) -> None:
 def test_a_graph_says_what_it_was_made_for(folder: Path) -> None:
     """A file for another step, weights of another shape, and a graph of unknown origin; all under hashes that fit."""
     first, second = (folder / f"step{number}.onnx" for number in (0, 1))
-    content, weights = first.read_bytes(), folder / "weights.safetensors"
+    content = first.read_bytes()
     first.write_bytes(second.read_bytes())
     seal(folder)
     with pytest.raises(BundleError, match=r"step0.onnx: the graph is 1, and the manifest says 0: the bundle"):
@@ -253,12 +253,39 @@ def test_a_graph_says_what_it_was_made_for(folder: Path) -> None:
     seal(folder)
     with pytest.raises(BundleError, match=r"step0.onnx: its stamp, what it was made for, cannot be read"):
         load(folder)
-    first.write_bytes(content)
-    tensors = load_file(weights)
-    name = next(name for name, tensor in tensors.items() if tensor.dim() == 1)
-    save_file(tensors | {name: tensors[name].double()}, weights)
+
+
+def test_weights_are_those_that_the_graph_declares(folder: Path) -> None:
+    """ONNX Runtime reads memory of another shape or dtype as if it had the declared one: also under forged stamps."""
+    path, name = folder / "weights.safetensors", "embed.bias"
+    tensors = load_file(path)
+    for other in (tensors[name][:1].clone(), tensors[name].half(), tensors[name][None]):
+        save_file(tensors | {name: other}, path)
+        forge(folder)
+        with pytest.raises(
+            BundleError, match=r"step0.onnx: the weight 'embed.bias' is .*, and the graph declares \[16\]"
+        ):
+            load(folder)
+    save_file(tensors, path)
+    rewrite(folder, lambda d: d["graphs"][0]["weights"].remove(name))
+    forge(folder)
+    with pytest.raises(BundleError, match=r"'embed.bias' lies in a file that the manifest does not give to the graph"):
+        load(folder)
+    rewrite(folder, lambda d: d["graphs"][0]["weights"].append(name))
+    forge(folder)
+    load(folder)
+
+    def without(model: Any) -> None:
+        weights = model.graph.initializer
+        weights.remove(next(tensor for tensor in weights if tensor.name == name))
+
+    edit_graph(folder / "step0.onnx", without)
     seal(folder)
-    with pytest.raises(BundleError, match=r"step0.onnx: "):
+    with pytest.raises(BundleError, match=r"step0.onnx: the graph has no weight '.*', and the manifest gives it one"):
+        load(folder)
+    (folder / "step0.onnx").write_bytes(b"\xff" * 40)
+    seal(folder)
+    with pytest.raises(BundleError, match=r"step0.onnx: not a graph of ONNX \(a number without an end\)"):
         load(folder)
 
 
