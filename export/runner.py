@@ -12,7 +12,7 @@ import torch
 from tcc.errors import BundleError, CallError, ExportError
 from tcc.export.aoti_engine import open_aoti
 from tcc.export.check_steps import check_steps, read_plan
-from tcc.export.manifest import ENGINES, TENSORS, Manifest, TensorSpec, read
+from tcc.export.manifest import ENGINES, TENSORS, Input, Manifest, read
 from tcc.export.onnx_engine import has_cuda, open_onnx
 from tcc.export.slots import Slots
 from tcc.export.tensorrt_engine import open_tensorrt
@@ -118,7 +118,7 @@ def _device(name: str | torch.device) -> torch.device:
     return device
 
 
-def _check(spec: TensorSpec, tensor: Any, device: torch.device) -> None:
+def _check(spec: Input, tensor: Any, device: torch.device) -> None:
     """Raise where a call does not give what the manifest says."""
     found = (tensor.dtype, tuple(tensor.shape), tensor.device) if isinstance(tensor, torch.Tensor) else type(tensor)
     if found != (spec.torch_dtype, spec.shape, device) or tensor.layout != torch.strided:
@@ -126,7 +126,7 @@ def _check(spec: TensorSpec, tensor: Any, device: torch.device) -> None:
             f"input '{spec.name}' is {_described(tensor)}, expected {spec.dtype} {list(spec.shape)} on {device}: a "
             "bundle runs what it was exported with"
         )
-    if getattr(spec, "values", 0) and tensor.device.type == "cpu" and 0 < tensor.numel() <= MAX_CHECKED:
+    if spec.values and tensor.device.type == "cpu" and 0 < tensor.numel() <= MAX_CHECKED:
         low, high = (int(value) for value in tensor.aminmax())
         if low < 0 or high >= spec.values:
             raise CallError(
