@@ -19,7 +19,7 @@ import torch
 from tcc.errors import BundleError
 from tcc.export.decode import Malformed, decode, parse
 from tcc.export.machine import processor, refuse_processor
-from tcc.export.manifest import MANIFEST, WEIGHTS, Manifest, TensorSpec, file_entry
+from tcc.export.manifest import MANIFEST, WEIGHTS, Input, Manifest, TensorSpec, file_entry
 from tcc.export.weights import load_tensors
 
 __all__ = ["KEY", "compare", "expected", "package_stamps", "read_stamp", "stamp"]
@@ -181,7 +181,10 @@ def _member(package: zipfile.ZipFile, inner: str) -> str:
 
 
 def _named(name: str, spec: TensorSpec | None) -> str:
-    return f"{name}: not given" if spec is None else f"{name}: {_text(spec.torch_dtype, spec.shape)}"
+    if spec is None:
+        return f"{name}: not given"
+    bounds = f", 0 to {spec.values - 1}" if isinstance(spec, Input) and spec.values else ""
+    return f"{name}: {_text(spec.torch_dtype, spec.shape)}{bounds}"
 
 
 def _text(dtype: torch.dtype, shape: tuple[int, ...]) -> str:

@@ -87,6 +87,10 @@ DIFFER: list[tuple[Callable[[dict[str, Any]], object], str]] = [
         r"is slot:.*: float32 \[2, 16, 32\], and .* \[131072, 131072\]",
     ),
     (lambda d: d["slots"][0].update(dtype="int64"), r"is slot:.*: float32 \[2, 16, 32\], and .* int64 \[2, 16, 32\]"),
+    (
+        lambda d: d["inputs"][2].update(values=99),
+        r"the input 2 is y: int64 \[2\], 0 to 10, and .* y: int64 \[2\], 0 to 98",
+    ),
     (lambda d: d["outputs"][0].update(shape=[1]), r"the output 0 is output: float32 .* says output: float32 \[1\]"),
     (lambda d: d["inputs"][1].update(dtype="int32"), r"the input 1 is t: int64 \[2\], and the manifest says t: int32"),
     (lambda d: d["graphs"][0].update(entry="step1"), r"'step1': the graph is 1, and the manifest says 0"),
@@ -126,6 +130,10 @@ def test_compiled_code_checks_what_it_is_given(packaged: Any, tmp_path: Path) ->
         with pytest.raises(CallError, match=message):
             runner(x, t, y)
         assert runner.step == 0
+    with pytest.raises(
+        CallError, match=r"input 'y' holds 11, and the model looks it up in a table of 11: give 0 to 10"
+    ):
+        load(packaged("dit").folder)(x, t, torch.tensor([3, 11]))
 
 
 PACKAGES: list[tuple[Callable[[dict[str, bytes]], object], str]] = [

@@ -228,6 +228,11 @@ def test_a_call_is_checked(written: Any) -> None:
         runner(x, t=t.float(), y=y)
     with pytest.raises(CallError, match=r"input 'y' is None, expected int64 \[2\] on cpu"):
         runner(x, t, None)
+    for label in (-1, 11):
+        with pytest.raises(
+            CallError, match=rf"input 'y' holds {label}, and the model looks it up in a table of 11: give 0 to 10"
+        ):
+            runner(x, t, torch.tensor([3, label]))
     with pytest.raises(CallError, match=r"step 3 was called but the next step is 0 of 6"):
         runner.run_step(3, x, t, y)
     assert runner.step == 0
