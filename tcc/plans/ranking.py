@@ -69,13 +69,22 @@ class StaticRanking:
         self._kept = np.zeros(self.ranks.shape[1:])
 
     def choose(self, step: int, block: int, among: Sequence[int], count: int) -> str:
-        """The name of the set: one per step and block, or fewer where sets are shared."""
+        """The name of the set: one per step and block, or fewer where sets are shared.
+
+        Raises:
+            PlanError: all tokens rank alike, and do not take turns: the first ones would be kept again and again.
+        """
         turn = self.turns[step]
         rows = list(among) if self.grain.share else [block]
         name = f"step{turn}" if self.grain.share else f"step{turn}.block{block}"
         if name not in self.tokens:
             steps = [s for s, first in enumerate(self.turns) if first == turn]
             rank = self.ranks[np.ix_(steps, rows)].mean(axis=(0, 1)) - self.grain.rotate * self._kept[rows].mean(axis=0)
+            if not self.grain.rotate and np.ptp(rank[slice(*self.info.image_tokens)]) == 0:
+                raise PlanError(
+                    f"step {step}, block {block}: the importance ranks all tokens alike, so nothing says what to keep: "
+                    "learn it for this step (tcc train predictor), or use scores='random' or 'uniform'"
+                )
             kept = self._best(rank, count)
             for row in rows:
                 self._kept[row, kept] += 1

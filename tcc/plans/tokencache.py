@@ -123,7 +123,8 @@ def tokencache(
 
     Raises:
         PlanError: an option is out of range or lacks what it needs, the importance does not fit, no block can be
-            pruned, or the budget cannot be reached; the message then names the nearest bound that can.
+            pruned, a table ranks all tokens alike at a P-step, or the budget cannot be reached; the message then names
+            the nearest bound that can.
     """
     learned = load_learned(importance) if isinstance(importance, (str, os.PathLike)) else importance
     options = _Options(
