@@ -44,7 +44,7 @@ CFG, SEED = 1.5, 987_654_321
 #: What `tcc train` makes, and its options. Routers trained on whole runs ship with tcc.
 TRAINED: dict[str, tuple[str, ...]] = {
     PAIRS_ROUTER: ("router", "--recipe", "pairs", "--lambda", "1.5e-6"),
-    DROPPER: ("router", "--recipe", "pairs", "--drop", "--lambda", "1.5e-6"),
+    DROPPER: ("router", "--recipe", "pairs", "--drop", "--target", "0.7"),
     PRICED: ("predictor", "--form", "table", "--lambda", "2e-6"),
     IMPORTANCE: ("predictor", "--form", "table", "--target", "0.5"),
     PROBES: ("predictor", "--form", "stream", "--target", "0.5"),
