@@ -3,9 +3,10 @@
     python benchmarks/engines.py --without-driver --results benchmarks/results
 
 Exports the models of the tests (DiT, U-ViT, PixArt, two to five blocks) under the plan of the tests (pruned tokens in
-each attention mode, reuse, a forecast, a drop, a hold) in half precision, for the target `tensorrt-rtx` and every GPU
-generation. tcc refuses a graph that does not become a single `EPContext` node: the whole graph in one engine. Needs
-`pip install 'tcc[rtx]'` and NVIDIA's driver, or gcc and `--without-driver`. An engine that was built has not been run.
+each attention mode, reuse, a forecast, a drop, a hold), and the DiT under one that chooses its tokens in the graph by
+all that a score can be made of, in half precision, for the target `tensorrt-rtx` and every GPU generation. tcc refuses
+a graph that does not become a single `EPContext` node: the whole graph in one engine. Needs `pip install 'tcc[rtx]'`
+and NVIDIA's driver, or gcc and `--without-driver`. An engine that was built has not been run.
 """
 
 from __future__ import annotations
@@ -32,10 +33,9 @@ from provenance import provenance  # noqa: E402
 from tcc.errors import ExportError  # noqa: E402
 from tcc.export import bundle  # noqa: E402
 from tests.export import no_driver  # noqa: E402
-from tests.export.bundles import half, mixed  # noqa: E402
-from tests.tiny_models import BUILDERS  # noqa: E402
+from tests.export.bundles import half, planned  # noqa: E402
 
-MODELS = {"dit": "DiT", "uvit": "U-ViT", "hf_pixart": "PixArt (diffusers)"}
+MODELS = {"dit": "DiT", "uvit": "U-ViT", "hf_pixart": "PixArt (diffusers)", "chosen": "DiT, tokens chosen in the graph"}
 DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -70,12 +70,13 @@ class Engines:
 
 def build(name: str, dtype: torch.dtype, archs: list[str], folder: Path) -> Iterator[Engines]:
     """The engines of a model of the tests, for each GPU generation."""
-    model, example = half(BUILDERS[name](), dtype)
+    which, plan = planned(name)
+    model, example = half(which, dtype)
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     kind = str(dtype).removeprefix("torch.")
     for arch in archs:
         try:
-            written = bundle(model, mixed, example, folder / arch, target="tensorrt-rtx", arch=arch)
+            written = bundle(model, plan, example, folder / arch, target="tensorrt-rtx", arch=arch)
         except ExportError as error:
             yield Engines(MODELS[name], kind, arch, 0, 0, (), (), weights, (), str(error))
             continue
