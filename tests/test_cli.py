@@ -106,6 +106,11 @@ def test_without_a_command_the_help_is_shown(run: Invoke) -> None:
     assert "Start here" in run(exit_code=2).output
 
 
+def test_a_mistyped_command_is_guessed(run: Invoke) -> None:
+    """Commands are imported when they are asked for, and known by name before."""
+    assert "Did you mean 'export'?" in plain(run("exprot", exit_code=2).output)
+
+
 def test_version(run: Invoke) -> None:
     """`tcc --version` prints one line."""
     assert run("--version").output.startswith("tcc 0.")

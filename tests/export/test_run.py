@@ -8,13 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from tcc.cli import app
-from tcc.cli.run import _count
+from tcc.cli.feeds import Parts
+from tcc.cli.run import _Calling, _count, _solver
 from tcc.errors import CallError
-from tcc.samplers import DDIM, Evaluation, denoise, guide
+from tcc.export.manifest import Input
+from tcc.samplers import DDIM, DPMSolver2, Evaluation, denoise, guide
 from tests.export.bundles import STEPS, session
 from tests.tiny_models import case, relative_error, tensor_of
 
@@ -121,3 +124,36 @@ def test_samples_that_no_sampler_takes_are_refused() -> None:
         _count(where, (2, 4, 8, 8), (2, 9), out, guided=False)
     with pytest.raises(CallError, match=r"made for a batch of 3, and guidance takes two rows per sample: --cfg 1"):
         _count(where, (3, 4, 8, 8), (3, 8, 8, 8), out, guided=True)
+
+
+def parts(channels: int, level: str) -> Parts:
+    """The inputs of a bundle that draws two images of 8 x 8, told its noise level in a dtype."""
+    sample = Input("x", (2, channels, 8, 8), "float32", role="sample", axes=("batch", "channels", "height", "width"))
+    return Parts(sample, Input("sigma", (2,), level, role="timestep", axes=("batch",)), None, {})
+
+
+def test_a_flow_is_told_fractions() -> None:
+    """The sampler's timesteps times the scale; of several outputs the first is the velocity."""
+    told = []
+
+    def bundle(x: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        told.append(sigma.tolist())
+        return torch.ones_like(x), x
+
+    given = parts(4, "float32")
+    bundle.device = torch.device("cpu")  # type: ignore[attr-defined]
+    calling = _Calling(bundle, given, None, 1.0, 0.001)  # type: ignore[arg-type]
+    *_, image = denoise(_solver("flow-euler", given, 4, 0.001, None), calling, torch.zeros(2, 4, 8, 8), 4)
+    assert told == [pytest.approx([level, level]) for level in (1.0, 0.75, 0.5, 0.25)]
+    assert torch.allclose(image, torch.full_like(image, -1.0))
+
+
+def test_pixels_are_clipped_and_latents_are_not() -> None:
+    """Where nothing is said; a solver between the timesteps takes whole ones where the model does."""
+    assert _solver("ddim", parts(3, "int64"), 4, 1.0, None) == DDIM(clip=True)
+    assert _solver("ddim", parts(4, "int64"), 4, 1.0, None) == DDIM(clip=False)
+    assert _solver("ddim", parts(4, "int64"), 4, 1.0, True) == DDIM(clip=True)
+    assert _solver("dpm-solver-2", parts(4, "int64"), 4, 1.0, None) == DPMSolver2(clip=False, whole=True)
+    assert _solver("dpm-solver-2", parts(4, "float32"), 4, 1.0, None) == DPMSolver2(clip=False)
+    with pytest.raises(typer.BadParameter, match="evaluat"):
+        _solver("dpm-solver-2", parts(4, "float32"), 3, 1.0, None)
