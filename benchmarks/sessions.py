@@ -3,8 +3,9 @@
     python benchmarks/sessions.py --threads 1 --results benchmarks/results
 
 The shipped reference model under a plan with full steps and steps that prune half of the tokens: two graphs on one copy
-of the weights. `tcc.load` is called with `prepack=True` (the default) and `prepack=False`; memory is what the process
-alone has written to, after loading less before. Steps of both are interleaved; with one thread they are CPU time.
+of the weights. `tcc.load` is called with `prepack=True` (the default) and `prepack=False`. Memory is what a process of
+its own has written to for the sessions, when it loads the bundle a second time and holds both. Steps of both are
+interleaved; with one thread they are CPU time.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +30,21 @@ from tcc import timing
 from tcc.export import Runner, bundle
 from tcc.models import DiT, reference_model
 
+LOAD = """
+import sys
+from pathlib import Path
+import tcc
+
+def written():
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty:"))
+
+first = tcc.load(sys.argv[1], device="cpu", prepack=len(sys.argv) > 2)
+before = written()
+second = tcc.load(sys.argv[1], device="cpu", prepack=len(sys.argv) > 2)
+print(written() - before)
+"""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -37,7 +54,7 @@ class Row:
         rows: the batch.
         prepack: whether weights are packed for each session.
         weights: bytes of the weights.
-        memory: bytes that loading took beside the weights, which are mapped from their file.
+        memory: bytes that the sessions took beside the weights, which are mapped from their file.
         milliseconds: of a full step and of a step that prunes, medians.
     """
 
@@ -57,12 +74,9 @@ def measure(model: DiT, rows: int, steps: int, rounds: int, folder: Path) -> lis
     )
     written = bundle(model, policy, (inputs, {}), folder)
     kinds = [step.graph for step in written.manifest.steps]
-    tcc.load(folder, device="cpu")  # what the library takes once
-    memory, runs = {}, {}
-    for prepack in (False, True):
-        before = own_bytes()
+    runs = {}
+    for prepack in (True, False):
         runner = tcc.load(folder, device="cpu", prepack=prepack)
-        memory[prepack] = own_bytes() - before
         runs[str(prepack)] = timing.Run(kinds, functools.partial(steps_of, runner, inputs))
     for run in runs.values():
         for _ in run.start():
@@ -71,7 +85,7 @@ def measure(model: DiT, rows: int, steps: int, rounds: int, folder: Path) -> lis
     times = timing.time_runs(runs, rounds=rounds, clock=clock)
     weights = written.manifest.files["weights.safetensors"].bytes
     medians = {key: tuple(1e3 * one.median for one in found.by_kind.values()) for key, found in times.items()}
-    return [Row(rows, prepack, weights, memory[prepack], medians[str(prepack)]) for prepack in (True, False)]
+    return [Row(rows, prepack, weights, memory(folder, prepack), medians[str(prepack)]) for prepack in (True, False)]
 
 
 def steps_of(runner: Runner, inputs: tuple[torch.Tensor, ...]) -> Iterator[torch.Tensor]:
@@ -81,10 +95,13 @@ def steps_of(runner: Runner, inputs: tuple[torch.Tensor, ...]) -> Iterator[torch
         yield runner(*inputs)
 
 
-def own_bytes() -> int:
-    """What this process alone has in memory and has written to."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty:"))
+def memory(folder: Path, prepack: bool) -> int:
+    """What a second load of the bundle takes, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LOAD, str(folder), *["prepack"] * prepack],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return int(done.stdout)
 
 
 def table(rows: list[Row]) -> str:
