@@ -12,7 +12,7 @@ from torch._inductor import metrics
 
 import tcc
 from tcc.models import DiT
-from tcc.plan import CachePlan, Compute, Hold, Reuse
+from tcc.plan import CachePlan, Compute, Hold, Reuse, Update
 from tcc.program import build_program
 from tcc.runtime import Session, lower
 from tests.tiny_models import case
@@ -96,6 +96,21 @@ def test_regional_compilation_equals_the_reference() -> None:
     for call in calls:
         wanted, got = reference(*call), compiled(*call)
         assert float((wanted - got).abs().max() / wanted.abs().max()) < 5e-6
+
+
+def test_known_timesteps_equal_the_reference() -> None:
+    """What is read from a table, parts of products that are left out, and rows that are written."""
+    which, timesteps = case("dit"), [900, 600, 300]
+    sites = ("blocks.0.attn.kv", "blocks.0.attn.out", "blocks.0.mlp.out", "blocks.1.attn.out")
+    even = Update("even", "cached")
+    actions = {(s, site): Reuse() if "1" in site else even for s in (1, 2) for site in sites}
+    plan = CachePlan(3, actions, {"even": torch.arange(0, 16, 2)})
+    compiled = tcc.compile(which.model, plan, example_inputs=(which.args, {}), timesteps=timesteps)
+    reference = tcc.Reference(which.model, plan, which.info)
+    for step, timestep in enumerate(timesteps):
+        x, labels = which.inputs(step)[0][0], which.args[2]
+        t = torch.full((2,), timestep)
+        torch.testing.assert_close(compiled(x, t, labels), reference(x, t, labels), rtol=2e-5, atol=2e-5)
 
 
 def test_every_variant_is_one_whole_graph() -> None:
