@@ -5,11 +5,12 @@ Every row has one rewrite more than the row above. Plans that alternate I- and P
 
     python benchmarks/ablation.py --threads 1 --results benchmarks/results
 
-writes `waterfall.json`, `waterfall.md` and `waterfall.png`. Columns: milliseconds of an I-step and of a P-step (the
-first step of a run is a kind of its own: it also computes what is folded); `run`, a whole run's time over that of the
-compiled uncached model, as a speedup; the bound that the plan's MACs allow, and the realised share, speedup / bound;
-the bytes of slots, and of what is computed once per run; the error, the largest relative difference of any step's
-output from the reference interpreter's (with narrow slots: from the reference with wide ones).
+writes `waterfall.json`, `.md` and `.png` (with `--model PixArt-like`, `waterfall-PixArt-like.json` and so on).
+Columns: milliseconds of an I-step and of a P-step (the first step of a run is a kind of its own: it also computes
+what is folded); `run`, a whole run's time over that of the compiled uncached model, as a speedup; the bound that the
+plan's MACs allow, and the realised share, speedup / bound (above 1 where folding saves products that the bound
+counts); the bytes of slots, and of what is computed once per run; the error, the largest relative difference of the
+first steps' outputs from the reference interpreter's (with narrow slots: from the reference with wide ones).
 
 What was measured before, operators alone (DiT-S/2, batch 2, one thread, processor time), and why some rewrites of the
 literature have no pass here:
@@ -41,6 +42,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from peers_models import Subject, dit, pixart
 from provenance import provenance
 from rich.console import Console
 from rich.progress import track
@@ -49,7 +51,6 @@ from rich.table import Table
 import tcc
 from tcc.folding import find_folding
 from tcc.info import ModelInfo
-from tcc.models import DiT
 from tcc.passes.pipeline import ALL, Rewrites
 from tcc.plan import CachePlan, Update
 from tcc.program import Program, build_program
@@ -79,7 +80,12 @@ PLANS: dict[str, Callable[..., CachePlan]] = {
     ),
     "a half to an eighth of the tokens, by depth": fewer_and_fewer,
 }
-MODELS = {"DiT-S/2": {"name": "DiT-S/2", "input_size": 32}, "DiT-B/2": {"name": "DiT-B/2", "input_size": 32}}
+MODELS: dict[str, Callable[[], Subject]] = {
+    "DiT-S/2": functools.partial(dit, "DiT-S/2"),
+    "DiT-B/2": functools.partial(dit, "DiT-B/2"),
+    "PixArt-like": pixart,
+}
+DEFAULT = "DiT-S/2"
 COLUMNS = ("plan", "row", "I ms", "P ms", "run", "bound", "realised share", "slot KiB", "folded KiB", "error")
 NOTHING = Rewrites(merge_runs=False, merge_spans=False, drop_dead_stores=False, drop_dead_parts=False, write_rows=False)
 
@@ -127,8 +133,8 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model, one call's inputs, and the timesteps of a run."""
+class Setting:
+    """A model, one call's inputs `(x, t, y)` of a batch of two, and the timesteps of a run."""
 
     model: torch.nn.Module
     inputs: tuple[torch.Tensor, ...]
@@ -137,54 +143,50 @@ class Subject:
 
     def call(self, step: int) -> tuple[torch.Tensor, ...]:
         """The inputs at `step`."""
-        x, t, *conditions = self.inputs
-        return (x, torch.full_like(t, self.timesteps[step]), *conditions)
+        x, t, y = self.inputs
+        return x, torch.full_like(t, self.timesteps[step]), y
 
 
-def build_subject(steps: int, **sizes: Any) -> Subject:
-    """A DiT with random weights (its zero-initialised gates would hide errors), batch 2."""
-    torch.manual_seed(0)
-    model = (DiT.from_name(**sizes) if "name" in sizes else DiT(**sizes)).eval()
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.02)
-    h, w = model.config.input_size
-    inputs = (torch.randn(2, model.config.in_channels, h, w), torch.tensor([0, 0]), torch.tensor([1, 2]))
+def setting_of(subject: Subject, steps: int) -> Setting:
+    """All runs begin with the same noise, and no step changes it: what is measured is the model."""
+    noise = torch.randn(2, *subject.shape, generator=torch.Generator().manual_seed(0))
+    inputs = (noise, torch.tensor([0, 0]), torch.tensor([1, 2]))
     timesteps = tuple(round(999 * (1 - step / steps)) for step in range(steps))
-    return Subject(model, inputs, tcc.inspect(model, *inputs), timesteps)
+    return Setting(subject.model, inputs, tcc.inspect(subject.model, *inputs), timesteps)
 
 
-def uncached(subject: Subject, label: str, model: Callable[..., Any]) -> Candidate:
+def uncached(setting: Setting, label: str, model: Callable[..., Any]) -> Candidate:
     """The model without a plan: all steps are of one kind."""
-    steps = range(len(subject.timesteps))
+    steps = range(len(setting.timesteps))
 
     def start() -> Iterator[Any]:
         for step in steps:
             with torch.no_grad():
-                yield model(*subject.call(step))
+                yield model(*setting.call(step))
 
     return Candidate("", label, Run(["I" for _ in steps], start))
 
 
-def outputs_of(subject: Subject, plan: CachePlan, steps: int) -> list[torch.Tensor]:
+def outputs_of(setting: Setting, plan: CachePlan, steps: int) -> list[torch.Tensor]:
     """What the reference interpreter gives for the first steps."""
-    reference = Reference(subject.model, plan, subject.info)
-    return [reference(*subject.call(step)) for step in range(steps)]
+    reference = Reference(setting.model, plan, setting.info)
+    return [reference(*setting.call(step)) for step in range(steps)]
 
 
 def candidate(
-    subject: Subject, name: str, plan: CachePlan, row: Row, wanted: list[torch.Tensor], backend: str
+    setting: Setting, name: str, plan: CachePlan, row: Row, wanted: list[torch.Tensor], backend: str
 ) -> Candidate:
     """`plan` under the rewrites of `row`, compiled and run once; its first outputs are compared with those `wanted`."""
-    info, bound = subject.info, plan.bound
+    info, bound = setting.info, plan.bound
     plan = replace(plan, slot_dtype=row.slot_dtype)
     program = build_program(info.captured, info.analysis, plan, rewrites=row.rewrites)
-    folding = find_folding(info.captured, info.analysis, plan, subject.timesteps) if row.folds else None
+    folding = find_folding(info.captured, info.analysis, plan, setting.timesteps) if row.folds else None
     session = Session(lower(program, backend, folding=folding))
 
     def start() -> Iterator[Any]:
         session.reset()
         for step in range(plan.num_steps):
-            yield session(*subject.call(step))
+            yield session(*setting.call(step))
 
     outputs = start()
     error = max(difference(next(outputs), each) for each in wanted)
@@ -258,15 +260,15 @@ def plot(found: list[dict[str, Any]], title: str, path: Path) -> None:
     figure.savefig(path, facecolor="white")
 
 
-def measure(subject: Subject, plans: list[str], backend: str, rounds: int, checked: int) -> list[dict[str, Any]]:
+def measure(setting: Setting, plans: list[str], backend: str, rounds: int, checked: int) -> list[dict[str, Any]]:
     """All rows: compile, check, then time in turns."""
-    plain = subject.model if backend == "eager" else torch.compile(subject.model, fullgraph=True, backend=backend)
-    candidates = [uncached(subject, "eager", subject.model), uncached(subject, "compiled", plain)]
-    made = {name: PLANS[name](subject.info, num_steps=len(subject.timesteps)) for name in plans}
-    wanted = {name: outputs_of(subject, plan, checked) for name, plan in made.items()}
+    plain = setting.model if backend == "eager" else torch.compile(setting.model, fullgraph=True, backend=backend)
+    candidates = [uncached(setting, "eager", setting.model), uncached(setting, "compiled", plain)]
+    made = {name: PLANS[name](setting.info, num_steps=len(setting.timesteps)) for name in plans}
+    wanted = {name: outputs_of(setting, plan, checked) for name, plan in made.items()}
     todo = [(name, row) for name in plans for row in ROWS]
     candidates += [
-        candidate(subject, name, made[name], row, wanted[name], backend) for name, row in track(todo, "compiling")
+        candidate(setting, name, made[name], row, wanted[name], backend) for name, row in track(todo, "compiling")
     ]
     for each in candidates[:2]:
         next(each.run.start())
@@ -276,20 +278,21 @@ def measure(subject: Subject, plans: list[str], backend: str, rounds: int, check
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="DiT-S/2", choices=[*MODELS])
+    parser.add_argument("--model", default=DEFAULT, choices=[*MODELS])
     parser.add_argument("--plans", nargs="+", default=list(PLANS), choices=list(PLANS))
     parser.add_argument("--steps", type=int, default=20, help="steps of a run, over which folding pays")
     parser.add_argument("--rounds", type=int, default=3, help="runs of every row")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--backend", default="inductor")
-    parser.add_argument("--results", type=Path, help="write waterfall.json, .md and .png into this folder")
+    parser.add_argument("--results", type=Path, help="write the table as JSON, Markdown and a plot here")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     console = Console(width=170)
-    found = measure(
-        build_subject(args.steps, **MODELS[args.model]), args.plans, args.backend, args.rounds, min(4, args.steps)
+    subject = MODELS[args.model]()
+    found = measure(setting_of(subject, args.steps), args.plans, args.backend, args.rounds, min(4, args.steps))
+    title = (
+        f"{subject.label}, batch 2, fp32, {args.threads} threads, {args.steps} steps, medians of {args.rounds} rounds"
     )
-    title = f"{args.model}, batch 2, fp32, {args.threads} threads, {args.steps} steps, medians of {args.rounds} rounds"
     table = Table(title=title)
     for column in COLUMNS:
         table.add_column(column, justify="left" if column in ("plan", "row") else "right")
@@ -298,9 +301,10 @@ def main() -> None:
     console.print(table)
     if args.results:
         head = {**provenance(), "model": args.model, "steps": args.steps, "rounds": args.rounds}
-        (args.results / "waterfall.json").write_text(json.dumps({**head, "rows": found}, indent=1) + "\n")
-        (args.results / "waterfall.md").write_text(f"{title}\n\n{markdown(found)}")
-        plot(found, title, args.results / "waterfall.png")
+        path = args.results / ("waterfall" if args.model == DEFAULT else f"waterfall-{args.model.replace('/', '-')}")
+        path.with_suffix(".json").write_text(json.dumps({**head, "rows": found}, indent=1) + "\n")
+        path.with_suffix(".md").write_text(f"{title}\n\n{markdown(found)}")
+        plot(found, title, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

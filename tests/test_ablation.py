@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 
 from tests.scripts import imported
+from tests.tiny_models import case
 
-SIZES = {"input_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
 NAMES = ["FORA, N=2", "a quarter of the tokens, kept", "a half to an eighth of the tokens, by depth"]
 
 
 @pytest.fixture(scope="module")
 def ablation() -> Iterator[ModuleType]:
     """The script as a module."""
-    with imported(("provenance", "ablation")) as found:
+    with imported(("provenance", "step_speed", "peers_models", "ablation")) as found:
         yield found["ablation"]
 
 
@@ -30,8 +30,9 @@ def results(ablation: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> P
     """What the command writes, on a tiny model."""
     folder = tmp_path_factory.mktemp("waterfall")
     patch = pytest.MonkeyPatch()
-    patch.setitem(ablation.MODELS, "tiny", SIZES)
-    words = ["--model", "tiny", "--steps", "4", "--rounds", "1", "--backend", "eager", "--threads", "1"]
+    tiny = ablation.Subject("tiny", case("dit").model, (4, 8, 8), 10, "blocks", False)
+    patch.setitem(ablation.MODELS, ablation.DEFAULT, lambda: tiny)
+    words = ["--steps", "4", "--rounds", "1", "--backend", "eager", "--threads", "1"]
     patch.setattr(sys, "argv", ["ablation.py", *words, "--plans", *NAMES, "--results", str(folder)])
     ablation.main()
     patch.undo()
