@@ -1,7 +1,9 @@
-"""tcc beside other caches, each from its own package: one process, one model, the same noise, steps in turns.
+r"""tcc beside other caches, each from its own package: one process, one model, the same noise, steps in turns.
 
-    python benchmarks/peers.py --model reference --steps 20 --batch 4 --threads 1
-    python benchmarks/peers.py --model pixart --only FirstBlock,DBCache --json peers.json --results benchmarks/results
+    python benchmarks/peers.py --model reference --steps 20 --threads 1 --only FORA,forecast,DBCache --results results
+    python benchmarks/peers.py --model reference --steps 20 --threads 1 --only FirstBlock,MagCache --results results \
+        --with results/peers-reference-4x20.json
+    python benchmarks/peers.py --model dit-s --batch 1 2 8 16 --steps 10 --rounds 3
 
 Needs the extra `bench` (diffusers, cache-dit). Rows: the uncached model eager, under `torch.compile` and through tcc;
 fewer steps; tcc's plans; diffusers' FirstBlockCache, TaylorSeer, MagCache, PyramidAttentionBroadcast and FasterCache
@@ -15,18 +17,22 @@ recompile 64 times, more than the default 8; cache-dit's rows are compiled with 
 sets. Every row is run twice before it is timed; seconds are the medians of every step, summed. Speedups are over the
 uncached model under `torch.compile`. MACs of peers are counted while they run eagerly, since they decide as they go;
 compiled they are taken to decide alike. Cache bytes of peers are the tensors that are alive between steps beyond those
-of the uncached run; of tcc's plans, their slots. Random weights (dit-s, pixart) are for speed alone, and what a
-threshold decides on them says little.
+of the uncached run; of tcc's plans, their slots. Peak bytes are weights and what a run allocates at most. Compile
+seconds are with an empty cache on disk, unless TORCHINDUCTOR_CACHE_DIR is set; what one row compiled, later rows with
+the same code do not compile again. Random weights (dit-*, pixart) are for speed alone, and what a threshold decides on
+them says little. `--with` puts rows of earlier runs, which had their own uncached rows, into one table with the new.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -188,6 +194,21 @@ def measure(args: argparse.Namespace, subject: Subject, batch: int, console: Con
     return bench.measure(args.rounds, args.seconds, distance=bench.fd(args.fd_images))
 
 
+@contextlib.contextmanager
+def empty_compiler_cache() -> Iterator[None]:
+    """Inductor finds nothing on disk that an earlier process compiled, unless its folder was named."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    if name in os.environ:
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[name] = folder
+        try:
+            yield
+        finally:
+            del os.environ[name]
+
+
 def caption(args: argparse.Namespace, batch: int) -> str:
     """How the numbers came about."""
     where = timing.machine()
@@ -285,16 +306,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     subject = SUBJECTS[args.model]()
     subject.model.to(device=args.device, dtype=getattr(torch, args.dtype))
-    for batch in args.batch:
-        lines = measure(args, subject, batch, console)
-        content, lines = joined(args.earlier, lines, head(args, batch))
-        console.print(table(lines, caption(args, batch)))
-        console.print(escape(failures(lines)))
-        if args.results is not None:
-            args.results.mkdir(parents=True, exist_ok=True)
-            write(args, batch, content, lines, args.results)
-            console.print(f"wrote peers-{args.model}-{batch}x{args.steps}.* to {args.results}")
+    with empty_compiler_cache():
+        for batch in args.batch:
+            report(args, batch, measure(args, subject, batch, console), console)
     return 0
+
+
+def report(args: argparse.Namespace, batch: int, measured: Sequence[Line], console: Console) -> None:
+    """The table and the files of one batch size."""
+    content, lines = joined(args.earlier, measured, head(args, batch))
+    console.print(table(lines, caption(args, batch)))
+    console.print(escape(failures(lines)))
+    if args.results is not None:
+        args.results.mkdir(parents=True, exist_ok=True)
+        write(args, batch, content, lines, args.results)
+        console.print(f"wrote peers-{args.model}-{batch}x{args.steps}.* to {args.results}")
 
 
 if __name__ == "__main__":
