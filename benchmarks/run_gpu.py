@@ -65,13 +65,17 @@ def parts(device: str) -> list[Part]:
     one = [*BENCH, *plans[:2], *sizes, "--batch", "2", "--mode", "reduce-overhead", "--json", "{out}/xl-one.json"]
     peers = [sys.executable, str(HERE / "peers.py"), *common, *fast, "--results", "{out}"]
     peers += ["--model", "reference", "--batch", "4", "--steps", str(steps), "--only", "nothing" if small else FEW]
+    whole = [sys.executable, str(HERE / "whole_run.py"), *common, "--model", "DiT-S/8" if small else "DiT-S/2"]
+    whole += ["--steps", str(steps), "--dtype", dtype, "--regional", "--json", "{out}/whole.json"]
+    whole += ["--rounds", "1"] if small else []
     tests = [sys.executable, "-P", "-m", "pytest", "-q", "-m", "gpu", "-W", "default", *map(str, gpu_tests())]
     scaling = [sys.executable, str(HERE / "scaling.py"), "running", *common, "--results", "{out}", "--models", "dit"]
     scaling += SMALL_SCALING if small else SCALING
     return [
         Part("xl", f"{size}, {batch // 2} images", tuple(many), 170),
-        Part("xl-one", f"{size}, one image, CUDA graphs", tuple(one), 120),
-        Part("peers", "the reference model beside other caches", tuple(peers), 120),
+        Part("xl-one", f"{size}, one image, CUDA graphs", tuple(one), 100),
+        Part("peers", "the reference model beside other caches", tuple(peers), 100),
+        Part("whole", "a run step by step, with CUDA graphs, and as one graph", tuple(whole), 60),
         Part("tests", "the tests marked gpu", tuple(tests), 60, ("pytest", "hypothesis")),
         Part("scaling", "time and memory against tokens, batch and steps", tuple(scaling), 90),
     ]
@@ -123,10 +127,20 @@ def summary(out: Path, record: dict[str, Any]) -> str:
         ]
         for path in sorted(out.glob(f"{entry['name']}*.json")):
             rows = json.loads(path.read_text())["rows"]
-            if path.stem == entry["name"] or entry["name"] == "peers":
+            if path.stem == entry["name"] or entry["name"] in ("peers", "scaling"):
                 lines = [Line.of_dict({k: v for k, v in row.items() if k != "part"}) for row in rows if "method" in row]
-                text += ["", markdown(lines)] if lines else []
+                text += ["", markdown(lines) if lines else plain_table(rows)]
     return "\n".join(text) + "\n"
+
+
+def plain_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of other scripts: a table for each set of columns."""
+    tables: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        cells = (f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row.values())
+        tables.setdefault(tuple(row), []).append(f"| {' | '.join(cells)} |")
+    heads = {columns: f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}" for columns in tables}
+    return "\n\n".join("\n".join([heads[columns], *lines]) for columns, lines in tables.items())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from tests.scripts import BENCHMARKS, imported
 
 SCRIPTS = (
     "provenance", "step_speed", "quality_store", "quality_rows", "peers_models", "peers_methods", "peers_probe",
-    "peers", "scaling", "run_gpu",
+    "peers", "scaling", "run_gpu", "whole_run",
 )  # fmt: skip
 needs_diffusers = pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers")
 
@@ -41,7 +41,7 @@ def test_every_part_is_called_as_its_command_line_is(scripts: dict[str, ModuleTy
         assert words[0] == sys.executable
         if words[1:4] == ["-m", "tcc", "bench"]:
             asked = bench.make_context("bench", words[4:]).params
-        elif (name := Path(words[1]).stem) in ("peers", "scaling"):
+        elif (name := Path(words[1]).stem) in ("peers", "scaling", "whole_run"):
             asked = vars(scripts[name].parse(words[2:]))
         else:
             assert words[1:4] == ["-P", "-m", "pytest"]
@@ -66,11 +66,13 @@ def test_parts_that_fail_or_take_too_long_say_so(scripts: dict[str, ModuleType],
     assert left_out("", needs=("no_such_package",)) == "no_such_package is not installed"
     line = gpu.Line(method="fora", family="f", package="tcc", mode="tcc", steps=4, speedup=1.5, bound=2.0)
     (tmp_path / "xl.json").write_text(json.dumps({"rows": [line.as_dict()]}))
-    parts = [{"name": "xl", "title": "XL", "seconds": 3.0, "left out": None}]
+    (tmp_path / "whole.json").write_text(json.dumps({"rows": [{"plan": "full", "by steps": 0.51239}]}))
+    parts = [{"name": name, "title": name, "seconds": 3.0, "left out": None} for name in ("xl", "whole")]
     head = {"accelerator": "a GPU", "torch": "2", "commit": "abc", "left out": ["DBCache: cache_dit is not installed"]}
     text = gpu.summary(tmp_path, {**head, "parts": parts})
     assert "- left out: DBCache: cache_dit is not installed" in text
     assert "| fora | tcc | 4 | 1.50x | 2.00x | 0.75 |" in text
+    assert "| plan | by steps |\n| --- | --- |\n| full | 0.5124 |" in text
 
 
 def test_the_script_is_sound() -> None:
