@@ -10,6 +10,9 @@ from typing import Any
 
 __all__ = ["Malformed", "decode", "parse"]
 
+#: 64 bits, like the numbers that sizes and counts are kept in.
+MAX_INT = 2**63 - 1
+
 
 class Malformed(Exception):  # noqa: N818 # becomes a BundleError that names the file
     """What is wrong with data from outside."""
@@ -41,10 +44,16 @@ def decode(kind: Any, data: Any, where: str) -> Any:
     if not dataclasses.is_dataclass(kind) and origin is not dict:
         if type(data) is not kind:
             raise Malformed(f"{where} is {data!r:.60}, not of type {kind.__name__}")
+        if isinstance(data, str) and not data.isprintable():
+            raise Malformed(f"{where} is {data!r:.60}, which cannot be printed")
+        if isinstance(data, int) and abs(data) > MAX_INT:
+            raise Malformed(f"{where} is {data!r:.60}, larger than any number of a bundle")
         return data
     if not isinstance(data, dict):
         raise Malformed(f"{where} is not an object")
     if origin is dict:
+        for key in data:
+            decode(str, key, f"a name in {where}")
         return {key: decode(typing.get_args(kind)[1], item, f"{where}[{key!r:.60}]") for key, item in data.items()}
     hints = _fields(kind)
     if missing := hints.keys() ^ data.keys():

@@ -256,6 +256,8 @@ def read(folder: Path) -> Manifest:
     _plain_file(path, at_most=MAX_MANIFEST_BYTES)
     try:
         document = parse(path.read_bytes())
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read ({error})") from error
     except Malformed as error:
         raise BundleError(f"{path}: {error}: the file was altered; export the bundle anew") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
@@ -371,7 +373,11 @@ def _check_file(path: Path, entry: FileEntry) -> None:
     size = _plain_file(path)
     if size != entry.bytes:
         raise BundleError(f"{path}: {size} bytes, and the manifest says {entry.bytes}: the file was cut or altered")
-    if file_entry(path) != entry:
+    try:
+        found = file_entry(path)
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read ({error})") from error
+    if found != entry:
         raise BundleError(f"{path}: the content does not match the manifest: the file was altered")
 
 

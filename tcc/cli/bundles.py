@@ -28,7 +28,7 @@ def bundle_tables(name: str, manifest: Manifest) -> Iterator[Table]:
         steps = [index for index, step in enumerate(manifest.steps) if step.graph == number]
         file = f"{graph.file}:{graph.entry}" if graph.entry else graph.file
         counts = (f"{graph.macs / 1e9:.4g}", str(len(slots & set(graph.inputs))), str(len(graph.stores)))
-        table.add_row(str(number), file, str(graph.operators), *counts, ranges(steps))
+        table.add_row(str(number), escape(file), str(graph.operators), *counts, ranges(steps))
     yield table
 
 
@@ -49,13 +49,13 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def _tensors(title: str, groups: list[tuple[str, tuple[TensorSpec, ...]]]) -> Table:
-    table = Table(title=title)
+    table = Table(title=escape(title))
     for column in ("what", "name", "shape", "dtype", "KiB", "meaning"):
         table.add_column(column, justify="right" if column == "KiB" else "left")
     for what, specs in groups:
         for spec in specs:
             cells = (what, spec.name, " x ".join(map(str, spec.shape)), spec.dtype, f"{spec.bytes / 1024:.1f}")
-            table.add_row(*cells, _meaning(spec) if isinstance(spec, Input) else "")
+            table.add_row(*map(escape, (*cells, _meaning(spec) if isinstance(spec, Input) else "")))
     return table
 
 
@@ -63,4 +63,4 @@ def _meaning(spec: Input) -> str:
     """What an input means, its range, and the names of its dimensions."""
     bounds = f", 0 to {spec.values - 1}" if spec.values else ""
     axes = ", ".join(axis or "?" for axis in spec.axes)
-    return f"{spec.meaning}{bounds}" + escape(f" [{axes}]")
+    return f"{spec.meaning}{bounds} [{axes}]"

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import onnx
 from safetensors.torch import load_file
 
+from tcc.export.decode import decode
 from tcc.export.manifest import PLAN, WEIGHTS, Manifest, _digest, file_entry
 from tcc.export.stamp import KEY, expected
 
@@ -51,7 +51,7 @@ def seal(folder: Path) -> None:
 
 def forge(folder: Path) -> None:
     """Let the graphs of an ONNX bundle say of themselves what the manifest says of them."""
-    from tcc.export.decode import decode
+    import onnx
 
     document = json.loads((folder / "manifest.json").read_text())
     fields = {key: value for key, value in document.items() if key not in ("format", "version", "sha256")}
@@ -65,6 +65,8 @@ def forge(folder: Path) -> None:
 
 def edit_graph(path: Path, edit: Callable[[Any], object]) -> None:
     """Change an ONNX graph."""
+    import onnx
+
     model = onnx.load(path, load_external_data=False)
     edit(model)
     path.write_bytes(model.SerializeToString())

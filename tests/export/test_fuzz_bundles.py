@@ -17,8 +17,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("onnx", reason="needs the ONNX packages: pip install 'tcc[onnx]'")
-from tests.export.deep_mutations import DEEP  # needs the ONNX packages
+from tests.export.deep_mutations import DEEP
 
 PROGRAM = Path(__file__).with_name("fuzz_bundles.py")
 #: Seconds that a copy may take; the machine may be busy, and the program itself counts processor time.
@@ -57,6 +56,8 @@ def outcomes(original: Path, scratch: Path, target: str, count: int) -> Counter[
 @pytest.mark.parametrize(("target", "count"), [("onnx", 1500), pytest.param("aoti", 600, marks=pytest.mark.compiles)])
 def test_spoiled_bundles_do_no_harm(target: str, count: int, request: Any, tmp_path: Path) -> None:
     """None crashes or hangs the process, writes a file, or swells; what is not refused runs."""
+    if target == "onnx":
+        pytest.importorskip("onnx", reason="needs the ONNX packages: pip install 'tcc[onnx]'")
     original = (
         request.getfixturevalue("small") if target == "onnx" else request.getfixturevalue("packaged")("dit").folder
     )

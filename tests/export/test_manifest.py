@@ -12,10 +12,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import tcc
+from tcc.cli import app
 from tcc.errors import BundleError, CallError
 from tcc.export import load
+from tcc.export import manifest as manifests
 from tcc.export.manifest import TensorSpec
 from tcc.export.slots import Slots
 from tcc.plan_file import FORMAT
@@ -50,6 +53,15 @@ CHANGES: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda d: d.update(steps=[]), r"there are no steps"),
     (lambda d: d.update(steps={}), r"manifest.steps is not a list"),
     (lambda d: d.update(hashes=[]), r"manifest.hashes is not an object"),
+    (
+        lambda d: d["graphs"][0].update(macs=2**63),
+        r"manifest.graphs\[0\].macs is 9223372036854775808, larger than any",
+    ),
+    (
+        lambda d: d["tools"].update(torch="\x1b[2J"),
+        r"manifest.tools\['torch'\] is '\\x1b\[2J', which cannot be printed",
+    ),
+    (lambda d: d["tools"].update({"\ud800": "1"}), r"a name in manifest.tools is '\\ud800', which cannot be printed"),
     (lambda d: d["steps"][0].update(graph=7), r"step 0 runs graph 7, and there are 3"),
     (lambda d: d["steps"][0].update(graph=-1), r"step 0 runs graph -1"),
     (lambda d: d["steps"][0].update(graph=True), r"manifest.steps\[0\].graph is True, not of type int"),
@@ -58,7 +70,7 @@ CHANGES: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda d: d["files"].update({"../x": d["files"].pop("plan.safetensors")}), r"'../x' is no file of a bundle"),
     (lambda d: d["files"].update({"/etc/passwd": {"bytes": 1, "sha256": ""}}), r"'/etc/passwd' is no file"),
     (lambda d: d["files"].update({"..": {"bytes": 1, "sha256": ""}}), r"'..' is no file"),
-    (lambda d: d["files"].update({"a\0b": {"bytes": 1, "sha256": ""}}), r"is no file"),
+    (lambda d: d["files"].update({"a\0b": {"bytes": 1, "sha256": ""}}), r"is 'a\\x00b', which cannot be printed"),
     (lambda d: d["files"].pop("weights.safetensors"), r"the file 'weights.safetensors' is not listed"),
     (lambda d: d["graphs"][0].update(file="../step0.onnx"), r"the file '../step0.onnx' is not listed"),
     (lambda d: d["graphs"][0].update(stores=["slot:no"]), r"graph 0 stores 'slot:no', which is no slot"),
@@ -339,3 +351,29 @@ def test_what_a_runtime_raises_is_told(small: Path) -> None:
         runner(x.to_sparse())
     with pytest.raises(CallError, match=r"input 'x' is float32 \[2, 12, 16\] on meta, expected float32"):
         runner(x.to("meta"))
+
+
+def test_a_file_that_cannot_be_read_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For want of permission, say."""
+    read_bytes, file_entry = Path.read_bytes, manifests.file_entry
+
+    def denied(path: Path) -> Any:
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(manifests, "file_entry", denied)
+    with pytest.raises(BundleError, match=r"plan.safetensors: cannot be read \(not yours\)"):
+        load(folder)
+    monkeypatch.setattr(manifests, "file_entry", file_entry)
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(BundleError, match=r"manifest.json: cannot be read \(not yours\)"):
+        load(folder)
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+
+
+def test_what_a_bundle_says_is_shown_as_it_is(folder: Path) -> None:
+    """Words of a bundle are no markup for the terminal."""
+    rewrite(folder, lambda d: d["tools"].update({"torch": "[/red]"}) or d["inputs"][0].update(meaning="[/bold] noise"))
+    shown = CliRunner().invoke(app, ["inspect", str(folder)])
+    assert shown.exit_code == 0, shown.output
+    assert "[/red]" in shown.output
+    assert "[/bold]" in shown.output
