@@ -13,7 +13,7 @@ from torch import fx
 from tcc.passes.base import Pass
 from tcc.passes.graph import emit, fake_mode_of, output_values, value
 
-__all__ = ["WriteSlots"]
+__all__ = ["WriteSlots", "additions"]
 
 aten = torch.ops.aten
 
@@ -44,7 +44,7 @@ class WriteSlots(Pass):
         pairs = dict(zip(stores, values[len(own) :], strict=True))
         ages = {name: _age(name, pairs) for name in pairs}
         for name in sorted(pairs, key=ages.__getitem__, reverse=True):
-            sums = _sums(pairs[name]) if values.count(pairs[name]) == 1 else []
+            sums = additions(pairs[name]) if values.count(pairs[name]) == 1 else []
             _write(gm.graph, _slot(gm.graph, name, pairs[name]), pairs[name], sums)
         if edits or stores:
             output.args = (tuple(own),)
@@ -74,7 +74,7 @@ def _write(graph: fx.Graph, slot: fx.Node, val: fx.Node, sums: Sequence[fx.Node]
             emit(graph, aten.add_.Tensor, (slot, add.args[1]))
 
 
-def _sums(val: fx.Node) -> list[fx.Node]:
+def additions(val: fx.Node) -> list[fx.Node]:
     """The additions that `val` is made by, first to last, each of which is read by the next one alone."""
     found: list[fx.Node] = []
     while val.target is aten.add.Tensor and not val.kwargs and len(val.users) == 1:

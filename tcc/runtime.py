@@ -174,6 +174,8 @@ def _inductor(gm: fx.GraphModule, examples: list[torch.Tensor], options: dict[st
     import torch._inductor  # imported here: it is slow, and other backends do not need it
     from torch._inductor.exc import InductorError
 
+    from tcc.inductor_sums import AddUpInSlots
+
     # without the shape environment, which Dynamo brings along elsewhere, Inductor does not look into its cache
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
     inputs = [mode.from_tensor(x, static_shapes=True) for x in examples]
@@ -182,7 +184,8 @@ def _inductor(gm: fx.GraphModule, examples: list[torch.Tensor], options: dict[st
 
     def attempt(options: dict[str, Any]) -> Runner:
         with tracing(TracingContext(mode)):
-            compiled: Runner = torch._inductor.compile(gm, [*inputs], options=options or None)
+            chosen = {"post_grad_custom_post_pass": AddUpInSlots(), **options}
+            compiled: Runner = torch._inductor.compile(gm, [*inputs], options=chosen)
         return compiled
 
     try:

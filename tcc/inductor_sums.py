@@ -1,0 +1,83 @@
+"""What Inductor is told about sums that slots keep: add them up in the slot, term by term.
+
+Left alone, it adds all terms in one loop at the end of the step, and every term waits for that. The loops made here are
+fused with no others, or they would be moved together again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._inductor import ir
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.lowering import mutate_to, register_lowering
+from torch._inductor.virtualized import V
+
+from tcc.passes.write_slots import additions
+
+__all__ = ["AddUpInSlots"]
+
+aten = torch.ops.aten
+
+
+@torch.library.custom_op("tcc::put", mutates_args=())
+def put(slot: Tensor, value: Tensor, alone: bool) -> Tensor:
+    """`value`, in the memory of `slot` where the backend can put it there; nobody reads what the slot held before.
+
+    Args:
+        slot: of the shape and dtype of `value`.
+        value: what is put there.
+        alone: whether nobody else reads `value`, so that it can be computed there.
+    """
+    return value.clone()
+
+
+@put.register_fake
+def _(slot: Tensor, value: Tensor, alone: bool) -> Tensor:
+    return torch.empty_like(value)
+
+
+@register_lowering(torch.ops.tcc.put.default, type_promotion_kind=None)
+def _lower_put(slot: Any, value: Any, alone: bool) -> Any:
+    if alone and isinstance(value.data, ir.StorageBox):
+        name = ir.MutationLayoutSHOULDREMOVE.realize_into(value.data, slot.data, unsafe_alias=True).get_name()
+    else:
+        mutate_to(slot, value)
+        name = V.graph.buffers[-1].get_name()
+    V.graph.no_fuse_buffer_names.add(name)
+    return slot
+
+
+class AddUpInSlots(CustomGraphPass):
+    """Of the graph that Inductor compiles: `copy_(slot, a + b + c)` to sums that stand in the slot from the first on.
+
+    1. What hands a slot's old value on to another slot comes first of all.
+    2. Where nobody else reads the old value, nor a part of the sum, `put(slot, put(slot, put(slot, a) + b) + c)`.
+    """
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Edit `graph`."""
+        copies = graph.find_nodes(op="call_function", target=aten.copy_.default)
+        start, moved = next(n for n in graph.nodes if n.op != "placeholder"), set[fx.Node]()
+        for copy in copies:
+            slot, val = copy.args[:2]
+            free = slot.op == "placeholder" and slot.users.keys() - {copy} <= moved
+            if free and val.op == "placeholder" and copy is not start:
+                start.prepend(copy)
+                moved.add(copy)
+            elif free and (sums := additions(val)):
+                self._put(graph, slot, sums[0].args[0], sums[0], alone=False)
+                for add, reader in zip(sums, [*sums[1:], copy], strict=True):
+                    self._put(graph, slot, add, reader, alone=True)
+
+    def uuid(self) -> Any:
+        """What changes with this file."""
+        return get_hash_for_files((__file__,))
+
+    def _put(self, graph: fx.Graph, slot: fx.Node, val: fx.Node, reader: fx.Node, *, alone: bool) -> None:
+        with graph.inserting_after(val):
+            new = graph.call_function(torch.ops.tcc.put.default, (slot, val, alone))
+        new.meta["val"] = val.meta["val"]
+        reader.replace_input_with(val, new)
