@@ -63,7 +63,7 @@ def _write(graph: fx.Graph, slot: fx.Node, val: fx.Node, sums: Sequence[fx.Node]
             if is_view(user):
                 todo.append(user)
     sums = sums if sums and last < sums[0] else ()
-    first = sums[0].args[0] if sums else val
+    first = sums[0].all_input_nodes[0] if sums else val
     last = max(last, first)
     if last.op == "placeholder":
         last = [n for n in graph.nodes if n.op == "placeholder"][-1]

@@ -44,7 +44,7 @@ def _lower_put(slot: Any, value: Any, alone: bool) -> Any:
     if alone and isinstance(value.data, ir.StorageBox):
         name = ir.MutationLayoutSHOULDREMOVE.realize_into(value.data, slot.data, unsafe_alias=True).get_name()
     else:
-        mutate_to(slot, value)
+        mutate_to(slot, value)  # type: ignore[no-untyped-call]
         name = V.graph.buffers[-1].get_name()
     V.graph.no_fuse_buffer_names.add(name)
     return slot
@@ -68,7 +68,7 @@ class AddUpInSlots(CustomGraphPass):
                 start.prepend(copy)
                 moved.add(copy)
             elif free and (sums := additions(val)):
-                self._put(graph, slot, sums[0].args[0], sums[0], alone=False)
+                self._put(graph, slot, sums[0].all_input_nodes[0], sums[0], alone=False)
                 for add, reader in zip(sums, [*sums[1:], copy], strict=True):
                     self._put(graph, slot, add, reader, alone=True)
 
