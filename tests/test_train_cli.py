@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors
+import safetensors.torch
 import torch
 from PIL import Image
 from typer.testing import CliRunner
@@ -179,6 +181,47 @@ def test_user_mistakes_are_one_line(run: Invoke) -> None:
     assert "the learning rate is positive" in plain(run("router", *SHORT, *out, "--lr", "0", exit_code=1).output)
     assert "policy l2c has no option 'keep'" in plain(run("router", *SHORT, *out, "-o", "keep=1", exit_code=1).output)
     assert not Path("plan.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-o", "budget=9"], "bound"),
+        (["-o", "keep=2"], "keep"),
+        (["-o", "budget=1.1", "-o", "keep=0.5", "-o", "pruned=1"], "nothing to solve for"),
+    ],
+)
+@pytest.mark.parametrize("form", ["table", "stream"])
+def test_what_the_policy_refuses_is_said_before_training(
+    run: Invoke, form: str, options: list[str], message: str
+) -> None:
+    """Costs and options do not depend on what is learned."""
+    given = ["predictor", *SHORT, "--form", form, "--iterations", "1", "--out", "plan.safetensors"]
+    assert message in plain(run(*given, *options, exit_code=1).output)
+    assert not Path("plan.state.safetensors").exists()
+
+
+def test_a_state_is_of_one_model_and_of_its_images(run: Invoke) -> None:
+    """The same command with other weights, or other images, does not go on from it."""
+    given = ["router", *SHORT, "--out", "plan.safetensors", "--iterations", "1", "--data", "photos"]
+    run(*given)
+    file = next(path for path in Path("photos").rglob("*") if path.is_file())
+    content = file.read_bytes()
+    file.write_bytes(content + b"0")
+    assert "is the state of another run (images' digest was" in plain(run(*given, exit_code=1).output)
+    file.write_bytes(content)
+    weights = safetensors.torch.load_file("tiny.safetensors")
+    with safetensors.safe_open("tiny.safetensors", "pt") as opened:
+        header = opened.metadata()
+    weights[min(weights)] += 1
+    safetensors.torch.save_file(weights, "tiny.safetensors", metadata=header)
+    assert "is the state of another run (model's weights was" in plain(run(*given, exit_code=1).output)
+
+
+def test_pairs_of_a_predictor_come_in_even_numbers(run: Invoke) -> None:
+    """An odd run's plan has its P-steps elsewhere."""
+    odd = [*SHORT, "--steps", "5", "--data", "photos", "--iterations", "1", "--out", "plan.safetensors"]
+    assert "give an even number" in plain(run("predictor", *odd, exit_code=2).output)
 
 
 @pytest.mark.parametrize("option", ["--out", "--learned", "--json"])

@@ -74,6 +74,9 @@ def test_fashion_mnist_files_are_recognised(tmp_path: Path) -> None:
     assert pixels.shape == (1, 1, 32, 32)
     assert float(pixels[0, 0, 0, 0]) == -1
     assert float(pixels[0, 0, 16, 16]) == pytest.approx(7 / 127.5 - 1)
+    digest = images.digest()
+    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 2, 7, 8])))
+    assert opened(tmp_path, size=(32, 32), channels=1, num_classes=10).digest() != digest
     with pytest.raises(TrainError, match="the model takes 4 channels, the latents of an encoder"):
         open_images(tmp_path, size=(8, 8), channels=4, num_classes=10)
     with pytest.raises(TrainError, match="holds Fashion-MNIST, grey squares; the model takes 3 x 8 x 8"):
@@ -101,3 +104,21 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "a" / "broken.png").write_bytes(b"not a picture")
     with pytest.raises(TrainError, match=r"broken\.png cannot be read as an image"):
         opened(tmp_path).take(torch.tensor([0]))
+
+
+@pytest.mark.parametrize("damage", [b"no IDX file", bytes([0, 0, 8, 9, 0]), gzip.compress(b"short")[:-9]])
+def test_damaged_idx_files_are_named(tmp_path: Path, damage: bytes) -> None:
+    """Whatever the reader stumbles on."""
+    for name in ("images-idx3", "labels-idx1"):
+        (tmp_path / f"train-{name}-ubyte.gz").write_bytes(damage)
+    with pytest.raises(TrainError, match=r"holds damaged Fashion-MNIST files .*: fetch them again"):
+        opened(tmp_path, size=(32, 32), channels=1, num_classes=10)
+
+
+def test_other_images_have_another_digest(folder: Path) -> None:
+    """So that a training that was stopped does not go on with them."""
+    before = opened(folder).digest()
+    assert opened(folder).digest() == before
+    first = opened(folder).files[0][0]  # type: ignore[attr-defined]
+    first.write_bytes(first.read_bytes() + b"0")
+    assert opened(folder).digest() != before

@@ -172,6 +172,10 @@ def test_images_that_are_no_numbers_stop(tmp_path: Path) -> None:
             """See `Images`."""
             return torch.full((len(picked), 1, 8, 8), torch.nan), torch.zeros(len(picked), dtype=torch.int64)
 
+        def digest(self) -> str:
+            """See `Images`."""
+            return "broken"
+
     recipe = Pairs(Objective(student(), Budget()), Broken(), 2, null_class=10)
     weights = RouterWeights(2, sites(), choices_of_pairs(2, sites()))
     with pytest.raises(TrainError, match="loss of denoising step 1 is not finite in iteration 1"):

@@ -285,6 +285,12 @@ def predictor(
         model, data, recipe, steps, (k1, k2), sites, price, target, compare, cfg, batch, groups, device, compile,
         held=target is not None, sampler=sampler,
     )  # fmt: skip
+    if run.kind == "pairs" and steps % 2:
+        raise typer.BadParameter(
+            "pairs are counted back from the image, and the plan from the noise: give an even number, or use "
+            "--recipe trajectory",
+            param_hint="--steps",
+        )
     level = {"out": "out", "delta": "branch", "block": "block"}[sites]
     planned = Planned.of("tokencache", "importance", [f"k1={k1}", f"k2={k2}", f"level={level}", *(option or [])])
     rate = {"table": 0.1, "network": 0.01, "stream": 0.05}[form] if lr is None else lr

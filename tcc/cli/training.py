@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -147,6 +148,18 @@ class Planned:
         """The plan."""
         return find_policy(self.policy)(info, num_steps=num_steps, **self.options, **{self.learned: weights.learned()})
 
+    def rehearse(self, info: ModelInfo, num_steps: int, weights: Weights) -> None:
+        """Make the plan of arbitrary weights: what the policy refuses then, it would refuse after the training too.
+
+        Raises:
+            PlanError: the options exclude each other, or their budget is out of reach.
+        """
+        arbitrary, draw = copy.deepcopy(weights).cpu(), torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in arbitrary.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=draw))
+        self.make(info, num_steps, arbitrary)
+
     @property
     def theta(self) -> float:
         """Up to which weight a site counts as reused in what is shown."""
@@ -178,13 +191,14 @@ def run_training(
         streams = [*(["out.stream"] if run.compare == "stream" else []), *([weights.reads] if weights.reads else [])]
         student = Student(info, names, streams=streams, fast=run.fast)
         recipe = _recipe(run, model, Objective(student, run.budget, run.compare, run.drop), choices)
+        target = look(model, _inputs(model, plan_batch, run.device, evaluations), {}, run.model)
+        planned.rehearse(target, run.steps, weights)
         report = _follow(weights, recipe, settings, files.state, world, planned.theta)
         if world.speaks:
             _calibrate(weights, student, model, run)
             if files.learned is not None:  # before the plan, which the policy may refuse to make
                 save_learned(weights.learned(), files.learned)
                 screen.note(f"wrote {files.learned}")
-            target = look(model, _inputs(model, plan_batch, run.device, evaluations), {}, run.model)
             plan = planned.make(target, run.steps, weights)
             stages = [at.stage for at in evaluations]
             plan = shifted(target, plan, stages=stages) if any(stages) else plan

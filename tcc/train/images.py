@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -26,6 +28,9 @@ class Images(Protocol):
     def take(self, picked: Tensor) -> tuple[Tensor, Tensor]:
         """Images float32 `[N, C, H, W]` in [-1, 1] and labels int64 `[N]`, for numbers `[N]`."""
 
+    def digest(self) -> str:
+        """Tells these images from others, so that a training does not go on with those."""
+
 
 @dataclass(frozen=True)
 class MemoryImages:
@@ -45,6 +50,12 @@ class MemoryImages:
     def take(self, picked: Tensor) -> tuple[Tensor, Tensor]:
         """See `Images`."""
         return fashion_mnist.to_signal(self.pixels[picked]), self.labels[picked]
+
+    def digest(self) -> str:
+        """See `Images`: of all pixels and labels."""
+        found = hashlib.sha256(self.pixels.contiguous().numpy())
+        found.update(self.labels.contiguous().numpy())
+        return found.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,11 @@ class FolderImages:
         chosen = [self.files[number] for number in picked.tolist()]
         pixels = torch.stack([self._read(path) for path, _ in chosen])
         return fashion_mnist.to_signal(pixels), torch.tensor([label for _, label in chosen])
+
+    def digest(self) -> str:
+        """See `Images`: of the files' labels, names and sizes, for reading all of them would take long."""
+        names = [(label, path.name, path.stat().st_size) for path, label in self.files]
+        return hashlib.sha256(repr(names).encode()).hexdigest()
 
     def _read(self, path: Path) -> Tensor:
         """One image, uint8 `[C, H, W]`."""
@@ -96,8 +112,8 @@ def open_images(folder: str | Path, *, size: tuple[int, int], channels: int, num
         num_classes: how many labels the model knows.
 
     Raises:
-        TrainError: there is no such folder, it holds no images, or more classes than the model knows; or the model
-            takes no pixels.
+        TrainError: there is no such folder, it holds no images, or more classes than the model knows; its IDX files are
+            damaged; or the model takes no pixels.
     """
     root = Path(folder)
     if channels not in (1, 3):
@@ -112,7 +128,10 @@ def open_images(folder: str | Path, *, size: tuple[int, int], channels: int, num
             raise TrainError(
                 f"{root} holds Fashion-MNIST, grey squares; the model takes {channels} x {size[0]} x {size[1]}"
             )
-        return MemoryImages(*fashion_mnist.load(root, "train", size[0]))
+        try:
+            return MemoryImages(*fashion_mnist.load(root, "train", size[0]))
+        except (ValueError, EOFError, OSError, zlib.error) as error:
+            raise TrainError(f"{root} holds damaged Fashion-MNIST files ({error}): fetch them again") from error
     known = set(Image.registered_extensions())
     classes = sorted(path for path in root.iterdir() if path.is_dir())
     files = tuple(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -204,6 +205,7 @@ class _Run:
         seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
         return torch.Generator().manual_seed(seed)
 
+    @functools.cached_property
     def _identity(self) -> dict[str, Any]:
         """What a state must agree with to be gone on from."""
         shapes = [list(parameter.shape) for parameter in self.parameters]
@@ -224,7 +226,7 @@ class _Run:
         if self.path is None or not self.world.speaks:
             return
         report, tensors = self.good
-        header = {"iteration": report.iteration, "seconds": report.seconds, "run": self._identity()}
+        header = {"iteration": report.iteration, "seconds": report.seconds, "run": self._identity}
         header |= {"losses": [repr(report.error), repr(report.cost)]}
         partial = self.path.with_name(self.path.name + ".partial")
         safetensors.torch.save_file(tensors, partial, metadata={_HEADER: json.dumps(header)})
@@ -240,7 +242,7 @@ class _Run:
             raise TrainError(
                 f"{path} is no state of a training ({error}): remove it, or write to another place"
             ) from error
-        stored, asked = header["run"], self._identity()
+        stored, asked = header["run"], self._identity
         changed = [name for name in stored.keys() | asked.keys() if stored.get(name) != asked.get(name)]
         if changed:
             text = ", ".join(f"{name} was {stored.get(name)} and is {asked.get(name)}" for name in sorted(changed))

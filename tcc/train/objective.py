@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tcc.errors import TrainError
 from tcc.train.student import Student, Values
@@ -115,6 +116,7 @@ class Objective:
         """What the result depends on: see `Recipe`."""
         return {
             "model": self.student.info.captured.hash,
+            "model's weights": _digest(self.student.info.captured.gm),
             "sites": list(self.student.sites),
             "batch": self.student.info.batch,
             "target": self.target,
@@ -125,3 +127,12 @@ class Objective:
     def _compared(self, values: Values) -> Tensor:
         compared: Tensor = values.streams["out.stream"] if self.target == "stream" else values.output
         return compared
+
+
+def _digest(model: nn.Module) -> str:
+    """Of all weights, which the graph's hash is not."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()

@@ -74,5 +74,6 @@ class Pairs:
             "recipe": "pairs",
             "steps": self.num_steps,
             "images": len(self.images),
+            "images' digest": self.images.digest(),
             "dropout": self.dropout,
         }
