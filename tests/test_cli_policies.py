@@ -129,3 +129,10 @@ def test_the_meaning_of_an_option_is_its_docstring() -> None:
     """On one line, however many it takes there."""
     assert options_of(documented)["count"].help == "how many, on two lines."
     assert options_of(documented)["count"].default_text == "3"
+
+
+@pytest.mark.parametrize("name", sorted(set(POLICIES) - {"full"}))
+def test_every_policy_names_its_source(name: str) -> None:
+    """A paper, or that it is our own."""
+    text = str(POLICIES[name].__doc__)
+    assert re.search(r"arXiv \d{4}\.\d{5}|Ma et al\. 2024, (Fig|Table|section)|tcc's own", text), name

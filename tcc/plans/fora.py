@@ -20,7 +20,9 @@ def fora(
     sites: Kept = "out",
     count: Literal["down", "up"] = "down",
 ) -> CachePlan:
-    """FORA (Selvaraju et al., 2024): compute every `interval`-th step, reuse all branch outputs in between.
+    """FORA (Selvaraju et al. 2024, arXiv 2407.01425): compute every `interval`-th step, reuse all branches in between.
+
+    Attention and MLP alike: `f(x_t) = f(x_(t+k))`, t + k the last computed step; the gate is that of the step.
 
     Args:
         info: the model.

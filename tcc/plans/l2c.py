@@ -33,6 +33,9 @@ def l2c(
     and the coefficient of the stream (alpha = 0) the other way round; this follows its loss, its code and its
     checkpoints.
 
+    The published DDIM-50 router of DiT-XL/2 gives the paper's numbers: 47.43 % of the P-steps' units, 4.36 T MACs. For
+    U-ViT-H/2 the shares and units are the published ones (63.79 %), and leave 1.88 T MACs, where Table 2 states 1.92 T.
+
     Args:
         info: the model.
         num_steps: denoising steps; for a solver that evaluates the model twice per step, evaluations.

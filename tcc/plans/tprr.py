@@ -43,8 +43,9 @@ def tprr(
 ) -> CachePlan:
     """Two-phase round-robin token plan (TokenCache v1, Lou et al. 2024, arXiv 2409.18523).
 
-    I-steps compute and store every block's change of the stream; P-steps recompute it for the kept tokens of the chosen
-    blocks and reuse it for the others.
+    The superposition `w f(z_t) + (1 - w) f(z_(t+1))` with weights 0 and 1, and the schedule of section TPRR.
+    I-steps compute and store every block's change of the stream; P-steps recompute it for the kept tokens of the
+    chosen blocks and reuse it for the others.
 
     Args:
         info: the model.
