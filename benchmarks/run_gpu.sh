@@ -4,14 +4,15 @@
 #     bash benchmarks/run_gpu.sh [FOLDER]          # FOLDER: benchmarks/results/gpu
 #     DEVICE=cpu bash benchmarks/run_gpu.sh /tmp/x # tiny and not compiled: to see that the script works
 #
-# Needs a checkout and a python3 (PYTHON=... names another) with torch 2.11 or newer for CUDA, numpy, networkx,
-# safetensors, rich, typer and matplotlib. Without diffusers or cache-dit, the rows that need them say so.
+# Needs a checkout and a python3 of 3.11 or newer (PYTHON=... names another) with torch 2.11 or newer for CUDA, numpy,
+# networkx, safetensors, rich, typer and matplotlib. Without diffusers or cache-dit, the rows that need them say so.
 # A checkout without git says which commit it is by TCC_COMMIT=...
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
 out=${1:-$root/benchmarks/results/gpu}
 mkdir -p "$out"
+out=$(cd "$out" && pwd)
 
 # tcc as it would be installed: passes/ and export/ are packages inside it
 site=$(mktemp -d)
