@@ -12,6 +12,7 @@ import tcc
 from tcc.errors import CallError, PlanError
 from tcc.plan import CachePlan, Compute, Reuse
 from tcc.train.student import Student
+from tests.joint_models import joint
 from tests.running import CLOSE
 from tests.tiny_models import Case, case, dit, relative_error, tensor_of
 
@@ -172,3 +173,18 @@ def test_compiled_students_agree() -> None:
         results.append((mixed.output.detach(), weight.grad))
     assert relative_error(results[1][0], results[0][0]) < CLOSE
     assert relative_error(results[1][1], results[0][1]) < 10 * CLOSE  # sums over all tokens and channels
+
+
+def test_token_weights_are_of_the_main_stream() -> None:
+    """Another stream has tokens of its own; one weight per site mixes both."""
+    which = joint("joint")
+    student = Student(which.info, names(which, "out"))
+    args, kwargs = which.inputs(0)
+    stored = student.compute(*args, **kwargs).stored
+    assert any("@" in name for name in student.sites)
+    mixed = student.mix(stored, weights(student.sites, 0.5), *args, **kwargs)
+    with torch.no_grad():
+        assert relative_error(mixed.output, tensor_of(which.model(*args, **kwargs))) <= CLOSE
+    rows = {student.sites[0]: torch.ones(1, which.info.num_tokens)}
+    with pytest.raises(CallError, match="is on another stream, with tokens of its own: leave it out"):
+        student.mix(stored, rows, *args, **kwargs)

@@ -116,6 +116,12 @@ class Student:
         device = self.info.captured.inputs[0].device
         rows = {name: weights[name] if name in weights else torch.ones(1, 1, device=device) for name in self.sites}
         sizes = [max(weight.shape[dim] for weight in rows.values()) for dim in range(2)]
+        others = [name for name in self.sites if "@" in name]
+        if sizes[1] > 1 and others:
+            raise CallError(
+                f"site '{others[0]}' is on another stream, with tokens of its own: leave it out, or give each site one "
+                "weight per sample"
+            )
         return {name: weight.expand(sizes) for name, weight in rows.items()}
 
     def _values(self, outputs: list[Tensor]) -> Values:
