@@ -69,6 +69,8 @@ def attempt(folder: Path) -> str:
         for _ in range(runner.num_steps + 1):
             runner(*(torch.zeros(spec.shape, dtype=spec.torch_dtype) for spec in specs))
     except TccError as error:
+        if "has no memory" in str(error):
+            return f"tried to allocate too much: {error}"
         return f"refused: {error}" if str(error) else "refused without a word"
     except BaseException as error:
         return f"{type(error).__name__}: {error}"

@@ -26,9 +26,9 @@ PATIENCE = 120
 NEVER_LOADS = {"shape", "dtype", "name", "tensors", "header", "plan", "kind of file", "remove"}
 
 
-def outcomes(original: Path, scratch: Path, target: str, count: int) -> Counter[tuple[str, str]]:
-    """What became of `count` spoiled copies of a bundle, by what was done to them."""
-    command = [sys.executable, "-W", "ignore", str(PROGRAM), str(original), str(scratch), target, "0", str(count)]
+def outcomes(count: int, *arguments: object, patience: float = PATIENCE) -> Counter[tuple[str, str]]:
+    """What became of `count` spoiled copies of a bundle, by what was done to them, as a program tells."""
+    command = [sys.executable, "-W", "ignore", *map(str, arguments)]
     lines: queue.Queue[str] = queue.Queue()
     found: Counter[tuple[str, str]] = Counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as program:
@@ -36,7 +36,7 @@ def outcomes(original: Path, scratch: Path, target: str, count: int) -> Counter[
         threading.Thread(target=lambda: [*map(lines.put, program.stdout or ()), lines.put("")], daemon=True).start()
         number = "the original"
         try:
-            while line := lines.get(timeout=PATIENCE).strip():
+            while line := lines.get(timeout=patience).strip():
                 if line.isdigit():
                     number = line
                     continue
@@ -61,8 +61,23 @@ def test_spoiled_bundles_do_no_harm(target: str, count: int, request: Any, tmp_p
     original = (
         request.getfixturevalue("small") if target == "onnx" else request.getfixturevalue("packaged")("dit").folder
     )
-    found = outcomes(original, tmp_path / "scratch", target, count)
+    found = outcomes(count, PROGRAM, original, tmp_path / "scratch", target, 0, count)
     kinds = {kind.partition(",")[0] for kind, _ in found}
     assert kinds >= {*DEEP, "cut", "flip", "swap", "grow", "overwrite", "remove"}
     assert not [kind for kind, outcome in found if outcome == "ran" and kind.partition(",")[0] in NEVER_LOADS]
     assert sum(n for (_, outcome), n in found.items() if outcome == "refused") > 0.9 * count
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("import os; print(0, flush=True); os.abort()", r"the process died of copy 0"),
+        ("import time; print(0, flush=True); time.sleep(60)", r"copy 0 hangs"),
+        ("import json; print(0); print(json.dumps(['cut', 'ValueError: raw']))", r"copy 0, cut: ValueError: raw"),
+        ("import json; print(0); print(json.dumps(['cut', 'ran']))", r"the process died of copy 0"),
+    ],
+)
+def test_harm_is_noticed(program: str, message: str) -> None:
+    """A process that dies, hangs, or ends too early, and an error that is none of ours."""
+    with pytest.raises((AssertionError, pytest.fail.Exception), match=message):
+        outcomes(2, "-c", program, patience=3)
