@@ -93,18 +93,24 @@ def _checked(function: Rule) -> Rule:
             raise _mistake(node, f"raised {type(error).__name__}: {error}") from error
         if not isinstance(found, Narrowing) or not isinstance(found.operands, dict):
             raise _mistake(node, f"returned {found!r}: return Narrowing({{(0,): axis}}), or raise NotTokenLocal")
-        given = dict(operands(node))
+        given, count = dict(operands(node)), _tokens(node, axis)
         for path, own in found.operands.items():
             if path not in given:
                 raise _mistake(node, f"names an operand at {path!r}: its operands stand at {list(given)}")
             sizes = shape(given[path])
             if not isinstance(own, Axis) or not 0 <= own.dim < len(sizes):
                 raise _mistake(node, f"answers {own!r} for the operand at {path} of shape {list(sizes)}: give an Axis")
-            if own.count(sizes) != axis.count(shape(node)):
-                raise _mistake(node, f"finds {own.count(sizes)} tokens, not {axis.count(shape(node))}, in {path}")
+            if own.count(sizes) != count:
+                raise _mistake(node, f"finds {own.count(sizes)} tokens, not {count}, in {path}")
         return found
 
     return checked
+
+
+def _tokens(node: fx.Node, axis: Axis) -> int:
+    """How many tokens the output has; of several outputs, the first that has such an axis."""
+    outputs = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else [node.meta["val"]]
+    return next(axis.count(tuple(one.shape)) for one in outputs if axis.dim < one.dim())
 
 
 def _mistake(node: fx.Node, what: str) -> PassError:

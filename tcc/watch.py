@@ -29,7 +29,8 @@ _BACK = (
 )
 _MORE = (
     "the plan's {count} steps are over, and the noise level goes on from {before:g} to {now:g}: the scheduler has more "
-    "steps than the plan. Make the plan with as many steps as the scheduler, or reset() to start a new image"
+    "steps than the plan. Make the plan with as many steps as the scheduler calls the model (a solver of second order "
+    "calls it twice per step; guidance branches need `cache_context`), or reset() to start a new image"
 )
 
 
@@ -88,7 +89,7 @@ class Watch:
         if step == self._first:
             if self._levels and self._way:
                 before, now = float(self._levels[-1]), float(level)
-                if (now - before) * self._way > 0:
+                if (now - before) * self._way >= 0:  # a run that went one way cannot begin where it ended
                     raise CallError(_MORE.format(count=self._count, before=before, now=now))
             self._levels, self._way = [level], 0.0
             return

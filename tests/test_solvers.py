@@ -215,6 +215,19 @@ def test_euler_follows_the_flow() -> None:
     assert len(list(denoise(wrapped, velocity, noise().float(), 5))) == 5
 
 
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # numpy's, of diffusers
+def test_a_schedulers_noise_is_the_generators() -> None:
+    """Whatever the global one is at."""
+    diffusers = pytest.importorskip("diffusers")
+    drawn = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        sampler = Scheduled(scheduler=diffusers.EulerAncestralDiscreteScheduler())
+        own = torch.Generator().manual_seed(5)
+        drawn.append(sample(lambda x, t, y: torch.tanh(x), noise(), torch.arange(3), 4, sampler=sampler, generator=own))
+    assert torch.equal(*drawn)
+
+
 def test_fractional_timesteps_reach_the_model() -> None:
     """As float32, for every call of a run; whole ones as int64."""
     seen: list[Tensor] = []

@@ -74,6 +74,14 @@ def test_a_run_that_goes_on_after_the_last_step_is_refused(where: str) -> None:
     assert caller.step == 0
 
 
+def test_a_run_that_goes_on_at_its_last_level_is_refused(where: str) -> None:
+    """A solver of second order calls twice at one level: a plan that counts its steps ends between the two."""
+    caller = Caller()
+    with pytest.raises(CallError, match=r"goes on from 5 to 5: .*solver of second order calls it twice"):
+        caller.levels(9, 7, 7, 5, 5, 3, 3)
+    assert caller.step == 0
+
+
 def test_what_is_forgotten_is_not_compared(where: str) -> None:
     """A reset in the middle of a run, and after one."""
     caller = Caller()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import warnings
 from types import ModuleType
 from typing import Any, Literal, get_args
@@ -43,9 +44,10 @@ class Scheduled(Sampler):
         scheduler = self._started(num_steps)
         x: Tensor = noise * getattr(scheduler, "init_noise_sigma", 1.0)  # schedulers of flows have neither
         scale = getattr(scheduler, "scale_model_input", lambda x, timestep: x)
+        random = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
         for timestep in scheduler.timesteps:
             output = yield scale(x, timestep)
-            x = scheduler.step(output[:, : noise.shape[1]], timestep, x, return_dict=False)[0]
+            x = scheduler.step(output[:, : noise.shape[1]], timestep, x, return_dict=False, **random)[0]
         return x
 
     def _started(self, num_steps: int | str) -> Any:

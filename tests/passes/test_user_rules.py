@@ -98,3 +98,20 @@ def test_a_rule_can_be_registered_for_a_custom_operator() -> None:
         assert narrowing(node, T1, 3).operands == {(0,): T1}
     with pytest.raises(PassError, match=r"'halve' is no operator: name one, such as torch.ops.aten"):
         rule("halve")
+
+
+def test_an_operator_with_several_outputs() -> None:
+    """Its rule is checked against the tokens of its first output."""
+
+    @torch.library.custom_op("tcc_tests::add_norm", mutates_args=())
+    def add_norm(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.nn.functional.layer_norm(x + y, x.shape[-1:]), x + y
+
+    add_norm.register_fake(lambda x, y: (torch.empty_like(x), torch.empty_like(x)))
+    sketch, one = Sketch(), torch.ops.tcc_tests.add_norm.default
+    node = sketch.call(one, sketch.input("x", 2, S, 3), sketch.input("y", 2, S, 3))
+    rule(one)(lambda node, axis, size: Narrowing({(0,): axis, (1,): axis}))
+    assert narrowing(node, T1, 3).operands == {(0,): T1, (1,): T1}
+    rule(one)(lambda node, axis, size: Narrowing({(0,): Axis(2)}))
+    with pytest.raises(PassError, match=rf"finds 3 tokens, not {S}, in \(0,\)"):
+        narrowing(node, T1, 3)
