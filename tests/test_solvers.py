@@ -224,7 +224,9 @@ def test_a_schedulers_noise_is_the_generators() -> None:
         torch.manual_seed(seed)
         sampler = Scheduled(scheduler=diffusers.EulerAncestralDiscreteScheduler())
         own = torch.Generator().manual_seed(5)
-        drawn.append(sample(lambda x, t, y: torch.tanh(x), noise(), torch.arange(3), 4, sampler=sampler, generator=own))
+        drawn.append(
+            sample(lambda x, t, y: torch.tanh(x), noise(), torch.arange(3), num_steps=4, sampler=sampler, generator=own)
+        )
     assert torch.equal(*drawn)
 
 
