@@ -103,6 +103,7 @@ def deepcache(
 
     What only fed the held stream is not computed. In a U-shaped model the last blocks also take long skips, so the
     blocks that those come from are computed at every step, as in the paper; in others all blocks before are left out.
+    Where `rear` reaches beyond the blocks that take skips, a skip that is the held stream is held for all its readers.
 
     Args:
         info: the model.
@@ -130,7 +131,8 @@ def faster_diffusion(
     """Faster Diffusion (Li et al. 2024, arXiv 2312.09608): the encoder runs at key steps only (encoder propagation).
 
     At the other steps, the decoder gets the stream and the long skips of the last key step. The paper's noise injection
-    belongs to the sampler and is not part of the plan.
+    belongs to the sampler and is not part of the plan. The paper's decoder has the current time embedding. A U-ViT has
+    none beside its stream, where time is a token: held with the rest, it makes the output that of the key step.
 
     Args:
         info: the model.
