@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+from tcc.cli.export import check
+from tcc.cli.subjects import Subject
+from tcc.errors import ExportError
 from tcc.export import load
 from tcc.export.inputs import describe, random_inputs
 from tcc.export.manifest import Input, file_entry
 from tcc.export.verify import verify
-from tests.export.bundles import flat_inputs, session
+from tests.export.bundles import flat_inputs, mixed, session
 from tests.export.mutations import rewrite
 from tests.running import CLOSE
 from tests.tiny_models import case
@@ -53,6 +56,16 @@ def test_a_bundle_with_a_constant_input_is_caught(name: str, number: int, writte
 
     assert worst(with_constant) < CLOSE
     assert worst(lambda step: flat_inputs(which, step)) > 100 * CLOSE
+
+
+def test_the_command_refuses_a_bundle_with_a_constant_input(written: Any, tmp_path: Path) -> None:
+    """`tcc export --verify` lets the bundle pass that was written, and stops at one that forgot the labels."""
+    which, folder = case("dit"), Path(shutil.copytree(written("dit").folder, tmp_path / "bundle"))
+    subject, plan = Subject(which.model, which.args, which.kwargs, "tiny"), mixed(which.info)
+    assert max(error.relative for error in check(folder, subject, plan, "eager")) < CLOSE
+    freeze(folder, "y", which.args[2])
+    with pytest.raises(ExportError, match=r"differs by .* of the largest value, .* do not ship this bundle"):
+        check(folder, subject, plan, "eager")
 
 
 def test_random_calls_cover_the_schedule_and_the_tables() -> None:
