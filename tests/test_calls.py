@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -106,6 +107,25 @@ def test_a_call_unlike_the_capture_is_refused_and_changes_nothing(model: tcc.Com
     reference = tcc.Reference(which.model, model.plan, which.info)
     assert relative_error(first, call(reference, which, 0)) <= CLOSE
     assert relative_error(call(model, which, 1), call(reference, which, 1)) <= CLOSE
+
+
+def test_calls_that_look_plain_are_read_like_all_others() -> None:
+    """The short way through positions and names, and binding and flattening in general: one answer, one error."""
+    captured = case("dit").info.captured
+    general = dataclasses.replace(captured)
+    vars(general)["_defaults"] = None
+    x, t, y = case("dit").args
+    for args, kwargs in (((x, t, y), {}), ((x,), {"y": y, "t": t}), ((), {"y": y, "x": x, "t": t})):
+        assert captured._plain_leaves(args, kwargs) is not None
+        assert list(map(id, captured.flatten(args, kwargs))) == list(map(id, general.flatten(args, kwargs)))
+    wrong = [((x, t), {}), ((x, t, y, y), {}), ((x, t, y), {"y": y}), ((x, t), {"z": y}), ((x, t, [y]), {}), ((), {})]
+    for args, kwargs in [*wrong, ((x, t, 3), {}), ((x, None, y), {})]:
+        messages = []
+        for way in (captured, general):
+            with pytest.raises(CallError) as caught:
+                way.flatten(args, kwargs)
+            messages.append(str(caught.value))
+        assert messages[0] == messages[1]
 
 
 def test_a_constant_may_not_change_in_mid_run() -> None:
