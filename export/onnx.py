@@ -96,14 +96,16 @@ def _converted(gm: torch.fx.GraphModule, examples: tuple[Any, ...], inputs: list
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporter says about packages that tcc does not use, and about torch's own tree specs."""
-    exporter = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = exporter.level
-    exporter.setLevel(logging.ERROR)
+    """Without what exporters say about packages that tcc does not use, constant outputs, and torch's own tree specs."""
+    names = ("torch.onnx._internal.exporter._registration", "onnx_ir.passes.common.initializer_deduplication")
+    levels = {logging.getLogger(name): logging.getLogger(name).level for name in names}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
             warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch|onnx|onnxscript")
             yield
     finally:
-        exporter.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
