@@ -53,8 +53,8 @@ class MemoryImages:
 
     def digest(self) -> str:
         """See `Images`: of all pixels and labels."""
-        found = hashlib.sha256(self.pixels.contiguous().numpy())
-        found.update(self.labels.contiguous().numpy())
+        found = hashlib.sha256(self.pixels.numpy().tobytes())
+        found.update(self.labels.numpy().tobytes())
         return found.hexdigest()
 
 
