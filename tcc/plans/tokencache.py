@@ -82,10 +82,8 @@ def tokencache(
 ) -> CachePlan:
     """A token plan from learned importance (TokenCache, Lou et al. 2024, arXiv 2409.18523, and its 2025 revision).
 
-    The paper's superposition `f^_l = w_l f_l(z_l^t) + (1 - w_l) f_l(z_l^(t+1))`, its weights 1 for kept tokens, else 0.
-    I-steps compute and store. P-steps recompute, in the pruned blocks, the tokens that matter, and take what is stored
-    for the others; the other blocks are computed in full. All P-steps share one variant, since the counts are fixed and
-    the tokens are inputs; only `adapt="step"` makes more. Defaults: see the module.
+    `f^_l = w_l f_l(z_l^t) + (1 - w_l) f_l(z_l^(t+1))`; w is 1, but 0 for the tokens that pruned blocks do not keep. All
+    P-steps share one variant, unless `adapt="step"`: counts are fixed, tokens are inputs. Defaults: see the module.
 
     Args:
         info: the model.
