@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from tcc.passes.base import Pass, run_passes
-from tcc.passes.graph import copy_of, emit, fake_mode_of, shape, value
+from tcc.passes.graph import copy_of, emit, fake_mode_of, shape, sized_by_data, value
 from tcc.passes.macs import node_macs
 
 __all__ = ["Fold", "FoldTimesteps", "find_folds", "fold_graph"]
@@ -87,10 +87,13 @@ def find_folds(graph: fx.Graph, level: int, changing: Iterable[fx.Node]) -> tupl
         if node not in above:
             above.add(node)
             todo += node.all_input_nodes
+            if isinstance(node.meta.get("val"), (tuple, list)):  # its parts are kept, not the list
+                todo += node.users
     return tuple(
         Fold(node.name, node in stepped)
         for node in graph.nodes
         if node in above and node.op == "call_function" and any(user not in above for user in node.users)
+        if isinstance(node.meta.get("val"), torch.Tensor) and not sized_by_data(node)
     )
 
 

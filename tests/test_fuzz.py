@@ -25,7 +25,7 @@ EXPECTED = {
     *("chosen by fixed", "chosen by norm", "chosen by attended", "chosen by stale", "chosen by probe"),
     *("chosen once for the batch", "chosen with a bonus", "chosen in cells", "chosen by a held or stored value"),
     *(f"dynamic {mode}" for mode in ("kept", "current", "cached")),
-    "several dynamic sets in a step",
+    *("several dynamic sets in a step", "folded"),
 }
 
 
@@ -40,6 +40,7 @@ def features(example: Example) -> set[str]:
         found |= {f"{info.sites[name].kind} {word(info.sites[name].kind, a)}" for name, a in plan.at(step).items()}
         found |= {f"out.stream {word('stream', a)}" for name, a in plan.at(step).items() if name == "out.stream"}
     found |= {f"order {a.order}" for a in plan.actions.values() if isinstance(a, Reuse)}
+    found |= {"folded"} if example.folded else set()
     found |= {{1: "one step", 8: "eight steps"}.get(plan.num_steps, "other")}
     found |= {feature for step in range(plan.num_steps) for feature in choices(plan, step)}
     spans = tcc.program.find_spans(plan, info.analysis)

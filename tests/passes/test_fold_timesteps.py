@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import fx
 
@@ -88,3 +90,24 @@ def test_the_outputs_are_equal() -> None:
     table = torch.stack([torch.zeros(2, 4), computed[0], torch.ones(2, 4)])
     edits(gm, FoldTimesteps(FOLDS, STEPS))
     assert torch.equal(gm(x, t, y, torch.tensor([1]), table, computed[1])[0], wanted)
+
+
+def test_of_a_value_in_parts_the_parts_are_kept() -> None:
+    """One part is read by a product that is folded itself, the other one by the sample: no list becomes an input."""
+    sketch = Sketch()
+    x, t = sketch.input("x", 2, 4), sketch.input("t", 2, 1)
+    both = sketch.call(aten.linear.default, sketch.call(aten.sin.default, t), sketch.weight("a", 8, 1))
+    scale, shift = (
+        sketch.call(operator.getitem, parts, i)
+        for parts in [sketch.call(aten.chunk.default, both, 2, 1)]
+        for i in (0, 1)
+    )
+    inner = sketch.call(aten.linear.default, scale, sketch.weight("bb", 4, 4))
+    out = sketch.call(aten.add.Tensor, sketch.call(aten.mul.Tensor, x, inner), shift)
+    gm = sketch.done(out)
+    found = folds(gm)
+    assert [fold.name for fold in found] == [shift.name, inner.name]
+    given = values(gm)
+    wanted, computed = gm(*given)[0], fold_graph(gm, found)(*given)
+    assert edits(gm, FoldTimesteps(found, 1)) == 2
+    assert torch.equal(gm(*given, torch.tensor([0]), *(each[None] for each in computed))[0], wanted)
