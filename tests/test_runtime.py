@@ -343,7 +343,7 @@ def test_inductor_has_a_second_attempt(monkeypatch: pytest.MonkeyPatch, caplog: 
     tried: list[dict[str, Any]] = []
 
     def compile_once(gm: fx.GraphModule, examples: list[torch.Tensor], options: dict[str, Any] | None) -> Any:
-        tried.append(options or {})
+        tried.append({name: given for name, given in (options or {}).items() if "custom" not in name})
         if "max_fusion_size" not in tried[-1]:
             raise InductorError(KeyError("buf7"), None)
         return gm.forward
