@@ -237,7 +237,10 @@ with pytest.MonkeyPatch.context() as patch:
     except Exception as error:
         print(type(error).__name__, error)
     made = bundle(model, counts, example, f"{sys.argv[2]}/graphs")
-    merged = merge([onnx.load(made.folder / g.file, load_external_data=False) for g in made.manifest.graphs])[1]
+    sources = [onnx.load(made.folder / graph.file, load_external_data=False) for graph in made.manifest.graphs]
+    for source in sources:
+        del source.metadata_props[:]  # the stamp: each graph has its own
+    merged = merge(sources)[1]
     onnx.save(merged.model, made.folder / "merged.onnx")
     ((name,),) = {tuple(shapes) for shapes in merged.shapes}
     shapes = ",".join(f"{name}:{shapes[name][0]}" for shapes in merged.shapes)
