@@ -4,8 +4,9 @@
     python benchmarks/quality.py time --out RUN                      measure seconds; on a quiet machine
     python benchmarks/quality.py report --out RUN --results benchmarks/results
 
-DDIM, or the solver that the row names, with guidance 1.5 as a doubled batch, pixels clipped, float32. Every row sees
-the same noise and the same labels (balanced classes). PSNR is counted from the uncached DDIM images in the same noise:
+DDIM, or the solver that the row names, with guidance 1.5 as a doubled batch, pixels clipped, in float32 (`--dtype`
+chooses what the model computes in; the solver stays in float32, and PSNR is counted from the uncached images of the
+same kind). Every row sees the same noise and the same labels (balanced classes). PSNR is counted from the uncached DDIM images in the same noise:
 dB of every image, mean over images. The Frechet distance is FD (Fashion-MNIST CNN), from the 10,000 test images; see
 `tcc.metrics`. Seconds are those of a row beside the compiled uncached model, their steps interleaved in one process;
 medians per kind of step.
@@ -44,7 +45,7 @@ from tcc.passes.pipeline import StepKind
 from tcc.plan import CachePlan
 from tcc.program import Variant, build_program
 from tcc.runtime import Compiled, Executable, Known, Session, lower
-from tcc.samplers import Sampler, sample
+from tcc.samplers import Sampler
 
 CHUNK, CFG = 250, 1.5
 LEVELS = (250, 500, 1000, 2000, 5000)  # samples of all rows before any row has more
@@ -87,7 +88,7 @@ class Bench:
     def task(self, noise: Tensor, labels: Tensor) -> Task:
         """What every method does with one batch."""
         assert self.model.config.null_class is not None
-        return Task(noise, labels, self.model.config.null_class, CFG)
+        return Task(noise, labels, self.model.config.null_class, CFG, next(self.model.parameters()).dtype)
 
     def executable(self, plan: CachePlan) -> Executable:
         """The compiled plan; compiled once."""
@@ -106,11 +107,12 @@ class Bench:
 
     def images(self, entry: Entry, seed: int, chunk: int, size: int) -> Tensor:
         """The images `[size, C, H, W]` of one chunk."""
-        started, labels = noise(self.model, seed, chunk, size)
-        options: dict[str, Any] = {"num_steps": entry.plan.num_steps, "sampler": entry.sampler, "cfg_scale": CFG}
-        model, null = self.open(entry), self.model.config.null_class
-        batches = zip(started.split(self.batch), labels.split(self.batch), strict=True)
-        return torch.cat([sample(model, x, y, null_class=null, **options) for x, y in batches])
+        batches = zip(*(part.split(self.batch) for part in noise(self.model, seed, chunk, size)), strict=True)
+        model, made = self.open(entry), []
+        for started, labels in batches:
+            *_, images = self.task(started, labels).denoise(model, entry.plan.num_steps, entry.sampler)
+            made.append(images)
+        return torch.cat(made)
 
 
 def shape(model: DiT) -> tuple[int, int, int]:
@@ -253,9 +255,10 @@ def _method(bench: Bench, entry: Entry, full: Executable) -> Method:
 def settings(args: argparse.Namespace, model: DiT) -> dict[str, Any]:
     """What all numbers in a store depend on."""
     weights = hashlib.sha256(b"".join(t.numpy().tobytes() for t in model.state_dict().values())).hexdigest()[:12]
+    dtype = {} if args.dtype == "float32" else {"dtype": args.dtype}  # first stores were of float32, and do not say so
     features = feature_network().state_dict().values()
     network = hashlib.sha256(b"".join(t.numpy().tobytes() for t in features)).hexdigest()[:12]
-    return {"model": weights, "classifier": network, "cfg": CFG, "chunk": args.chunk, "sampler": "ddim"}
+    return {"model": weights, "classifier": network, "cfg": CFG, "chunk": args.chunk, "sampler": "ddim", **dtype}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -271,6 +274,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[], help="rows whose name holds one of these words")
     parser.add_argument("--learned", type=Path, default=Path("learned"), help="folder of trained routers, importances")
     parser.add_argument("--model", help="a weights file [default: the reference model]")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="what the model computes in")
     parser.add_argument("--batch", type=int, default=50, help="images per call; the model sees twice as many")
     parser.add_argument("--chunk", type=int, default=CHUNK, help="images per file of the store")
     parser.add_argument("--backend", default="inductor")
@@ -301,7 +305,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"quality: {error}", file=sys.stderr)
         return 2
-    bench = Bench(model, batch=args.batch, backend=args.backend)
+    bench = Bench(model.to(getattr(torch, args.dtype)), batch=args.batch, backend=args.backend)
     found: list[Entry] = []
     for steps in args.steps:
         found += entries(bench, store, chosen_rows(args, steps), steps, args.learned, console)

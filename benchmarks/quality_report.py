@@ -174,7 +174,7 @@ def markdown(rows: Sequence[Measured], steps: int) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def notes(rows: Sequence[Measured]) -> str:
+def notes(rows: Sequence[Measured], dtype: str) -> str:
     """How the numbers came about; below every table."""
     where = timing.machine()
     timed = all(m.speedup for m in rows)
@@ -184,7 +184,7 @@ def notes(rows: Sequence[Measured]) -> str:
         f"DDIM reaches {'in the row’s measured time' if timed else 'with the row’s MACs'}, between the two nearest "
         "counts. Front: no cheaper row is as good. DPM-Solver++ converges to other images than DDIM's, so FD tells how "
         "good it is. "
-        f"float32, {where['processor']}, {where['threads']} thread(s), torch {where['torch']}."
+        f"{dtype}, {where['processor']}, {where['threads']} thread(s), torch {where['torch']}."
     )
 
 
@@ -234,15 +234,15 @@ def report(entries: Sequence[Any], args: argparse.Namespace, console: Console) -
     missing = {(e.steps, e.row.name) for e in entries} - {(m.steps, m.row.name) for m in rows}
     if missing:
         console.print(f"not so many samples yet: {', '.join(f'{name} ({n})' for n, name in sorted(missing))}")
-    console.print(notes(rows), style="dim")
+    console.print(notes(rows, args.dtype), style="dim")
     if args.results is None:
         return
     args.results.mkdir(parents=True, exist_ok=True)
-    stem = "ablation" if args.ablation else "quality"
+    stem = ("ablation" if args.ablation else "quality") + ("" if args.dtype == "float32" else f"-{args.dtype}")
     for steps in args.steps:
         plot(rows, steps, args.results / f"{stem}-{steps}.png")
     text = "\n\n".join(f"## {steps} steps\n\n{markdown(rows, steps)}" for steps in args.steps)
-    (args.results / f"{stem}.md").write_text(f"{text}\n\n{notes(rows)}\n")
+    (args.results / f"{stem}.md").write_text(f"{text}\n\n{notes(rows, args.dtype)}\n")
     record = {
         **provenance(),
         "settings": json.loads((args.out / "settings.json").read_text()),
