@@ -5,11 +5,10 @@
     python benchmarks/quality.py report --out RUN --results benchmarks/results
 
 DDIM, or the solver that the row names, with guidance 1.5 as a doubled batch, pixels clipped, in float32 (`--dtype`
-chooses what the model computes in; the solver stays in float32, and PSNR is counted from the uncached images of the
-same kind). Every row sees the same noise and the same labels (balanced classes). PSNR is counted from the uncached DDIM images in the same noise:
-dB of every image, mean over images. The Frechet distance is FD (Fashion-MNIST CNN), from the 10,000 test images; see
-`tcc.metrics`. Seconds are those of a row beside the compiled uncached model, their steps interleaved in one process;
-medians per kind of step.
+chooses what the model computes in; the solver stays in float32). Every row sees the same noise and the same labels
+(balanced classes). PSNR is counted from the uncached DDIM images in the same noise and dtype: dB of every image, mean
+over images. The Frechet distance is FD (Fashion-MNIST CNN), from the 10,000 test images; see `tcc.metrics`. Seconds
+are those of a row beside the compiled uncached model, their steps interleaved in one process; medians per kind of step.
 
 `run` goes breadth first: all rows at few samples before any row at many. What is measured is kept in RUN, chunk by
 chunk, and never measured again. Several processes may share RUN if each has its own `--seeds`.
@@ -274,7 +273,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[], help="rows whose name holds one of these words")
     parser.add_argument("--learned", type=Path, default=Path("learned"), help="folder of trained routers, importances")
     parser.add_argument("--model", help="a weights file [default: the reference model]")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="what the model computes in")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the model")
     parser.add_argument("--batch", type=int, default=50, help="images per call; the model sees twice as many")
     parser.add_argument("--chunk", type=int, default=CHUNK, help="images per file of the store")
     parser.add_argument("--backend", default="inductor")
