@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,7 @@ class Normalize(Pass):
 
     1. What reads another value for its dtype or shape alone no longer reads it: `type_as(x, y)` and `copy(y, x)` become
        casts, `expand_as(x, y)` an expansion, `new_zeros(y, s)` zeros, so that nobody seems to need all of `y`.
+    2. Bounds that a slice leaves open are written out: Inductor wants numbers where the data decide the other one.
 
     So is a value that is cut in parts and joined again, as streams are between two blocks:
 
@@ -60,6 +62,8 @@ class Normalize(Pass):
                 _replace(gm.graph, node)
             elif node.target in _MADE:
                 _make(gm.graph, node)
+            elif node.target is aten.slice.Tensor and None in node.args:
+                _bound(node)
             elif (same := _same(node)) is not None:
                 node.replace_all_uses_with(same)
                 gm.graph.erase_node(node)
@@ -92,6 +96,13 @@ def _make(graph: fx.Graph, node: fx.Node) -> None:
         new = emit(graph, _MADE[node.target], node.args[1:], kinds, like=node)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
+
+
+def _bound(node: fx.Node) -> None:
+    """Write out where a slice that says `None` begins or ends."""
+    x, dim, *bounds = node.args
+    given = [default if bound is None else bound for bound, default in zip(bounds, (0, sys.maxsize, 1), strict=False)]
+    node.args = (x, dim, *given)
 
 
 def _same(node: fx.Node) -> fx.Node | None:

@@ -11,7 +11,7 @@ from torch import fx
 
 from tcc.passes.attention import find_attention
 from tcc.passes.base import Pass
-from tcc.passes.graph import emit, shape
+from tcc.passes.graph import emit, shape, sized_by_data
 from tcc.passes.paths import substitute
 from tcc.passes.prune_tokens import Whole, rows_beside
 from tcc.passes.token_axis import NotTokenLocal, narrowing
@@ -103,10 +103,12 @@ def split(graph: fx.Graph, base: fx.Node) -> int:
 
 
 def find_parts(base: fx.Node) -> list[Part] | None:
-    """The parts of `base`, or None where it is read in any other way."""
+    """The parts of `base`, or None where it is read in any other way, or the data decide about their sizes."""
     parts: list[Part] = []
     for user in base.users:
         rank = len(shape(base))
+        if sized_by_data(user):
+            return None
         if user.target in SPLITS:
             if any(item.target is not operator.getitem for item in user.users):
                 return None

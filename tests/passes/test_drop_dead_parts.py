@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
 
 import tcc
 from tcc.passes.drop_dead_parts import DropDeadParts
@@ -93,6 +93,25 @@ def test_a_product_with_another_reader_is_left_alone() -> None:
     gm = sketch.done(sketch.call(aten.exp.default, parts[0]), sketch.call(aten.sum.default, six))
     assert edits(gm, DropDeadParts()) == 0
     assert calls(gm).count("aten.linear.default") == 1
+
+
+class Cut(nn.Module):
+    """The last channels of a product: as many as the input says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.make = nn.Linear(D, 6 * D)
+
+    def forward(self, x: Tensor, count: Tensor) -> Tensor:
+        """`[B, D]` to `[B, count]`."""
+        return self.make(x)[:, -count.item() :]
+
+
+def test_parts_whose_size_the_data_decide_are_left_alone() -> None:
+    """No plan can know which rows of the weight they are."""
+    gm = torch.export.export(Cut(), (torch.ones(B, D), torch.tensor(3))).module(check_guards=False)
+    assert any(isinstance(node.meta["val"], torch.SymInt) for node in gm.graph.nodes if "val" in node.meta)
+    assert DropDeadParts().run(gm) == 0
 
 
 def lowered(which: Case, plan: CachePlan) -> tuple[list[fx.GraphModule], Session]:

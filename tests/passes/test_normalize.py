@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 
 import torch
 
@@ -86,6 +87,22 @@ def test_what_reads_a_shape_or_a_dtype_reads_no_value() -> None:
     assert edits(gm, Normalize()) == 5
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(gm(*inputs), before, strict=True))
     assert set(calls(gm)) == {"aten._to_copy.default", "aten.expand.default"}
+
+
+def test_open_bounds_of_slices_are_written_out() -> None:
+    """From the first, up to the last; what is written already stays."""
+    sketch = Sketch()
+    x = sketch.input("x", 2, 5)
+    cuts = [(1, None, 3), (1, 2, None), (1, None, None, 2), (0, None, None), (1, -2), (1,)]
+    gm = sketch.done(*(sketch.call(aten.slice.Tensor, x, *cut) for cut in cuts))
+    inputs = values(gm)
+    before = gm(*inputs)
+    assert edits(gm, Normalize()) == 4
+    assert edits(gm, Normalize()) == 0
+    assert all(torch.equal(a, b) for a, b in zip(gm(*inputs), before, strict=True))
+    assert [node.args[1:] for node in gm.graph.find_nodes(op="call_function", target=aten.slice.Tensor)] == [
+        (1, 0, 3), (1, 2, sys.maxsize), (1, 0, sys.maxsize, 2), (0, 0, sys.maxsize), (1, -2), (1,)
+    ]  # fmt: skip
 
 
 def test_constants_made_like_another_value_do_not_read_it() -> None:
