@@ -129,6 +129,19 @@ def test_evaluations_know_their_place_in_a_solver_step() -> None:
         Scheduled(scheduler=diffusers.HeunDiscreteScheduler()).evaluations(4)
 
 
+def test_a_scheduler_gets_the_settings_that_it_asks_for() -> None:
+    """Flows that shift with the resolution want `mu`, and get it; the error says where it goes."""
+    diffusers = pytest.importorskip("diffusers")
+    flow = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    with pytest.raises(ValueError, match=r"set_timesteps\(4\) with no further settings: .*mu.*\{name: value\}"):
+        Scheduled(scheduler=flow).evaluations(4)
+    with pytest.raises(ValueError, match=r"set_timesteps\(4\) with nu: .*unexpected keyword argument 'nu'"):
+        Scheduled(scheduler=flow, settings={"nu": 1.0}).evaluations(4)
+    flow.set_timesteps(4, mu=1.15)
+    found = Scheduled(scheduler=flow, settings={"mu": 1.15}).evaluations(4)
+    assert [e.timestep for e in found] == flow.timesteps.tolist()
+
+
 @pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning", "ignore:.*algorithm_types:FutureWarning")
 @pytest.mark.parametrize("predict", ["image", "noise"])
 def test_dpm_solver_2_is_diffusers_on_its_own_timesteps(predict: str) -> None:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import inspect
 import warnings
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, Literal, get_args
 
@@ -27,9 +28,11 @@ class Scheduled(Sampler):
 
     Attributes:
         scheduler: the scheduler; it is copied for every run.
+        settings: further arguments of its `set_timesteps`: `mu`, where a flow's shift depends on the resolution.
     """
 
     scheduler: Any
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def evaluations(self, num_steps: int | str) -> tuple[Evaluation, ...]:
         """See `Sampler`; the timesteps are the scheduler's."""
@@ -51,15 +54,25 @@ class Scheduled(Sampler):
         return x
 
     def _started(self, num_steps: int | str) -> Any:
-        """A copy of the scheduler, at the beginning of a run of so many evaluations."""
+        """A copy of the scheduler, at the beginning of a run of so many evaluations.
+
+        Raises:
+            ValueError: it has no such run, or refuses the settings.
+        """
         scheduler, count = copy.deepcopy(self.scheduler), int(num_steps)
+        name = type(scheduler).__name__
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # numpy's, of how the schedulers make arrays
-            scheduler.set_timesteps(-(-count // scheduler.order))
+            try:
+                scheduler.set_timesteps(-(-count // scheduler.order), **self.settings)
+            except (TypeError, ValueError) as error:
+                given = ", ".join(self.settings) or "no further settings"
+                raise ValueError(
+                    f"{name}.set_timesteps({count}) with {given}: {error}: give what it asks for as "
+                    "Scheduled(..., settings={name: value})"
+                ) from error
         if len(scheduler.timesteps) != count:
-            raise ValueError(
-                f"{type(scheduler).__name__} has no run of {count} evaluations, but one of {len(scheduler.timesteps)}"
-            )
+            raise ValueError(f"{name} has no run of {count} evaluations, but one of {len(scheduler.timesteps)}")
         return scheduler
 
 
