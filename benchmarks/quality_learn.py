@@ -19,9 +19,11 @@ from pathlib import Path
 import torch
 from quality_rows import (
     CALIBRATION,
+    COMPARED,
     DROPPER,
     IMPORTANCE,
     NETWORK,
+    PAIRED,
     PAIRS_ROUTER,
     PRICED,
     PROBES,
@@ -47,6 +49,8 @@ TRAINED: dict[str, tuple[str, ...]] = {
     DROPPER: ("router", "--recipe", "pairs", "--drop", "--target", "0.7"),
     PRICED: ("predictor", "--form", "table", "--lambda", "2e-6"),
     IMPORTANCE: ("predictor", "--form", "table", "--target", "0.5"),
+    COMPARED: ("predictor", "--form", "table", "--target", "0.5", "--compare", "stream"),
+    PAIRED: ("predictor", "--form", "table", "--target", "0.5", "--recipe", "pairs"),
     PROBES: ("predictor", "--form", "stream", "--target", "0.5"),
     NETWORK: ("predictor", "--form", "network", "--target", "0.5"),
 }

@@ -26,6 +26,7 @@ ROUTER, DROPPER = "router-ddim{steps}.safetensors", "drop-router-ddim{steps}.saf
 PAIRS_ROUTER = "pairs-router-ddim{steps}.safetensors"
 IMPORTANCE, NETWORK = "importance-ddim{steps}.safetensors", "network-importance-ddim{steps}.safetensors"
 PRICED = "priced-importance-ddim{steps}.safetensors"  # trained with a price instead of a target: its steps differ
+COMPARED, PAIRED = "stream-importance-ddim{steps}.safetensors", "pairs-importance-ddim{steps}.safetensors"
 PROBES, CALIBRATION = "probes-ddim{steps}.safetensors", "calibration-ddim{steps}.safetensors"
 
 SHARES = (0.5, 0.34, 0.26, 0.2, 0.16)  # of the steps, that a forecast computes
@@ -325,10 +326,18 @@ def ablation(steps: int) -> list[Row]:
             "importance": Learned(PRICED),
             "schedule": "percentile",
         },
+        "trained on: the stream": {"importance": Learned(COMPARED)},
+        "trained on: pairs": {"importance": Learned(PAIRED)},
         "two P-steps in a row": {"k1": 2, "k2": 2},
         "two P-steps in a row, refresh: no": {"k1": 2, "k2": 2, "refresh": False},
+        "two P-steps in a row, sets: cycle": {"k1": 2, "k2": 2, "sets": "cycle"},
+        "three P-steps in a row, then one": {"k1": 3, "k2": 1},
+        "one P-step in a row, then three": {"k1": 1, "k2": 3},
+        "three P-steps in a row, then one, boundary: 0.25": {"k1": 3, "k2": 1, "boundary": 0.25},
+        "one P-step in a row, then three, boundary: 0.75": {"k1": 1, "k2": 3, "boundary": 0.75},
         "rotate: 1": {"rotate": 1.0},
         "select: grid": {"select": "grid"},
+        "select: grid, cell: 4": {"select": "grid", "cell": 4},
         "adapt: step": {"adapt": "step"},
         "own set for every block": {"share": False},
         "last 2 blocks in full": {"last_full": 2},
