@@ -290,9 +290,13 @@ def recipe_of(request: pytest.FixtureRequest) -> Iterator[Any]:
     return make
 
 
-def optimum(recipe: Any) -> Tensor:
-    """The router's scores after 60 large steps."""
-    made = RouterWeights(2, sites(), choices_of_pairs(2, sites()), seed=1)
+def router() -> RouterWeights:
+    """A router of two steps that knows nothing yet."""
+    return RouterWeights(2, sites(), choices_of_pairs(2, sites()), seed=1)
+
+
+def optimum(recipe: Any, made: Any) -> Tensor:
+    """The scores after 60 large steps."""
     optimiser = torch.optim.AdamW(made.parameters(), lr=0.3, weight_decay=0.0)
     for iteration in range(60):
         optimiser.zero_grad()
@@ -304,10 +308,18 @@ def optimum(recipe: Any) -> Tensor:
 
 def test_without_a_budget_everything_is_computed(recipe_of: Any) -> None:
     """The error alone is least where nothing is cached; a high price caches all, and a target is met."""
-    assert float(optimum(recipe_of(Budget())).min()) > 0.9
-    assert float(optimum(recipe_of(Budget(price=100.0))).max()) < 0.1
-    reached = optimum(recipe_of(Budget(target=0.5, strength=1e4)))
+    assert float(optimum(recipe_of(Budget()), router()).min()) > 0.9
+    assert float(optimum(recipe_of(Budget(price=100.0)), router()).max()) < 0.1
+    reached = optimum(recipe_of(Budget(target=0.5, strength=1e4)), router())
     assert float(reached.mean()) == pytest.approx(0.5, abs=0.05)
+
+
+def test_without_a_budget_every_token_is_important(recipe_of: Any) -> None:
+    """TokenCache's optimum is w = 1 everywhere where nothing else is asked for, and w = 0 at a high price."""
+    for budget, low, high in ((Budget(), 0.9, 1.0), (Budget(price=100.0), 0.0, 0.1)):
+        made = TokenWeights(TablePredictor(Sizes.of(tiny().info, 2)), tiny().info, choices_of_pairs(2, sites()))
+        found = optimum(recipe_of(budget), made)
+        assert low <= float(found.min()) <= float(found.max()) <= high
 
 
 def test_predictors_learn_by_either_recipe(recipe_of: Any) -> None:

@@ -55,10 +55,10 @@ class Settings:
     def __post_init__(self) -> None:
         if self.iterations is None and self.minutes is None:
             raise TrainError("nothing ends the training: give a number of iterations or of minutes")
-        if (self.iterations or 0) < 0 or (self.minutes or 0) < 0 or self.groups < 1 or not 0 < self.lr < math.inf:
+        if (self.iterations or 0) < 0 or (self.minutes or 0) < 0 or self.groups < 1 or not 0 < self.lr <= 100:
             raise TrainError(
                 f"iterations={self.iterations}, minutes={self.minutes}, groups={self.groups}, lr={self.lr}: the "
-                "learning rate is positive and finite, there is at least one group, and nothing is negative"
+                "learning rate is in (0, 100], there is at least one group, and nothing is negative"
             )
 
 
