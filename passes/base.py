@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,15 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tcc.errors import PassError, TccError, VerificationError
 from tcc.passes import dump
+from tcc.passes.changes import Calls, calls_of, changed, differs
 from tcc.passes.fake_values import evaluate, fake_mode_of
 from tcc.passes.graph import UNKNOWN, graph_text, size, source_line
 
 __all__ = ["Pass", "PassRecord", "run_passes", "verify"]
 
 logger = logging.getLogger(__name__)
-
-#: What a node was when it was found right: its call, and which values it and its inputs had.
-Verified = dict[fx.Node, tuple[Any, ...]]
 
 
 class Pass(abc.ABC):
@@ -57,7 +55,7 @@ class PassRecord:
 
 
 def run_passes(
-    gm: fx.GraphModule, passes: Sequence[Pass], *, label: str = "graph", check: bool = True
+    gm: fx.GraphModule, passes: Sequence[Pass], *, label: str = "graph", check: bool = True, verified: bool = False
 ) -> list[PassRecord]:
     """Run `passes` in order on `gm`, in place.
 
@@ -65,7 +63,8 @@ def run_passes(
         gm: a functional graph module whose nodes carry fake values in `meta["val"]`.
         passes: the ordered list.
         label: names this graph in dumps and errors.
-        check: re-propagate fake tensors and check the graph after each pass.
+        check: check the graph after each pass, and compute anew the fake values of what the pass has changed.
+        verified: whether `gm` has been verified, or is a copy of what has; if not, the first check is of all values.
 
     Returns:
         One record per pass.
@@ -75,18 +74,18 @@ def run_passes(
         VerificationError: the graph broke a rule after a pass.
     """
     records: list[PassRecord] = []
-    verified: Verified = {}
     _drop_dead(gm)  # before the first pass, so that it is not blamed for dead code that came with the graph
     dump.write(label, 0, "captured", gm.graph)
-    text = graph_text(gm.graph) if check else ""
+    calls = calls_of(gm.graph) if check else {}
     for number, item in enumerate(passes, start=1):
         before, start = len(gm.graph.nodes), time.perf_counter()
         edits = _run_one(gm, item, [r.name for r in records])
         _drop_dead(gm)
         if check:
-            text = _check_count(item, edits, text, gm.graph)
-        if check and (edits or number == 1):  # an unchanged graph has been verified already
-            verify(gm, f"{label}: {item.name}", verified)
+            _check_count(item, edits, calls, gm.graph)
+            if edits or not verified:
+                verify(gm, f"{label}: {item.name}", changed(calls, gm.graph) if verified else None)
+                calls, verified = calls_of(gm.graph), True
         records.append(PassRecord(item.name, edits, before, len(gm.graph.nodes), time.perf_counter() - start))
         dump.write(label, number, item.name, gm.graph)
         logger.debug("%s: %s made %d edits", label, item.name, edits)
@@ -119,22 +118,20 @@ def _has_effect(node: fx.Node) -> bool:
     return node.op in ("placeholder", "output") or (schema is not None and schema.is_mutable)
 
 
-def _check_count(item: Pass, edits: int, before: str, graph: fx.Graph) -> str:
-    """Compare the count with what changed; the graph's text."""
-    after = graph_text(graph)
-    if (edits > 0) != (before != after):
-        did = "changed" if before != after else "did not change"
+def _check_count(item: Pass, edits: int, before: Calls, graph: fx.Graph) -> None:
+    """Compare the count with what changed."""
+    if (edits > 0) != differs(graph, before):
+        did = "did not change" if edits else "changed"
         raise PassError(f"{item.name} reported {edits} edits but {did} the graph: run() must return the true count")
-    return after
 
 
-def verify(gm: fx.GraphModule, where: str, verified: Verified | None = None) -> None:
+def verify(gm: fx.GraphModule, where: str, nodes: Iterable[fx.Node] | None = None) -> None:
     """Check `gm`: FX lint, and that every node's value equals one computed anew (shape, dtype, device).
 
     Args:
         gm: the graph module.
         where: what has just happened to it, for the message.
-        verified: nodes found right before, with what they were then; they are computed anew only if that has changed.
+        nodes: whose values to compute anew, where all others have been found right before; all if None.
 
     Raises:
         VerificationError: names the rule, the node, its source line, and the lines around it.
@@ -143,16 +140,10 @@ def verify(gm: fx.GraphModule, where: str, verified: Verified | None = None) -> 
         gm.graph.lint()
     except RuntimeError as error:
         raise VerificationError(f"{where}: the graph is not well formed: {str(error).splitlines()[0]}") from error
-    verified = {} if verified is None else verified
     mode = fake_mode_of(gm.graph)
-    for node in gm.graph.nodes:
-        if node.op not in ("call_function", "call_method"):
-            continue
-        values = [node.meta.get("val"), *(n.meta.get("val") for n in node.all_input_nodes)]
-        state = (node.target, node.args, node.kwargs, tuple(map(id, values)))
-        if verified.get(node) != state:
+    for node in gm.graph.nodes if nodes is None else nodes:
+        if node.op in ("call_function", "call_method"):
             _check_value(node, mode, where)
-            verified[node] = state
 
 
 def _check_value(node: fx.Node, mode: FakeTensorMode, where: str) -> None:

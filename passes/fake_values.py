@@ -29,14 +29,15 @@ class Memo:
         self._values: dict[Hashable, Any] = {}
         self._facts: dict[int, tuple[Any, Hashable]] = {}  # with the tensor, so that no other gets its id
 
-    def evaluate(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """What `target` returns; the caller has set the fake mode."""
+    def evaluate(self, target: Any, args: Any, kwargs: Any, mode: FakeTensorMode) -> Any:
+        """What `target` returns under `mode`."""
         key = self._key(target, args, kwargs)
         if key is not None and key in self._values:
             self.found += 1
             return self._values[key]
         self.evaluated += 1
-        new = target(*args, **kwargs)
+        with mode, torch.no_grad():
+            new = target(*args, **kwargs)
         if key is not None and _is_plain(new):
             self._values[key] = new
         return new
@@ -104,5 +105,4 @@ def evaluate(node: fx.Node, mode: FakeTensorMode) -> Any:
     target: Any = node.target
     if node.op == "call_method":
         target = getattr(torch.Tensor, str(node.target))
-    with mode, torch.no_grad():
-        return memo_of(mode).evaluate(target, args, kwargs)
+    return memo_of(mode).evaluate(target, args, kwargs, mode)

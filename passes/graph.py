@@ -33,6 +33,8 @@ __all__ = [
 
 #: A size that depends on the data, such as how many elements of a mask are true.
 UNKNOWN = -1
+#: What a node does, and what comes out: target, arguments, keyword arguments, value.
+Call = tuple[Any, Any, Any, Any]
 _COPIES = {torch.ops.aten.clone.default, torch.ops.aten.contiguous.default}
 
 
@@ -66,10 +68,11 @@ def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
         if node.op == "output":
             graph.output(fx.map_arg(node.args[0], new.__getitem__))
             continue
-        new[node] = graph.create_node(node.op, node.target, name=node.name, type_expr=node.type)
-        new[node].args = fx.map_arg(node.args, new.__getitem__)  # here: create_node takes long to look through them
-        new[node].kwargs = fx.map_arg(node.kwargs, new.__getitem__)
-        new[node].meta = dict(node.meta)
+        copy = new[node] = graph.create_node(node.op, node.target, name=node.name, type_expr=node.type)
+        copy.args = fx.map_arg(node.args, new.__getitem__)  # here: create_node takes long to look through them
+        if node.kwargs:
+            copy.kwargs = fx.map_arg(node.kwargs, new.__getitem__)
+        copy.meta.update(node.meta)
     return _LazyGraphModule(gm, graph)
 
 
@@ -142,8 +145,13 @@ def module_path(node: fx.Node) -> str:
 
 def graph_text(graph: fx.Graph) -> str:
     """The graph as text, one node a line, values numbered so that node names do not matter."""
-    numbers = {node: f"%{i}" for i, node in enumerate(graph.nodes)}
-    return "\n".join(_line(node, numbers) for node in graph.nodes)
+    numbers = numbers_of(graph.nodes)
+    return "\n".join(line(node, call_of(node), numbers) for node in graph.nodes)
+
+
+def numbers_of(nodes: Iterable[fx.Node]) -> dict[fx.Node, str]:
+    """What stands for each node in a graph's text."""
+    return {node: f"%{i}" for i, node in enumerate(nodes)}
 
 
 def graph_hash(graph: fx.Graph, extra: Iterable[str] = ()) -> str:
@@ -158,18 +166,25 @@ def graph_hash(graph: fx.Graph, extra: Iterable[str] = ()) -> str:
             numbers[node] = numbers[node.args[0]]
             continue
         numbers[node], count = f"%{count}", count + 1
-        line = re.sub(r"device\(type='\w+'(, index=\d+)?\)", "device", _line(node, numbers))
-        digest.update(re.sub(r"aten\.(_unsafe_)?view\.default", "aten.reshape.default", line).encode())
+        text = re.sub(r"device\(type='\w+'(, index=\d+)?\)", "device", line(node, call_of(node), numbers))
+        digest.update(re.sub(r"aten\.(_unsafe_)?view\.default", "aten.reshape.default", text).encode())
     for item in extra:
         digest.update(item.encode())
     return digest.hexdigest()
 
 
-def _line(node: fx.Node, numbers: dict[fx.Node, str]) -> str:
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _Name(numbers[n]))
-    what = str(node.target) if node.op in ("placeholder", "get_attr") else _target_name(node.target)
+def call_of(node: fx.Node) -> Call:
+    """What `node` does now, and its value."""
+    return node.target, node.args, node.kwargs, node.meta.get("val")
+
+
+def line(node: fx.Node, call: Call, numbers: dict[fx.Node, str]) -> str:
+    """The line of a graph's text for `node`, when it does or did `call`."""
+    target, given, named, val = call
+    args, kwargs = fx.map_arg((given, named), lambda n: _Name(numbers.get(n, n.name)))
+    what = str(target) if node.op in ("placeholder", "get_attr") else _target_name(target)
     inputs = ", ".join([*map(repr, args), *(f"{k}={v!r}" for k, v in kwargs.items())])
-    return f"{numbers[node]} = {node.op} {what}({inputs}) -> {_describe(node.meta.get('val'))}"
+    return f"{numbers[node]} = {node.op} {what}({inputs}) -> {_describe(val)}"
 
 
 class _Name(str):

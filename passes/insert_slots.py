@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from tcc.passes.attention import find_attention
+from tcc.passes.attention import Attention, find_attention
 from tcc.passes.base import Pass
 from tcc.passes.choose_tokens import Choice, age_slot, choose, map_slot, older, read_map
 from tcc.passes.gathers import gather, scatter
@@ -107,7 +107,7 @@ class InsertSlots(Pass):
 
     def run(self, gm: fx.GraphModule) -> int:
         """Edit `gm`; see the class."""
-        edit = _Edit(gm)
+        edit = _Edit(gm, find_attention(gm.graph) if self._asks_for_attention else {})
         for number, tokens in enumerate(self.sets):
             if isinstance(tokens, Choice):
                 edit.choose_tokens(number, tokens)
@@ -120,12 +120,18 @@ class InsertSlots(Pass):
             edit.finish()
         return edit.count
 
+    @property
+    def _asks_for_attention(self) -> bool:
+        actions = (entry.action for entry in self.entries)
+        return bool(self.records.maps) or any(isinstance(a, Update) and a.attention == "kept" for a in actions)
+
 
 @dataclass
 class _Edit:
     """One run of the pass over one graph."""
 
     gm: fx.GraphModule
+    attention: dict[fx.Node, Attention]
     count: int = 0
     inputs: dict[str, fx.Node] = field(default_factory=dict)
     stores: dict[str, fx.Node] = field(default_factory=dict)
@@ -138,7 +144,6 @@ class _Edit:
         self.first = next(n for n in self.graph.nodes if n.op != "placeholder")
         self.old = set(self.graph.nodes)
         self.chosen: dict[str, tuple[fx.Node, fx.Node]] = {}
-        self.attention = find_attention(self.graph)
         self.restricted: set[tuple[fx.Node, str]] = set()
 
     def apply(self, entry: Entry) -> None:

@@ -30,6 +30,11 @@ _PRODUCTS = {
     aten.matmul.default,
     aten.einsum.default,
 }
+#: Products whose first factor has the summed dimension last.
+_ROWS_FIRST = {aten.linear.default, aten.mm.default, aten.bmm.default, aten.matmul.default}
+_ADDED_TO = {aten.addmm.default, aten.baddbmm.default}
+_CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default}
+_COUNTED = _PRODUCTS | _ROWS_FIRST | _ADDED_TO | _CONVOLUTIONS
 
 
 def count(nodes: Iterable[fx.Node], *, products: bool = True) -> int:
@@ -45,23 +50,19 @@ def count(nodes: Iterable[fx.Node], *, products: bool = True) -> int:
 
 def node_macs(node: fx.Node) -> int:
     """The MACs of one node; 0 for everything that is not a product, and for sizes that depend on the data."""
-    if node.op != "call_function" or any(UNKNOWN in shape(n) for n in (node, *node.all_input_nodes)):
+    if node.target not in _COUNTED or any(UNKNOWN in shape(n) for n in (node, *node.all_input_nodes)):
         return 0
     args: Any = node.args
-    if node.target is aten.linear.default:
+    if node.target in _ROWS_FIRST:
         return math.prod(shape(node)) * shape(args[0])[-1]
-    if node.target in (aten.mm.default, aten.bmm.default, aten.matmul.default):
-        return math.prod(shape(node)) * shape(args[0])[-1]
-    if node.target in (aten.addmm.default, aten.baddbmm.default):
+    if node.target in _ADDED_TO:
         return math.prod(shape(node)) * shape(args[1])[-1]
     if node.target is aten.einsum.default:
         return _einsum_macs(node)
     if node.target is aten.scaled_dot_product_attention.default:
         scores = math.prod(shape(args[0])[:-1]) * shape(args[1])[-2]
         return scores * (shape(args[0])[-1] + shape(args[2])[-1])
-    if node.target in (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default):
-        return math.prod(shape(node)) * math.prod(shape(args[1])[1:])
-    return 0
+    return math.prod(shape(node)) * math.prod(shape(args[1])[1:])
 
 
 def _einsum_macs(node: fx.Node) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,9 +15,9 @@ from tcc.capture import Captured
 from tcc.checks import check_sites, forecast_depth
 from tcc.liveness import Span, find_spans, live_ages, live_maps, live_stores, slot_names
 from tcc.memory import Memory, find_memory
-from tcc.passes.base import PassRecord, run_passes
+from tcc.passes.base import PassRecord, run_passes, verify
 from tcc.passes.choose_tokens import Choice, age_slot, map_slot
-from tcc.passes.graph import copy_of, output_values, value, write_code
+from tcc.passes.graph import copy_of, output_values, value
 from tcc.passes.insert_slots import Entry, Records
 from tcc.passes.macs import count
 from tcc.passes.pipeline import ALL, Rewrites, StepKind, variant_passes
@@ -140,6 +142,22 @@ def build_program(
     return program
 
 
+@contextlib.contextmanager
+def _collecting_after() -> Iterator[None]:
+    """Python collects garbage after the block, and not within.
+
+    A variant is tens of thousands of objects, made in one go, and all of them stay: collections in between would go
+    over everything that lives, torch and the other variants too, and find nothing.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
 @dataclass(frozen=True)
 class _Making:
     """What programs of one plan are made of."""
@@ -152,9 +170,12 @@ class _Making:
     progress: Callable[[str], None] | None
     known: dict[StepKind, Variant]
 
+    @_collecting_after()
     def program(self, kinds: list[StepKind]) -> Program:
         """The program whose steps are of these kinds."""
         distinct = list(dict.fromkeys(kinds))
+        if self.check and any(kind not in self.known for kind in distinct):
+            verify(self.captured.gm, "capture")  # once: of its copies, what a pass changes
         for number, kind in enumerate(distinct):
             if kind not in self.known:
                 if self.progress:
@@ -326,13 +347,11 @@ def _entries(plan: CachePlan, spans: list[Span], depths: list[int], step: int) -
 
 def _build_variant(gm: fx.GraphModule, kind: StepKind, label: str, check: bool) -> Variant:
     copy = copy_of(gm)
-    records = run_passes(copy, variant_passes(kind), label=label, check=check)
+    records = run_passes(copy, variant_passes(kind), label=label, check=check, verified=True)
     for node in list(copy.graph.nodes):
         if node.op == "placeholder" and "input" in node.meta and not node.users:
             copy.graph.erase_node(node)
     copy.recompile()
-    if check:  # it will run
-        write_code(copy)
     extras = tuple(n.meta["input"] for n in copy.graph.nodes if n.op == "placeholder" and "input" in n.meta)
     stores = copy.meta.get("stores", ())
     return Variant(copy, kind, extras, stores, count(copy.graph.nodes), tuple(records))

@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import tcc
 from tcc.models import DiT
+from tcc.passes.graph import write_code
 from tcc.plan import CachePlan, Compute, Hold, Reuse, Update
 from tcc.program import build_program
 from tcc.runtime import Session, _inductor, lower
@@ -174,6 +175,7 @@ def test_every_variant_is_one_whole_graph() -> None:
             for n in variant.gm.graph.nodes
             if n.op == "placeholder"
         ]
+        write_code(variant.gm)
         whole = torch.compile(variant.gm, fullgraph=True, backend="aot_eager")
         with torch.no_grad():
             assert len(whole(*inputs)) == 1 + len(variant.stores)
