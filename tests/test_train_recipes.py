@@ -290,7 +290,7 @@ def recipe_of(request: pytest.FixtureRequest) -> Iterator[Any]:
     return make
 
 
-def router() -> RouterWeights:
+def fresh() -> RouterWeights:
     """A router of two steps that knows nothing yet."""
     return RouterWeights(2, sites(), choices_of_pairs(2, sites()), seed=1)
 
@@ -308,9 +308,9 @@ def optimum(recipe: Any, made: Any) -> Tensor:
 
 def test_without_a_budget_everything_is_computed(recipe_of: Any) -> None:
     """The error alone is least where nothing is cached; a high price caches all, and a target is met."""
-    assert float(optimum(recipe_of(Budget()), router()).min()) > 0.9
-    assert float(optimum(recipe_of(Budget(price=100.0)), router()).max()) < 0.1
-    reached = optimum(recipe_of(Budget(target=0.5, strength=1e4)), router())
+    assert float(optimum(recipe_of(Budget()), fresh()).min()) > 0.9
+    assert float(optimum(recipe_of(Budget(price=100.0)), fresh()).max()) < 0.1
+    reached = optimum(recipe_of(Budget(target=0.5, strength=1e4)), fresh())
     assert float(reached.mean()) == pytest.approx(0.5, abs=0.05)
 
 
