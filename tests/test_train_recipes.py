@@ -376,7 +376,7 @@ def test_the_models_parameters_stay_as_they_are(recipe_of: Any) -> None:
     """Training touches the weights alone."""
     model = tiny().model
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    optimum(recipe_of(Budget(price=1e-3)))
+    optimum(recipe_of(Budget(price=1e-3)), fresh())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
