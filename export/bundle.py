@@ -33,7 +33,7 @@ from tcc.info import inspect
 from tcc.passes.graph import value
 from tcc.plan import CachePlan
 from tcc.prepare import Policy
-from tcc.program import Program, build_program
+from tcc.program import Program
 
 __all__ = ["Written", "bundle"]
 
@@ -148,7 +148,7 @@ def _program(
     info = inspect(model, *example_inputs[0], **example_inputs[1])
     chosen = plan if isinstance(plan, CachePlan) else plan(info)
     check_model(chosen, info.key)
-    return build_program(info.captured, info.analysis, chosen, progress=progress), chosen
+    return info.program(chosen, progress=progress), chosen
 
 
 def _write(

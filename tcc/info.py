@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,7 +36,7 @@ class ModelInfo:
 
     captured: Captured
     analysis: Analysis
-    _counted: dict[StepKind, Variant] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _variants: dict[StepKind, Variant] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -84,7 +85,7 @@ class ModelInfo:
         Raises:
             PlanError: the plan does not fit the model.
         """
-        return replace(plan, model=self.key, cost=self._rewritten(plan).cost(self.analysis))
+        return replace(plan, model=self.key, cost=self.program(plan).cost(self.analysis))
 
     def memory(self, plan: CachePlan, max_slot_bytes: int | None = None) -> Memory:
         """The slots of `plan`: what a session allocates, and when each is needed. `plan.memory(info)` is the same.
@@ -92,11 +93,18 @@ class ModelInfo:
         Raises:
             PlanError: the plan does not fit the model, or the budget that `tcc.compile` is to be given.
         """
-        return self._rewritten(plan, max_slot_bytes).memory
+        return self.program(plan, max_slot_bytes=max_slot_bytes).memory
 
-    def _rewritten(self, plan: CachePlan, max_slot_bytes: int | None = None) -> Program:
+    def program(
+        self, plan: CachePlan, *, progress: Callable[[str], None] | None = None, max_slot_bytes: int | None = None
+    ) -> Program:
+        """The rewritten graphs of `plan`: those of counted, of compiled and of other plans are made, and checked, once.
+
+        Raises:
+            PlanError: the plan does not fit the model, or the budget that `tcc.compile` is to be given.
+        """
         return build_program(
-            self.captured, self.analysis, plan, check=False, known=self._counted, max_slot_bytes=max_slot_bytes
+            self.captured, self.analysis, plan, progress=progress, known=self._variants, max_slot_bytes=max_slot_bytes
         )
 
     def layer_macs(self, plan: CachePlan) -> int:
@@ -105,7 +113,7 @@ class ModelInfo:
         The convention of counters that watch layers, and of the tables that were made with them (Learning-to-Cache);
         everywhere else tcc counts all products.
         """
-        program = self._rewritten(plan)
+        program = self.program(plan)
         macs = [count(variant.gm.graph.nodes, products=False) for variant in program.variants]
         return sum(macs[binding.variant] for binding in program.bindings) // self.batch
 

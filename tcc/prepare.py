@@ -19,11 +19,9 @@ from tcc.checks import check_model
 from tcc.errors import CallError, PlanError, ShapeError
 from tcc.folding import Folding, find_folding
 from tcc.info import ModelInfo
-from tcc.passes.pipeline import StepKind
 from tcc.passes.sites import analyse
 from tcc.plan import CachePlan
 from tcc.plan_start import start_at
-from tcc.program import Variant, build_program
 from tcc.runtime import Backend, Compiled, Executable, Known, lower
 
 __all__ = ["OnShapeChange", "Options", "Policy", "Prepared", "Ready"]
@@ -55,7 +53,6 @@ class _Shape:
 
     info: ModelInfo
     parts: list[Any]
-    variants: dict[StepKind, Variant] = field(default_factory=dict)
     runners: dict[Known, Compiled] = field(default_factory=dict)
 
 
@@ -89,11 +86,8 @@ class Ready:
         """
         if start not in self.executables:
             plan, shape, options = start_at(self.plan, start), self.shape, self.options
-            captured, analysis, progress = shape.info.captured, shape.info.analysis, options.progress
-            program = build_program(
-                captured, analysis, plan, progress=progress, known=shape.variants,
-                max_slot_bytes=options.max_slot_bytes,
-            )  # fmt: skip
+            progress = options.progress
+            program = shape.info.program(plan, progress=progress, max_slot_bytes=options.max_slot_bytes)
             self.executables[start] = lower(
                 program, options.backend, options.options, progress, mode=options.mode, regional=options.regional,
                 folding=self.folding, known=shape.runners,

@@ -120,7 +120,7 @@ def test_planning_rows_and_the_model_of_two_streams(scripts: dict[str, ModuleTyp
         for policy, steps, variants in (("reuse", 4, 2), ("tokens", 4, 2), ("routers", 6, 3))
     ]
     assert [row["variants"] for row in rows] == [2, 2, 3]
-    assert all(row["plan + rewrite"] == row["plan"] + row["rewrite"] > 0 for row in rows)
+    assert all(row["plan + program"] == row["plan"] + row["program"] > 0 for row in rows)
     scaling.plot_planning(rows, tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 

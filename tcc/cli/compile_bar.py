@@ -9,9 +9,7 @@ from collections.abc import Mapping
 from tcc.checks import check_model
 from tcc.cli import screen
 from tcc.info import ModelInfo
-from tcc.passes.pipeline import StepKind
 from tcc.plan import CachePlan
-from tcc.program import Variant, build_program
 from tcc.runtime import Compiled, Executable, Known, lower
 
 __all__ = ["executables"]
@@ -39,23 +37,20 @@ def executables(
     """
     for plan in plans.values():
         check_model(plan, info.key)
-    variants: dict[StepKind, Variant] = {}  # several plans of one model share variants: each is made once
     with screen.status("rewriting the graph"):
-        programs = {
-            name: build_program(info.captured, info.analysis, plan, known=variants, max_slot_bytes=max_slot_bytes)
-            for name, plan in plans.items()
-        }
+        programs = {name: info.program(plan, max_slot_bytes=max_slot_bytes) for name, plan in plans.items()}
+    kinds = {variant.kind for program in programs.values() for variant in program.variants}  # each is made once
     begun, runners = itertools.count(), dict[Known, Compiled]()
-    with screen.bar("compiling", len(variants)) as bar:
+    with screen.bar("compiling", len(kinds)) as bar:
 
         def begin(name: str, line: str) -> None:
-            bar(next(begun), len(variants))
+            bar(next(begun), len(kinds))
             bar.describe(f"{name}: {line}")
 
         compiled = {
             name: lower(program, backend, progress=functools.partial(begin, name), known=runners, regional=regional)
             for name, program in programs.items()
         }
-        bar(len(variants), len(variants))
+        bar(len(kinds), len(kinds))
         bar.describe("compiled")
     return compiled

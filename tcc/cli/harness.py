@@ -18,9 +18,7 @@ from tcc import plans
 from tcc.cli.compare import Job, Method, Model, compare, of_executable, warm_up
 from tcc.cli.lines import UNCACHED, Line
 from tcc.info import ModelInfo
-from tcc.passes.pipeline import StepKind
 from tcc.plan import CachePlan
-from tcc.program import Variant, build_program
 from tcc.runtime import Compiled, Executable, Known, lower
 from tcc.timing import Compilation, Progress, allocations, watched_compilation
 
@@ -74,7 +72,6 @@ class Harness:
         self.entries: list[Entry] = []
         self.failed: list[Line] = []
         self.full = plans.full(info, num_steps=steps)
-        self._variants: dict[StepKind, Variant] = {}
         self._runners: dict[Known, Compiled] = {}
         self._uncached: Executable | None = None
 
@@ -109,7 +106,7 @@ class Harness:
         """
         line = Line(method=name, family=family, package=TCC, mode=TCC, steps=plan.num_steps, bound=plan.bound)
         self.say(line.key)
-        program = build_program(self.info.captured, self.info.analysis, plan, known=self._variants)
+        program = self.info.program(plan)
         with watched_compilation() as found:
             executable = lower(program, self.backend, mode=self.mode, regional=self.regional, known=self._runners)
             warm_up(self.task, [executable])

@@ -11,8 +11,11 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+import tcc
 from tcc.passes.fake_values import evaluate, fake_mode_of, memo_of
+from tcc.passes.pipeline import StepKind
 from tcc.plans import fora, tprr
+from tcc.program import Variant
 from tests.graphs import Sketch
 from tests.tiny_models import dit
 
@@ -113,3 +116,19 @@ def test_counting_writes_no_code(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(fx.Graph, "python_code", refuse)
     assert fora(info, num_steps=9, interval=3).bound > 1.5
+
+
+def test_what_is_counted_is_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kind of step is rewritten once, with every check, for a plan that a policy makes, counts and gives away."""
+    which, checked = dit(depth=2, hidden_size=16), []
+    build = tcc.program._build_variant
+
+    def note(gm: fx.GraphModule, kind: StepKind, label: str, check: bool) -> Variant:
+        checked.append(check)
+        return build(gm, kind, label, check)
+
+    monkeypatch.setattr(tcc.program, "_build_variant", note)
+    given: Any = {"backend": "eager", "example_inputs": (which.args, which.kwargs)}
+    compiled = tcc.compile(which.model, lambda info: fora(info, num_steps=4, interval=2), **given)
+    assert compiled.plan.macs > 0
+    assert checked == [True, True]
