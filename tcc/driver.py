@@ -251,6 +251,11 @@ class CompiledModel(StandIn):
         return self.plan.num_steps if known else None
 
     @property
+    def calls_per_step(self) -> int:
+        """How many calls a loop makes at a step outside of `cache_context`, see `compile`."""
+        return self._prepared.options.calls_per_step
+
+    @property
     def info(self) -> ModelInfo | None:
         """What tcc sees in the model; None before the first call."""
         last, shapes = self._prepared.last, self._prepared.shapes

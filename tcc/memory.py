@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tcc.passes.sites import Site
     from tcc.program import Binding, SlotSpec, Variant
 
-__all__ = ["Memory", "SlotUse", "find_memory"]
+__all__ = ["Memory", "SlotUse", "find_memory", "in_units"]
 
 _SHOWN = 5  # slots that an error names
 
@@ -71,7 +71,7 @@ class Memory:
 
     def table(self) -> Table:
         """The slots, largest first."""
-        title = f"slots: {_size(self.total)} allocated, at most {_size(self.peak)} needed at one step"
+        title = f"slots: {in_units(self.total)} allocated, at most {in_units(self.peak)} needed at one step"
         table = Table(title=title)
         for column in ("slot", "shape", "dtype", "KiB", "steps", "buffer"):
             table.add_column(column, justify="right" if column == "KiB" else "left")
@@ -93,12 +93,12 @@ class Memory:
         if max_slot_bytes is None or self.total <= max_slot_bytes:
             return
         largest = sorted((s for s in self.slots if s.buffer == s.name), key=lambda slot: -slot.bytes)
-        named = ", ".join(f"'{slot.name}' {_size(slot.bytes)}" for slot in largest[:_SHOWN])
+        named = ", ".join(f"'{slot.name}' {in_units(slot.bytes)}" for slot in largest[:_SHOWN])
         more = f" and {len(largest) - _SHOWN} more" if len(largest) > _SHOWN else ""
-        ways = "; ".join(f"{way} saves {_size(saved)}" for way, saved in self.savings().items())
+        ways = "; ".join(f"{way} saves {in_units(saved)}" for way, saved in self.savings().items())
         raise PlanError(
-            f"the plan's slots take {_size(self.total)} for the captured batch, and max_slot_bytes allows "
-            f"{_size(max_slot_bytes)}. The largest: {named}{more}. What would save: {ways}"
+            f"the plan's slots take {in_units(self.total)} for the captured batch, and max_slot_bytes allows "
+            f"{in_units(max_slot_bytes)}. The largest: {named}{more}. What would save: {ways}"
         )
 
     def savings(self) -> dict[str, int]:
@@ -196,7 +196,10 @@ def _ranges(steps: Sequence[int]) -> str:
     return ", ".join("-".join(map(str, part)) for part in parts)
 
 
-def _size(count: int) -> str:
+def in_units(count: int) -> str:
+    """Bytes in the largest unit that shows them: `10 B`, `1.5 KiB`, `20 MiB`."""
+    if count < 2**10:
+        return f"{count} B"
     if count < 2**20:
         return f"{count / 2**10:.4g} KiB"
     return f"{count / 2**20:.4g} MiB" if count < 2**30 else f"{count / 2**30:.4g} GiB"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tcc.memory import in_units
 from tcc.plan import Action, CachePlan, Reuse, TopK, Update
 from tcc.scores import Score
 
@@ -73,7 +74,7 @@ def summary(plan: CachePlan) -> str:
         rows.append(("MACs", f"{_giga(plan.macs)} of {_giga(full)} GMAC per run, image and guidance branch"))
         rows.append(("bound", f"{plan.bound:.2f}x: the speedup that the MACs allow; measure to know the real one"))
         kept = f", wider values rounded to {_name(plan.slot_dtype)}" if plan.slot_dtype else ""
-        rows.append(("slots", f"{_size(plan.slot_bytes)} for the batch it was made for{kept}"))
+        rows.append(("slots", f"{in_units(plan.slot_bytes)} for the batch it was made for{kept}"))
     return "\n".join(f"{name:<9}{text}" for name, text in rows)
 
 
@@ -243,9 +244,3 @@ def _name(dtype: torch.dtype) -> str:
 
 def _giga(macs: int) -> str:
     return f"{macs / 1e9:.4g}"
-
-
-def _size(count: int) -> str:
-    if count < 2**20:
-        return f"{count / 2**10:.4g} KiB"
-    return f"{count / 2**20:.4g} MiB" if count < 2**30 else f"{count / 2**30:.4g} GiB"

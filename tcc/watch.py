@@ -8,29 +8,52 @@ calls on one sample at one noise level are two guidance branches.
 from __future__ import annotations
 
 import itertools
+from dataclasses import asdict, dataclass
 
 import torch
 
 from tcc.errors import CallError
 
-__all__ = ["Watch", "is_readable", "version_of"]
+__all__ = ["Advice", "Watch", "is_readable", "version_of"]
 
 _SHARED = (
     "step {step} of {count}: this call has the sample and the noise level of the call before it, and other conditions. "
     "Two guidance branches share one session, so that one would reuse what the other stored, and each call would count "
-    "as a step: call each branch in a context of its own, `with model.cache_context('cond'):` and "
-    "`with model.cache_context('uncond'):`, or both in one call as a doubled batch; if the calls are a pipeline's, "
-    "compile with calls_per_step=2"
+    "as a step: {branches}"
 )
 _BACK = (
     "step {step} of {count}: the noise level went back, from {before:g} to {now:g}: a new image began before the "
     "plan's last step. After an interrupted run call reset(); a scheduler with fewer steps needs a plan with as many; "
-    "where steps are repeated on purpose, say which one runs: model.session.run_step(step, ...)"
+    "where steps are repeated on purpose, say which one runs: {run_step}(step, ...)"
 )
 _MORE = (
     "the plan's {count} steps are over, and the noise level goes on from {before:g} to {now:g}: the scheduler has more "
     "steps than the plan. Make the plan with as many steps as the scheduler calls the model (a solver of second order "
-    "calls it twice per step; guidance branches need `cache_context`), or reset() to start a new image"
+    "calls it twice per step; guidance branches need {own}), or reset() to start a new image"
+)
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What a caller can do, in the words of what is called.
+
+    Attributes:
+        branches: where two guidance branches share a session.
+        own: what each branch needs.
+        run_step: the method that runs a step by its number.
+    """
+
+    branches: str
+    own: str
+    run_step: str
+
+
+_COMPILED = Advice(
+    "call each branch in a context of its own, `with model.cache_context('cond'):` and "
+    "`with model.cache_context('uncond'):`, or both in one call as a doubled batch; if the calls are a pipeline's, "
+    "compile with calls_per_step=2",
+    "`cache_context`",
+    "model.session.run_step",
 )
 
 
@@ -45,9 +68,13 @@ class Watch:
         samples: the positions of the inputs that may be the sample.
         first: the number of a run's first step.
         count: the number of the plan's steps.
+        advice: what messages tell the caller to do; by default, the caller of a compiled model.
     """
 
-    def __init__(self, level: int | None, samples: tuple[int, ...], first: int, count: int) -> None:
+    def __init__(
+        self, level: int | None, samples: tuple[int, ...], first: int, count: int, advice: Advice = _COMPILED
+    ) -> None:
+        self._advice = asdict(advice)
         self._level, self._samples, self._first, self._count = level, samples, first, count
         self.forget()
 
@@ -65,10 +92,13 @@ class Watch:
             CallError: the caller is at another step; nothing is noted down.
         """
         if step > self._first and self._is_other_branch(tensors):
-            raise CallError(_SHARED.format(step=step, count=self._count))
+            raise CallError(self._told(_SHARED, step=step))
         if self._level is not None and tensors[self._level].numel():
             self._check_level(tensors[self._level], step)
         self._last, self._versions = tensors, [version_of(t) for t in tensors]
+
+    def _told(self, message: str, **where: float) -> str:
+        return message.format(count=self._count, **where, **self._advice)
 
     def _is_other_branch(self, tensors: list[torch.Tensor]) -> bool:
         """Whether sample and noise level are the last call's, and something else is not."""
@@ -90,7 +120,7 @@ class Watch:
             if self._levels and self._way:
                 before, now = float(self._levels[-1]), float(level)
                 if (now - before) * self._way >= 0:  # a run that went one way cannot begin where it ended
-                    raise CallError(_MORE.format(count=self._count, before=before, now=now))
+                    raise CallError(self._told(_MORE, before=before, now=now))
             self._levels, self._way = [level], 0.0
             return
         self._levels = self._follow([*self._levels, level], step)
@@ -103,7 +133,7 @@ class Watch:
         for before, now in itertools.pairwise(float(level) for level in levels):
             way = way or now - before
             if (now - before) * way < 0:
-                raise CallError(_BACK.format(step=step, count=self._count, before=before, now=now))
+                raise CallError(self._told(_BACK, step=step, before=before, now=now))
         self._way = way
         return levels[-1:]
 
