@@ -124,6 +124,7 @@ def compile_program(variant: Variant, weights: Weights, device: torch.device) ->
             min_block_size=1,
             immutable_weights=True,  # no refit
             disable_tf32=True,
+            use_explicit_typing=True,  # strongly typed: the default of new versions, and not of old ones
             attn_bias_is_causal=False,  # the default takes every mask for a causal one
         )
     except Exception as error:  # its converters raise what they like

@@ -79,6 +79,7 @@ def test_engines_run_the_plan_on_bound_memory(target: str, tmp_path: Path, calls
             assert settings["immutable_weights"]
             assert settings["require_full_compilation"]
             assert settings["disable_tf32"]
+            assert settings["use_explicit_typing"]
             assert not settings["attn_bias_is_causal"]
     calls.clear()
     runner = opened(written.folder)
