@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 
 from tcc.checks import check_model
 from tcc.driver import CompiledModel
-from tcc.errors import ExportError
+from tcc.errors import BundleError, ExportError
 from tcc.export import manifest as manifests
 from tcc.export.graphs import model_outputs
 from tcc.export.inputs import describe
@@ -76,7 +76,8 @@ def bundle(
 
     Args:
         model: a diffusion transformer in eval mode, an `ExportedProgram` of one, or what `tcc.compile` returned and was
-            called once (then the plan and the inputs are its own, and None here).
+            called once (then the plan and the inputs are its own, and None here). If it was compiled with
+            `calls_per_step=2`, the bundle notes it: each guidance branch then needs a `new_session()` of the runner.
         plan: a plan, or a policy.
         example_inputs: `(args, kwargs)` of a call; the bundle runs these shapes, dtypes and this device.
         out: the folder to make; it must not exist, or be empty.
@@ -113,9 +114,9 @@ def bundle(
         raise ExportError(f"{folder}: cannot be written ({error.strerror}): name another folder") from error
     try:
         program, chosen = _program(model, plan, example_inputs, progress)
-        for slot in program.slots:
-            dtype_name(slot.dtype)  # refused before anything is made
-        made, seconds = _write(program, chosen, draft, target, machine, writer, progress or (lambda _: None))
+        _check_slots(program, chosen)  # refused before anything is made
+        calls = model.calls_per_step if isinstance(model, CompiledModel) else 1
+        made, seconds = _write(program, chosen, draft, target, machine, writer, calls, progress or (lambda _: None))
         if layout == "triton":
             made, seconds = lay_out(draft, made), (sum(seconds),)
         if folder.exists():
@@ -151,6 +152,16 @@ def _program(
     return info.program(chosen, progress=progress), chosen
 
 
+def _check_slots(program: Program, plan: CachePlan) -> None:
+    try:
+        for slot in program.slots:
+            dtype_name(slot.dtype)
+    except BundleError as error:
+        raise ExportError(
+            f"slot_dtype={plan.slot_dtype}: {error}: give the plan another one, such as torch.bfloat16"
+        ) from error
+
+
 def _write(
     program: Program,
     plan: CachePlan,
@@ -158,6 +169,7 @@ def _write(
     target: str,
     machine: Machine,
     writer: Writer,
+    calls_per_step: int,
     progress: Callable[[str], None],
 ) -> tuple[Manifest, tuple[float, ...]]:
     outputs = _outputs(program)
@@ -190,6 +202,7 @@ def _write(
         ),
         graphs=graphs,
         steps=steps,
+        calls_per_step=calls_per_step,
         files=files,
         hashes={"plan": files[PLAN].sha256, "graph": captured.hash, "weights": content},
         tools={"python": platform.python_version(), **versions("tcc"), **machine.tools},

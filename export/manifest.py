@@ -39,7 +39,7 @@ __all__ = [
 ]
 __all__ += ["dtype_name", "file_entry", "next_of", "read", "write"]
 
-FORMAT, VERSION = "tcc-bundle", 3
+FORMAT, VERSION = "tcc-bundle", 4
 #: Targets whose graphs are engines: for one GPU architecture and one version of a library, with weights of their own.
 ENGINES = ("tensorrt", "tensorrt-onnx", "tensorrt-rtx")
 MANIFEST, PLAN, WEIGHTS, TENSORS = "manifest.json", "plan.safetensors", "weights.safetensors", "tensors.safetensors"
@@ -127,6 +127,7 @@ class Graph:
         weights: the names of the weights that it reads from `weights.safetensors`; none where it is an engine.
         macs: its MACs, for the captured batch.
         operators: how many operators it has.
+        largest: of ONNX, the bytes of the largest value that it computes; else 0, since no loader could tell.
     """
 
     file: str
@@ -136,6 +137,7 @@ class Graph:
     weights: tuple[str, ...]
     macs: int
     operators: int
+    largest: int
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,8 @@ class Manifest:
         tensors: what the steps' token, coefficient and table inputs are.
         graphs: one per variant.
         steps: one per denoising step.
+        calls_per_step: how many calls, of one guidance branch each, the exported model took at a step. A runner takes
+            one: each branch needs a session of its own.
         files: every file by name, but this one.
         hashes: SHA-256 of what the bundle was made from: `plan`, `graph`, `weights`.
         tools: the versions that made it.
@@ -174,6 +178,7 @@ class Manifest:
     tensors: tuple[TensorSpec, ...]
     graphs: tuple[Graph, ...]
     steps: tuple[Step, ...]
+    calls_per_step: int
     files: dict[str, FileEntry]
     hashes: dict[str, str]
     tools: dict[str, str]
@@ -341,8 +346,8 @@ def _check_graphs(manifest: Manifest) -> None:
 
 
 def _check_steps(manifest: Manifest) -> None:
-    if not manifest.steps:
-        raise Malformed("there are no steps")
+    if not manifest.steps or manifest.calls_per_step < 1:
+        raise Malformed(f"there are {len(manifest.steps)} steps of {manifest.calls_per_step} calls")
     slots, tensors = {s.name for s in manifest.slots}, {t.name: (t.shape, t.dtype) for t in manifest.tensors}
     kinds: dict[tuple[int, str], tuple[tuple[int, ...], str]] = {}
     for number, step in enumerate(manifest.steps):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from tcc.errors import ExportError
 from tcc.export.manifest import COUNTER, TENSORS, Graph, Manifest, TensorSpec, next_of
-from tcc.export.onnx import OPSET
+from tcc.export.onnx_operators import OPSET
 
 __all__ = ["START", "one_graph", "wire"]
 
@@ -45,9 +45,10 @@ def one_graph(folder: Path, manifest: Manifest) -> Any:
         raise ExportError(f"ONNX export needs the package {error.name}: pip install 'tcc[onnx]'") from error
     protos = [onnx.load(folder / graph.file, load_external_data=False) for graph in manifest.graphs]
     maker = _Maker(onnx, manifest, load_file(folder / TENSORS), [proto.graph for proto in protos])
-    return onnx.helper.make_model(
+    model = onnx.helper.make_model(
         maker.graph(), opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=protos[0].ir_version
     )
+    return onnx.shape_inference.infer_shapes(model)  # a loader wants the shapes of all values
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,11 @@ import torch
 from tcc.errors import ExportError
 from tcc.export.graphs import example, input_names, output_names, with_weight_inputs
 from tcc.export.manifest import WEIGHTS
+from tcc.export.onnx_operators import OPSET
 from tcc.export.weights import Place, Weights
 from tcc.program import Variant
 
-__all__ = ["OPSET", "require_onnx", "write_onnx"]
-
-#: The first whose operators all take bfloat16.
-OPSET = 22
+__all__ = ["require_onnx", "write_onnx"]
 
 
 def require_onnx() -> Any:
@@ -74,8 +72,15 @@ def write_onnx(variant: Variant, weights: Weights, places: dict[str, Place], pat
         node.metadata_props.clear()  # stack traces, longer than the graph
         if node.op_type == "Clip" and len(node.inputs) == 2 and node.inputs[0].dtype == ir.DataType.INT64:
             node.op_type = "Max"  # the same with a lower bound alone, and TensorRT clips real numbers only
-    path.write_bytes(ir.serde.serialize_model(model).SerializeToString())
+    path.write_bytes(_declared(ir.serde.serialize_model(model)).SerializeToString())
     return len(list(model.graph))
+
+
+def _declared(proto: Any) -> Any:
+    """The model with the shapes of all of its values, as a loader wants them."""
+    import onnx
+
+    return onnx.shape_inference.infer_shapes(proto)
 
 
 def _converted(gm: torch.fx.GraphModule, examples: tuple[Any, ...], inputs: list[str], outputs: list[str]) -> Any:

@@ -12,7 +12,9 @@ import torch
 
 from tcc.errors import BundleError, ExportError
 from tcc.export.manifest import WEIGHTS, Graph, Manifest, TensorSpec, next_of
-from tcc.export.onnx_weights import NUMBERS, check_weights
+from tcc.export.onnx_file import NUMBERS
+from tcc.export.onnx_operators import check_operators, open_file
+from tcc.export.onnx_weights import check_weights
 from tcc.export.slots import Slots
 from tcc.export.stamp import KEY, compare, expected, read_stamp
 from tcc.export.weights import load_tensors
@@ -20,6 +22,8 @@ from tcc.export.weights import load_tensors
 __all__ = ["OnnxEngine", "has_cuda", "open_onnx"]
 
 CUDA = "CUDAExecutionProvider"
+#: What ONNX Runtime says where it may not run on the CPU what CUDA does not run.
+_ON_CPU = "fallback to CPU EP has been explicitly disabled"
 
 #: ONNX Runtime's names for dtypes, where they are not torch's.
 _NAMES = {torch.float32: "float", torch.float64: "double"}
@@ -68,21 +72,35 @@ def open_onnx(folder: Path, manifest: Manifest, device: torch.device, *, prepack
     engines = []
     for number, graph in enumerate(manifest.graphs):
         wanted = expected(manifest, number, weights)
-        check_weights(folder / graph.file, graph.weights, weights)
+        contents = open_file(folder / graph.file)
+        check_weights(folder / graph.file, contents, graph.weights, weights)
+        check_operators(folder / graph.file, contents, graph, manifest)
         try:
             shared = {name: values[name] for name in graph.weights}
             session = _session(onnxruntime, folder / graph.file, shared, provider, device, prepack)
             stamp = str(session.get_modelmeta().custom_metadata_map.get(KEY, ""))
         except Exception as error:  # ONNX Runtime has a dozen exception types without a common base
+            if _ON_CPU in str(error):
+                raise ExportError(_not_loaded(folder / graph.file, provider, device)) from error
             if type(error).__name__ == "NotImplemented":  # the graph is right: bfloat16 on a CPU for example
                 raise ExportError(
                     f"{folder / graph.file}: this ONNX Runtime cannot run the graph on {device} ({error}): load it on "
                     "a GPU, or export the model in float32"
                 ) from error
             raise BundleError(f"{folder / graph.file}: ONNX Runtime cannot read the graph ({error})") from error
+        if provider not in session.get_providers():  # it goes on without a provider that it cannot load
+            raise ExportError(_not_loaded(folder / graph.file, provider, device))
         compare(str(folder / graph.file), read_stamp(str(folder / graph.file), stamp), wanted)
         engines.append(OnnxEngine(session, graph, manifest, device, keep=(weights, values)))
     return engines
+
+
+def _not_loaded(path: Path, provider: str, device: torch.device) -> str:
+    return (
+        f"{path}: {provider} was asked for on {device}, and ONNX Runtime would run the graph, or a part of it, on the "
+        "CPU: mostly the CUDA or cuDNN libraries that this onnxruntime-gpu was built for were not found. Install them "
+        "(its log says which), or load the bundle with device='cpu'"
+    )
 
 
 class OnnxEngine:
@@ -148,10 +166,13 @@ def _session(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors: warnings are about what its optimiser did not use
     options.intra_op_num_threads = torch.get_num_threads()
+    # a graph whose operators make other shapes than it declares is refused: see onnx_operators.py
+    options.add_session_config_entry("session.strict_shape_type_inference", "1")
     settings = {}
     if device.type == "cuda":
         settings = {"device_id": device.index or 0}
         options.add_external_initializers(list(weights), list(weights.values()))
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")  # else it may run there, unsaid
     else:
         _share(onnxruntime, options, weights, prepack)
     return onnxruntime.InferenceSession(str(path), options, providers=[(provider, settings)])

@@ -18,7 +18,9 @@ from tcc.export.slots import Slots
 from tcc.export.tensorrt_engine import open_tensorrt
 from tcc.export.tensorrt_rtx import open_rtx
 from tcc.export.weights import load_tensors
+from tcc.memory import in_units
 from tcc.plan import CachePlan
+from tcc.watch import Advice, Watch
 
 __all__ = ["Engine", "Runner", "load"]
 
@@ -47,6 +49,7 @@ def load(
     *,
     device: str | torch.device | None = None,
     max_slot_bytes: int = 2**36,
+    max_value_bytes: int = 2**36,
     prepack: bool = True,
 ) -> Runner:
     """Load a bundle, to run it without the model's Python code.
@@ -56,6 +59,8 @@ def load(
         device: where to run. If not given: a CUDA device where the bundle is of ONNX graphs and both torch and ONNX
             Runtime can use one, else the device that it was exported for.
         max_slot_bytes: refuse a bundle whose slots are larger than this.
+        max_value_bytes: refuse a bundle of ONNX that says of itself that it computes a single value larger than this; a
+            graph that computes a larger one than it says is refused anyway.
         prepack: let ONNX Runtime, on a CPU, keep a copy of the weights for each graph that is laid out for its matrix
             products. Without, the weights are in memory once, and steps take 3 (large batches) to 12 % longer.
 
@@ -67,15 +72,16 @@ def load(
             nothing of it has been run then.
         ExportError: the library that runs it is missing, or has no such device.
     """
-    folder = Path(path)
+    try:
+        folder = Path(path)
+    except TypeError as error:
+        raise BundleError(f"{path!r:.80} is no path: name the folder that tcc export wrote") from error
     manifest = read(folder)
     if manifest.target not in _OPEN:
         raise BundleError(f"{folder}: made for the target {manifest.target!r:.40}; known: {', '.join(_OPEN)}")
-    if manifest.slot_bytes > max_slot_bytes:
-        raise BundleError(
-            f"{folder}: slots of {manifest.slot_bytes / 2**30:.1f} GiB; at most {max_slot_bytes / 2**30:.1f} GiB: pass "
-            "max_slot_bytes if that is meant"
-        )
+    _refuse_larger(folder, "slots", "max_slot_bytes", manifest.slot_bytes, max_slot_bytes)
+    largest = max(graph.largest for graph in manifest.graphs)
+    _refuse_larger(folder, "a value", "max_value_bytes", largest, max_value_bytes)
     where = _device(device or _default_device(manifest))
     if manifest.target in ENGINES and (where.type != "cuda" or not torch.cuda.is_available()):
         raise ExportError(
@@ -103,6 +109,13 @@ def load(
     return Runner(plan, manifest, engines, {name: tensor.to(where) for name, tensor in tensors.items()}, where)
 
 
+def _refuse_larger(folder: Path, what: str, option: str, found: int, allowed: int) -> None:
+    if found > allowed:
+        raise BundleError(
+            f"{folder}: {what} of {in_units(found)}; at most {in_units(allowed)}: pass {option} if that is meant"
+        )
+
+
 def _default_device(manifest: Manifest) -> str:
     """Graphs of ONNX run on any device; all others on what they were made for."""
     return "cuda" if manifest.target == "onnx" and torch.cuda.is_available() and has_cuda() else manifest.device
@@ -111,11 +124,11 @@ def _default_device(manifest: Manifest) -> str:
 def _device(name: str | torch.device) -> torch.device:
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
         raise BundleError(f"unknown device {str(name)!r:.40}: use cpu or cuda")
-    return device
+    return torch.device("cpu") if device.type == "cpu" else device  # tensors say "cpu" without a number
 
 
 def _check(spec: Input, tensor: Any, device: torch.device) -> None:
@@ -171,6 +184,7 @@ class Runner:
         self._steps = [
             (engines[step.graph], {name: tensors[key] for name, key in step.tensors.items()}) for step in manifest.steps
         ]
+        self._watch = _watch(manifest)
 
     @property
     def num_steps(self) -> int:
@@ -189,6 +203,8 @@ class Runner:
     def reset(self) -> None:
         """Start a new run: the next call is step 0."""
         self.step = 0
+        if self._watch is not None:
+            self._watch.forget()
 
     def run_step(self, step: int, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
         """Run step `step`, which must be the next one (or 0, which starts a new run).
@@ -196,29 +212,37 @@ class Runner:
         Raises:
             CallError: it is not the next one, the plan has no such step, or the call is not as the manifest says.
         """
+        if isinstance(step, bool) or not hasattr(step, "__index__"):
+            raise CallError(f"step {step!r:.40} is no whole number: steps are 0 to {self.num_steps - 1}")
         if step not in (0, self.step) or step >= self.num_steps:
             raise CallError(
                 f"step {step} was called but the next step is {self.step} of {self.num_steps}: a plan's steps run in "
                 "order. Call reset() to start a new run, and new_session() for a second run at the same time"
             )
-        feeds = self._feeds(args, kwargs)  # before the step changes: a refused call changes nothing
-        self.step = step
+        feeds = self._feeds(self._given(args, kwargs))  # before the step changes: a refused call changes nothing
+        self.step = int(step)
         return self._run(feeds)
 
     def __call__(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
         """Run the next step.
 
         Raises:
-            CallError: a tensor is missing, unknown, or of another shape, dtype or device than the manifest says.
+            CallError: a tensor is missing, unknown, or of another shape, dtype or device than the manifest says; or the
+                noise level tells that the caller is at another step, or that two guidance branches share this session
+                (see `tcc.watch`). Nothing was run then.
         """
-        return self._run(self._feeds(args, kwargs))
+        tensors = self._given(args, kwargs)
+        if self._watch is not None:
+            self._watch.check(tensors, self.step)
+        return self._run(self._feeds(tensors))
 
     def _run(self, feeds: dict[str, torch.Tensor]) -> Any:
         engine, tensors = self._steps[self.step]
         try:
             outputs = engine(feeds | tensors, self._slots)
         except Exception as error:  # runtimes raise what they like; slots may be half written
-            step, self.step = self.step, 0
+            step = self.step
+            self.reset()
             raise CallError(
                 f"step {step}, graph {self.manifest.steps[step].graph}: the {self.manifest.target} runtime failed "
                 f"({str(error).strip()[:500]}): check the values of the inputs, and the free memory; the "
@@ -227,17 +251,38 @@ class Runner:
         self.step = (self.step + 1) % len(self._steps)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
-    def _feeds(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+        """The tensors of a call, in the manifest's order."""
         names = [spec.name for spec in self.manifest.inputs]
         given = dict(zip(names, args, strict=False)) | kwargs
         if len(args) > len(names) or given.keys() != set(names) or len(given) != len(args) + len(kwargs):
             raise CallError(
                 f"called with {len(args)} tensors and {sorted(kwargs)}; the bundle takes {', '.join(names)}"
             )
-        feeds = {}
         for spec in self.manifest.inputs:
-            tensor = given[spec.name]
-            _check(spec, tensor, self.device)
+            _check(spec, given[spec.name], self.device)
+        return [given[name] for name in names]
+
+    def _feeds(self, tensors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        feeds = {}
+        for spec, tensor in zip(self.manifest.inputs, tensors, strict=True):
             feeds[spec.name] = tensor.detach().resolve_neg().contiguous()
             self.copied_bytes += 0 if feeds[spec.name].data_ptr() == tensor.data_ptr() else tensor.nbytes
         return feeds
+
+
+def _watch(manifest: Manifest) -> Watch | None:
+    """What tells that a caller is at another step; None where all steps are alike and keep nothing."""
+    if len({step.graph for step in manifest.steps}) == 1 and not manifest.slots:
+        return None
+    roles, calls = [spec.role for spec in manifest.inputs], manifest.calls_per_step
+    level = roles.index("timestep") if "timestep" in roles else None
+    samples = tuple(place for place, role in enumerate(roles) if role == "sample")
+    branches = (
+        "call each branch in a session of its own, `other = runner.new_session()`, or both in one call as a doubled "
+        "batch"
+    )
+    if calls > 1:
+        branches += f". The model was compiled with calls_per_step={calls}; a runner takes one call per step"
+    advice = Advice(branches, "`runner.new_session()`", "runner.run_step")
+    return Watch(level, samples, 0, len(manifest.steps), advice)

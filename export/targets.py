@@ -15,6 +15,7 @@ from tcc.export.graphs import input_names
 from tcc.export.machine import Machine, versions
 from tcc.export.manifest import WEIGHTS, Graph
 from tcc.export.onnx import require_onnx, write_onnx
+from tcc.export.onnx_operators import largest_value
 from tcc.export.profiles import merge
 from tcc.export.tensorrt import compile_onnx, compile_program, tensorrt_machine, torch_tensorrt_machine
 from tcc.export.tensorrt_rtx import compile_context, rtx_machine
@@ -59,7 +60,8 @@ def _write_onnx(program: Program, weights: Weights, folder: Path, machine: Machi
 
     def write(number: int, variant: Variant) -> Graph:
         name = f"step{number}.onnx"
-        return _graph(variant, name, write_onnx(variant, weights, where, folder / name), _used(variant, weights))
+        operators = write_onnx(variant, weights, where, folder / name)
+        return _graph(variant, name, operators, _used(variant, weights), largest_value(folder / name))
 
     return _timed(program, progress, "writing", write)
 
@@ -72,7 +74,7 @@ def _write_aoti(program: Program, weights: Weights, folder: Path, machine: Machi
         made.append(files)
         return Graph(
             "steps.pt2", f"step{number}", inputs, _stores(variant), _used(variant, weights), variant.macs,
-            _operators(variant),
+            _operators(variant), 0,
         )  # fmt: skip
 
     graphs = _timed(program, progress, "compiling", write)
@@ -152,8 +154,8 @@ def _timed(program: Program, progress: Progress, doing: str, write: Callable[[in
     return tuple(graphs), tuple(seconds)
 
 
-def _graph(variant: Variant, file: str, operators: int, used: tuple[str, ...]) -> Graph:
-    return Graph(file, "", input_names(variant), _stores(variant), used, variant.macs, operators)
+def _graph(variant: Variant, file: str, operators: int, used: tuple[str, ...], largest: int = 0) -> Graph:
+    return Graph(file, "", input_names(variant), _stores(variant), used, variant.macs, operators, largest)
 
 
 def _stores(variant: Variant) -> tuple[str, ...]:

@@ -32,6 +32,7 @@ from tcc.export.manifest import (
     next_of,
 )
 from tcc.export.one_graph import START, one_graph, wire
+from tcc.export.onnx_operators import largest_value
 from tcc.export.stamp import stamp
 
 __all__ = ["CONFIG", "MODEL", "VERSION", "config", "lay_out"]
@@ -62,7 +63,11 @@ def lay_out(folder: Path, old: Manifest) -> Manifest:
     starts = {name: torch.tensor([number], dtype=torch.int32) for name, number in (("start.0", 1), ("start.1", 0))}
     save_file(starts, version / TENSORS)
     files = {name: old.files[name] for name in (PLAN, WEIGHTS)} | {TENSORS: manifests.file_entry(version / TENSORS)}
-    new = stamp(version, _bundle(old, files, sum(len(graph.node) for graph in _graphs(proto.graph))))
+    operators, largest = (
+        sum(len(graph.node) for graph in _graphs(proto.graph)),
+        largest_value(version / MODEL, chooses=True),
+    )
+    new = stamp(version, _bundle(old, files, operators, largest))
     manifests.write(new, version)
     (folder / CONFIG).write_text(config(new))
     return new
@@ -103,7 +108,7 @@ def _kind(spec: TensorSpec) -> str:
     return f"data_type: TYPE_{_TYPES.get(spec.dtype, spec.dtype.upper())} dims: [ {', '.join(map(str, dims))} ]"
 
 
-def _bundle(old: Manifest, files: dict[str, FileEntry], operators: int) -> Manifest:
+def _bundle(old: Manifest, files: dict[str, FileEntry], operators: int, largest: int) -> Manifest:
     """The manifest of the bundle of one graph; its MACs are those of a step in the mean."""
     counter = TensorSpec(COUNTER, (1,), "int64", "kept from step to step: the number of the next step")
     slots = tuple(wire(slot) for slot in (counter, *old.slots))
@@ -119,7 +124,7 @@ def _bundle(old: Manifest, files: dict[str, FileEntry], operators: int) -> Manif
         tensors=tuple(
             TensorSpec(name, (1,), "int32", "1 at the first step of a run, else 0") for name in ("start.0", "start.1")
         ),
-        graphs=(Graph(MODEL, "", names, tuple(slot.name for slot in slots), weights, macs, operators),),
+        graphs=(Graph(MODEL, "", names, tuple(slot.name for slot in slots), weights, macs, operators, largest),),
         steps=tuple(Step(0, {START: "start.1" if number else "start.0"}) for number in range(len(old.steps))),
         files=files,
     )

@@ -20,7 +20,9 @@ def bundle_tables(name: str, manifest: Manifest) -> Iterator[Table]:
         f"{name}: {made_for(manifest)}, {manifest.bytes / 2**20:.1f} MiB ({tools})",
         [("input", manifest.inputs), ("output", manifest.outputs), ("slot", manifest.slots)],
     )
-    table = Table(title=f"{len(manifest.graphs)} graphs for {len(manifest.steps)} steps")
+    calls = manifest.calls_per_step
+    branches = f", {calls} calls each: a session (new_session) for each guidance branch" if calls > 1 else ""
+    table = Table(title=f"{len(manifest.graphs)} graphs for {len(manifest.steps)} steps{branches}")
     for column in ("graph", "file", "operators", "GMAC", "reads", "stores", "steps"):
         table.add_column(column, justify="left" if column in ("file", "steps") else "right")
     slots = {spec.name for spec in manifest.slots}

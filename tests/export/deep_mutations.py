@@ -18,7 +18,19 @@ import tcc
 from tcc.export.manifest import PLAN, TENSORS, WEIGHTS
 from tcc.plan_file import FORMAT
 from tcc.plan_file import _digest as plan_digest
-from tests.export.mutations import BYTES, HOSTILE, LISTS, Change, edit_graph, forge, places, rezip, seal
+from tests.export.mutations import (
+    BODIES,
+    BYTES,
+    HOSTILE,
+    LISTS,
+    Change,
+    edit_graph,
+    forge,
+    places,
+    recount,
+    rezip,
+    seal,
+)
 
 __all__ = ["DEEP", "spoil"]
 
@@ -149,6 +161,12 @@ def _onnx(folder: Path, draw: random.Random) -> None:
     edit_graph(draw.choice(sorted(folder.glob("*.onnx"))), edit)
 
 
+def _body(folder: Path, draw: random.Random) -> None:
+    """A graph that loops, chooses or swells."""
+    edit_graph(draw.choice(sorted(folder.glob("*.onnx"))), BODIES[draw.choice(sorted(BODIES))])
+    recount(folder)
+
+
 # -- packages of AOTInductor
 
 
@@ -203,7 +221,7 @@ DEEP: dict[str, Change] = {
     "plan": _plan,
     "plan text": _plan_text,
 }
-_OF_TARGET: dict[str, dict[str, Change]] = {"onnx": {"onnx": _onnx}, "aoti": {"package": _package}}
+_OF_TARGET: dict[str, dict[str, Change]] = {"onnx": {"onnx": _onnx, "body": _body}, "aoti": {"package": _package}}
 
 
 def spoil(folder: Path, draw: random.Random, target: str) -> str:

@@ -16,7 +16,22 @@ from tcc.export.decode import decode
 from tcc.export.manifest import PLAN, WEIGHTS, Manifest, _digest, file_entry
 from tcc.export.stamp import KEY, expected
 
-__all__ = ["BYTES", "HOSTILE", "LISTS", "Change", "edit_graph", "forge", "mutate", "places", "rewrite", "rezip", "seal"]
+__all__ = [
+    "BODIES",
+    "BYTES",
+    "HOSTILE",
+    "LISTS",
+    "Change",
+    "edit_graph",
+    "expand",
+    "forge",
+    "mutate",
+    "places",
+    "recount",
+    "rewrite",
+    "rezip",
+    "seal",
+]
 
 Change = Callable[[Path, random.Random], object]
 
@@ -70,6 +85,17 @@ def edit_graph(path: Path, edit: Callable[[Any], object]) -> None:
     model = onnx.load(path, load_external_data=False)
     edit(model)
     path.write_bytes(model.SerializeToString())
+
+
+def recount(folder: Path) -> None:
+    """Let the manifest say how many operators the graphs have now."""
+    import onnx
+
+    def change(document: dict[str, Any]) -> None:
+        for graph in document["graphs"]:
+            graph["operators"] = len(onnx.load(folder / graph["file"], load_external_data=False).graph.node)
+
+    rewrite(folder, change)
 
 
 def rezip(path: Path, edit: Callable[[dict[str, bytes]], object], compression: int = zipfile.ZIP_STORED) -> None:
@@ -269,6 +295,89 @@ def _kind_of_file(folder: Path, draw: random.Random) -> None:
         case _:
             os.mkfifo(path)
 
+
+# -- what a graph of ONNX does
+
+
+def _added(model: Any, nodes: list[Any], result: str, **constants: list[int]) -> None:
+    """Nodes whose result, a number, is added to the model's output, with constants of int64; all is declared."""
+    import onnx
+
+    graph, helper = model.graph, onnx.helper
+    output = graph.output[0]
+    (maker,) = [node for node in graph.node if output.name in node.output]
+    inner = f"{output.name} before"
+    maker.output[list(maker.output).index(output.name)] = inner
+    graph.value_info.add(name=inner).type.CopyFrom(output.type)
+    for name, values in constants.items():
+        graph.initializer.append(helper.make_tensor(name, onnx.TensorProto.INT64, [len(values)], values))
+    graph.value_info.append(helper.make_tensor_value_info(result, onnx.TensorProto.FLOAT, []))
+    graph.node.extend([*nodes, helper.make_node("Add", [inner, result], [output.name])])
+
+
+def _scalar(name: str, number: float) -> Any:
+    import onnx
+
+    return onnx.helper.make_tensor(name, onnx.TensorProto.FLOAT, [], [number])
+
+
+def _loop(model: Any) -> None:
+    """A loop that runs 2**40 times."""
+    from onnx import TensorProto, helper
+
+    ends = [helper.make_tensor_value_info(name, kind, []) for name, kind in (("i", 7), ("on", 9), ("sum", 1))]
+    outs = [helper.make_tensor_value_info(name, kind, []) for name, kind in (("still", 9), ("more", 1))]
+    nodes = [helper.make_node("Identity", ["on"], ["still"]), helper.make_node("Add", ["sum", "start"], ["more"])]
+    body = helper.make_graph(nodes, "body", ends, outs)
+    model.graph.initializer.extend([_scalar("start", 1.0), helper.make_tensor("often", TensorProto.INT64, [], [2**40])])
+    _added(model, [helper.make_node("Loop", ["often", "", "start"], ["extra"], body=body)], "extra")
+
+
+def _choice(model: Any) -> None:
+    """A choice between two graphs."""
+    from onnx import TensorProto, helper
+
+    outs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, []) for name in ("left", "right")]
+    graphs = [helper.make_graph([helper.make_node("Neg", ["start"], [o.name])], o.name, [], [o]) for o in outs]
+    node = helper.make_node("If", ["switch"], ["extra"], then_branch=graphs[0], else_branch=graphs[1])
+    model.graph.initializer.extend([_scalar("start", 1.0), helper.make_tensor("switch", TensorProto.BOOL, [], [True])])
+    _added(model, [node], "extra")
+
+
+def _swell(model: Any) -> None:
+    """A constant of 3 GiB, made of one number."""
+    from onnx import TensorProto, helper
+
+    nodes = [
+        helper.make_node("ConstantOfShape", ["many"], ["much"], value=helper.make_tensor("one", 1, [1], [1.0])),
+        helper.make_node("ReduceSum", ["much"], ["extra"], keepdims=0),
+    ]
+    model.graph.value_info.append(helper.make_tensor_value_info("much", TensorProto.FLOAT, [3 * 2**28]))
+    _added(model, nodes, "extra", many=[3 * 2**28])
+
+
+def expand(model: Any, declared: int = 3 * 2**28, target: str = "many") -> None:
+    """A number that is repeated 3 * 2**28 times, in a value that is declared as it is, or otherwise."""
+    from onnx import TensorProto, helper
+
+    model.graph.initializer.append(_scalar("start", 1.0))
+    nodes = [
+        helper.make_node("Expand", ["start", target], ["much"]),
+        helper.make_node("ReduceSum", ["much"], ["extra"], keepdims=0),
+    ]
+    model.graph.value_info.append(helper.make_tensor_value_info("much", TensorProto.FLOAT, [declared]))
+    _added(model, nodes, "extra", many=[3 * 2**28])
+
+
+def _lie(model: Any) -> None:
+    """The same in a value that is declared as one number."""
+    expand(model, declared=1)
+
+
+#: What graphs of ONNX are made to do, by name; each was as large and ran as long as it liked once.
+BODIES: dict[str, Callable[[Any], None]] = {
+    "loop": _loop, "choice": _choice, "constant": _swell, "repeat": expand, "lie": _lie
+}  # fmt: skip
 
 #: Ways to spoil the bytes of any file, and the manifest.
 BYTES: dict[str, Change] = {

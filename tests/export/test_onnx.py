@@ -13,9 +13,12 @@ import torch
 import tcc
 from tcc.errors import CallError, ExportError
 from tcc.export import Runner, bundle, load
+from tcc.export.inputs import describe, random_inputs
 from tcc.export.manifest import next_of
+from tcc.export.onnx_operators import OPERATORS
 from tcc.export.verify import verify
 from tcc.export.weights import collect
+from tcc.plan import Action, CachePlan, Compute, Hold
 from tcc.program import build_program
 from tests.export.bundles import STEPS, allowed_bytes, bundle_bytes, chosen, flat_inputs, mixed, session
 from tests.running import CLOSE
@@ -24,15 +27,8 @@ from tests.tiny_models import Case, case, dit, relative_error, tensor_of, uvit
 onnx = pytest.importorskip("onnx", reason="needs the ONNX packages: pip install 'tcc[onnx]'")
 
 MODELS = ("dit", "uvit", "hf_pixart")
-#: Of the operators that TensorRT 10.15's parser lists (onnx-tensorrt, docs/operators.md), those that graphs may have.
-ACCEPTED = {
-    "Add", "And", "Cast", "Clip", "Concat", "Conv", "Cos", "CumSum", "Div", "Einsum", "Equal", "Erf", "Exp", "Expand",
-    "Gather", "GatherElements", "Gelu", "Gemm", "Greater", "GreaterOrEqual", "Identity", "LayerNormalization", "Less",
-    "LessOrEqual", "Log", "MatMul", "Max", "Min", "Mul", "Neg", "Not", "Or", "Pow", "Reciprocal", "ReduceL2",
-    "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "Relu", "Reshape", "Sigmoid", "Sin", "Slice", "Softmax",
-    "Split", "Sqrt", "Squeeze", "Sub", "Sum", "Tanh", "Tile", "Transpose", "Unsqueeze", "Where",
-}  # fmt: skip
-#: Of these, the ones that it lists for real numbers alone.
+#: Of the operators that graphs may have, those that TensorRT 10.15's parser lists for real numbers alone
+#: (onnx-tensorrt, docs/operators.md).
 REAL = {
     "Clip", "Conv", "Cos", "CumSum", "Einsum", "Erf", "Exp", "Gemm", "LayerNormalization", "Log", "MatMul",
     "Reciprocal", "Sigmoid", "Sin", "Softmax", "Sqrt", "Tanh",
@@ -48,6 +44,40 @@ def test_a_bundle_computes_what_the_compiled_model_computes(name: str, written: 
         errors = list(verify(runner, compiled, functools.partial(flat_inputs, which)))
         assert [error.step for error in errors] == list(range(STEPS))
         assert max(error.relative for error in errors) < CLOSE
+
+
+def test_long_skips_that_are_held(tmp_path: Path) -> None:
+    """As in DeepCache and Faster Diffusion: what a U-ViT's skips carry is kept; what only made it is not computed."""
+    which = case("uvit")
+    skips = [site.name for site in which.info.sites.values() if site.kind == "skip"]
+    assert skips
+    sites = [*skips, f"{skips[0].removesuffix('.skip')}.stream"]
+    actions: dict[tuple[int, str], Action] = {
+        (step, site): Hold() if step % 2 else Compute() for step in range(4) for site in sites
+    }
+    plan = which.info.count(CachePlan(num_steps=4, actions=actions))
+    written = bundle(which.model, plan, (which.args, which.kwargs), tmp_path / "held")
+    first, second = written.manifest.graphs
+    assert second.macs < 0.7 * first.macs
+    assert {f"slot:{site}" for site in skips} & {spec.name for spec in written.manifest.slots}
+    compiled = session(which, lambda info: plan)
+    errors = list(verify(load(written.folder, device="cpu"), compiled, functools.partial(flat_inputs, which)))
+    assert len(errors) == 4
+    assert max(error.relative for error in errors) < CLOSE
+
+
+@pytest.mark.compiles
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # importing Inductor
+def test_a_bundle_computes_what_inductor_computes(small: Path) -> None:
+    """At every step of two runs: all other tests compare with the rewritten graph, run without a backend."""
+    which, runner = case("separate"), load(small, device="cpu")
+    model = tcc.compile(which.model, runner.plan, example_inputs=(which.args, which.kwargs), backend="inductor")
+    captured = which.info.captured
+    inputs = random_inputs(describe(captured), captured.flatten(which.args, which.kwargs), runner.num_steps)
+    for _ in range(2):
+        errors = list(verify(runner, lambda *tensors: model.session._run(list(tensors)), inputs))
+        assert len(errors) == runner.num_steps
+        assert 0 < max(error.relative for error in errors) < CLOSE
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -84,7 +114,7 @@ def test_graphs_hold_what_tensorrt_takes(name: str, written: Any) -> None:
     for graph in written(name).manifest.graphs:
         proto = onnx.load(written(name).folder / graph.file, load_external_data=False)
         assert [(o.domain, o.version) for o in proto.opset_import] == [("", 22)]
-        assert {node.op_type for node in proto.graph.node} <= ACCEPTED
+        assert {node.op_type for node in proto.graph.node} <= OPERATORS
         full = onnx.shape_inference.infer_shapes(proto).graph
         types = {
             value.name: value.type.tensor_type.elem_type for value in (*full.value_info, *full.input, *full.output)
@@ -194,7 +224,7 @@ def test_sessions_have_slots_of_their_own(written: Any) -> None:
     first, second = alone, alone.new_session()
     for step in range(STEPS):
         found = first(*flat_inputs(which, step))
-        second(*flat_inputs(which, step + 50))
+        second(*flat_inputs(which, step + 60))
         assert torch.equal(found, expected[step])
 
 

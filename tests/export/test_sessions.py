@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tcc.errors import BundleError
+from tcc.errors import BundleError, ExportError
 from tcc.export import load
 from tcc.export.onnx_engine import _session, _shared
 from tcc.export.verify import verify
@@ -69,6 +70,33 @@ def test_without_a_provider_or_a_gpu_the_default_is_what_it_was_made_for(
     with pytest.raises(BundleError, match="not opened"):
         load(written("dit").folder)
     assert opened == [("CPUExecutionProvider", {})]
+
+
+@pytest.mark.parametrize("told", ["by its providers", "by an error"])
+def test_a_provider_that_does_not_load_is_told(
+    told: str, written: Any, opened: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime lists what it was compiled with; a session whose libraries are missing would run on the CPU."""
+    settings: list[str] = []
+
+    class Fallen:
+        def __init__(self, path: str, options: Any, providers: list[Any]) -> None:
+            settings.append(options.get_session_config_entry("session.disable_cpu_ep_fallback"))
+            if told == "by an error":
+                raise RuntimeError("graph nodes ..., but fallback to CPU EP has been explicitly disabled by the user.")
+
+        def get_providers(self) -> list[str]:
+            return BOTH[1:]
+
+        def get_modelmeta(self) -> Any:
+            return types.SimpleNamespace(custom_metadata_map={})
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Fallen)
+    with pytest.raises(
+        ExportError, match=r"step0.onnx: CUDAExecutionProvider was asked for on cuda:1, and .* load .* device='cpu'"
+    ):
+        load(written("dit").folder, device="cuda:1")
+    assert settings == ["1"]
 
 
 def test_without_packing_the_results_are_the_same(written: Any) -> None:
