@@ -22,26 +22,27 @@ __all__ = ["OPERATORS", "OPSET", "check_operators", "largest_value", "open_file"
 
 #: The first whose operators all take bfloat16.
 OPSET = 22
-#: The operators that graphs may have: each runs once, and makes no more than its shapes say. TensorRT's parser lists
-#: all of them (onnx-tensorrt, docs/operators.md). Loops, sequences, and what makes much of nothing (ConstantOfShape,
-#: random numbers) are not among them.
+#: The operators that graphs may have: each runs once, and makes no more than its shapes say. TensorRT 10.15's parser
+#: lists all of them (onnx-tensorrt, docs/operators.md). Loops, sequences, and what makes much of nothing
+#: (ConstantOfShape, random numbers) are not among them.
 OPERATORS = frozenset({
-    "Abs", "Add", "And", "AveragePool", "Cast", "Ceil", "Clip", "Concat", "Conv", "ConvTranspose", "Cos", "CumSum",
-    "DepthToSpace", "Div", "Einsum", "Elu", "Equal", "Erf", "Exp", "Expand", "Floor", "Gather", "GatherElements",
-    "GatherND", "Gelu", "Gemm", "Greater", "GreaterOrEqual", "HardSigmoid", "Identity", "InstanceNormalization",
-    "LayerNormalization", "LeakyRelu", "Less", "LessOrEqual", "Log", "LogSoftmax", "MatMul", "Max", "Min", "Mul",
-    "Neg", "Not", "Or", "Pad", "Pow", "Reciprocal", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd",
-    "ReduceSum", "Relu", "Reshape", "Round", "ScatterElements", "ScatterND", "Sigmoid", "Sign", "Sin", "Slice",
-    "Softmax", "Softplus", "SpaceToDepth", "Split", "Sqrt", "Squeeze", "Sub", "Sum", "Tan", "Tanh", "Tile", "TopK",
-    "Transpose", "Unsqueeze", "Where", "Xor",
+    "Abs", "Add", "And", "ArgMax", "AveragePool", "Cast", "Ceil", "Clip", "Concat", "Conv", "ConvTranspose", "Cos",
+    "CumSum", "DepthToSpace", "Div", "Einsum", "Elu", "Equal", "Erf", "Exp", "Expand", "Floor", "Gather",
+    "GatherElements", "GatherND", "Gelu", "Gemm", "Greater", "GreaterOrEqual", "GroupNormalization", "HardSigmoid",
+    "HardSwish", "Identity", "InstanceNormalization", "LayerNormalization", "LeakyRelu", "Less", "LessOrEqual", "Log",
+    "LogSoftmax", "MatMul", "Max", "Min", "Mish", "Mod", "Mul", "Neg", "Not", "Or", "PRelu", "Pad", "Pow",
+    "Reciprocal", "ReduceL1", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "Relu",
+    "Reshape", "Round", "ScatterElements", "ScatterND", "Sigmoid", "Sign", "Sin", "Slice", "Softmax", "Softplus",
+    "SpaceToDepth", "Split", "Sqrt", "Squeeze", "Sub", "Sum", "Tan", "Tanh", "Tile", "TopK", "Transpose", "Trilu",
+    "Unsqueeze", "Where", "Xor",
 })  # fmt: skip
 #: The inputs that say how large a result is: constants of the file.
 _SIZES = {
     "Expand": (1,), "Pad": (1, 3), "Reshape": (1,), "Slice": (1, 2, 3, 4), "Split": (1,), "Squeeze": (1,),
     "Tile": (1,), "TopK": (1,), "Unsqueeze": (1,),
 } | dict.fromkeys((name for name in OPERATORS if name.startswith("Reduce")), (1,))  # fmt: skip
-#: What only a graph that counts its steps itself has: the choice between two graphs, and the step after the last.
-_CHOICE, _COUNTING = "If", ("If", "Mod")
+#: What chooses between two graphs: only in a graph that counts its steps itself.
+_CHOICE = "If"
 _BYTES = {number: dtype.itemsize for dtype, number in NUMBERS.items()}
 
 
@@ -127,7 +128,7 @@ def _measure(contents: Contents, around: frozenset[str], weights: frozenset[str]
 
 def _check_node(node: Node, constants: frozenset[str], chooses: bool) -> None:
     name = f"{node.domain}::{node.operator}" if node.domain else node.operator
-    if name not in OPERATORS and not (name in _COUNTING and chooses):
+    if name not in OPERATORS and not (name == _CHOICE and chooses):
         raise Malformed(f"an operator {name!r:.60}")
     if node.graphs and name != _CHOICE:
         raise Malformed(f"an operator {name} with a graph in it")
