@@ -222,9 +222,8 @@ def test_a_trajectory_of_a_two_stage_solver_is_its_cached_run() -> None:
 
 def test_a_trajectory_at_weight_one_has_no_error() -> None:
     """The student is its own teacher."""
-    choices = choices_of_pairs(NUM_STEPS, sites())
-    recipe = Trajectories(Objective(student(), Budget(price=0.5)), choices, NUM_STEPS, 10, 10)
-    losses = recipe.accumulate(router(choices, 1.0), seeded())
+    choices, objective = choices_of_pairs(NUM_STEPS, sites()), Objective(student(), Budget(price=0.5))
+    losses = Trajectories(objective, choices, NUM_STEPS, 10, 10).accumulate(router(choices, 1.0), seeded())
     assert [loss.error for loss in losses] == [0.0] * 3
     assert [loss.cost for loss in losses] == [0.5 * 4] * 3
 
@@ -290,9 +289,10 @@ def recipe_of(request: pytest.FixtureRequest) -> Iterator[Any]:
     return make
 
 
-def fresh() -> RouterWeights:
-    """A router of two steps that knows nothing yet."""
-    return RouterWeights(2, sites(), choices_of_pairs(2, sites()), seed=1)
+def fresh() -> list[Any]:
+    """Weights of sites and of tokens that know nothing yet."""
+    choices, table = choices_of_pairs(2, sites()), TablePredictor(Sizes.of(tiny().info, 2))
+    return [RouterWeights(2, sites(), choices, seed=1), TokenWeights(table, tiny().info, choices)]
 
 
 def optimum(recipe: Any, made: Any) -> Tensor:
@@ -308,18 +308,9 @@ def optimum(recipe: Any, made: Any) -> Tensor:
 
 def test_without_a_budget_everything_is_computed(recipe_of: Any) -> None:
     """The error alone is least where nothing is cached; a high price caches all, and a target is met."""
-    assert float(optimum(recipe_of(Budget()), fresh()).min()) > 0.9
-    assert float(optimum(recipe_of(Budget(price=100.0)), fresh()).max()) < 0.1
-    reached = optimum(recipe_of(Budget(target=0.5, strength=1e4)), fresh())
-    assert float(reached.mean()) == pytest.approx(0.5, abs=0.05)
-
-
-def test_without_a_budget_every_token_is_important(recipe_of: Any) -> None:
-    """TokenCache's optimum is w = 1 everywhere where nothing else is asked for, and w = 0 at a high price."""
-    for budget, low, high in ((Budget(), 0.9, 1.0), (Budget(price=100.0), 0.0, 0.1)):
-        made = TokenWeights(TablePredictor(Sizes.of(tiny().info, 2)), tiny().info, choices_of_pairs(2, sites()))
-        found = optimum(recipe_of(budget), made)
-        assert low <= float(found.min()) <= float(found.max()) <= high
+    assert all(float(optimum(recipe_of(Budget()), made).min()) > 0.9 for made in fresh())
+    assert all(float(optimum(recipe_of(Budget(price=100.0)), made).max()) < 0.1 for made in fresh())
+    assert abs(float(optimum(recipe_of(Budget(target=0.5, strength=1e4)), fresh()[0]).mean()) - 0.5) < 0.05
 
 
 def test_predictors_learn_by_either_recipe(recipe_of: Any) -> None:
@@ -374,11 +365,10 @@ def test_streams_are_collected_along_a_run() -> None:
 
 def test_the_models_parameters_stay_as_they_are(recipe_of: Any) -> None:
     """Training touches the weights alone."""
-    model = tiny().model
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    optimum(recipe_of(Budget(price=1e-3)), fresh())
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    before = {name: value.clone() for name, value in tiny().model.state_dict().items()}
+    optimum(recipe_of(Budget(price=1e-3)), fresh()[0])
+    assert all(parameter.grad is None for parameter in tiny().model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in tiny().model.state_dict().items())
 
 
 def test_recipes_that_cannot_run_are_refused() -> None:
