@@ -83,6 +83,15 @@ def _declared(proto: Any) -> Any:
     return onnx.shape_inference.infer_shapes(proto)
 
 
+def _reason(error: BaseException) -> str:
+    """Where the exporter failed, and why: the first lines of its outermost cause and of the innermost one."""
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__) is not None:
+        causes.append(cause)
+    lines = [(str(each).strip().splitlines() or [type(each).__name__])[0] for each in causes[1:2] + causes[-1:]]
+    return ": ".join(dict.fromkeys(line.replace(" See the stack trace for more information.", "") for line in lines))
+
+
 def _converted(gm: torch.fx.GraphModule, examples: tuple[Any, ...], inputs: list[str], outputs: list[str]) -> Any:
     """`gm` as an optimised ONNX model."""
     try:
@@ -94,8 +103,7 @@ def _converted(gm: torch.fx.GraphModule, examples: tuple[Any, ...], inputs: list
             assert program is not None
             program.optimize()
     except torch.onnx.errors.OnnxExporterError as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise ExportError(f"the graph has no ONNX form: {reason}") from error
+        raise ExportError(f"the graph has no ONNX form: {_reason(error)}") from error
     return program.model
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from tcc.errors import BundleError
+from tcc.errors import BundleError, ExportError
 from tcc.program import Variant
 
 __all__ = ["Place", "Weights", "collect", "load_tensors", "places"]
@@ -43,7 +43,11 @@ class Place:
 
 
 def collect(variants: Sequence[Variant]) -> Weights:
-    """The weights that the graphs read; tensors that share all their memory are one."""
+    """The weights that the graphs read; tensors that share all their memory are one.
+
+    Raises:
+        ExportError: a graph has functions of its own, which operators such as `flex_attention` call.
+    """
     found: dict[tuple[object, ...], str] = {}
     tensors: dict[str, torch.Tensor] = {}
     names: dict[str, str] = {}
@@ -51,7 +55,13 @@ def collect(variants: Sequence[Variant]) -> Weights:
         for node in variant.gm.graph.nodes:
             if node.op != "get_attr" or str(node.target) in names:
                 continue
-            tensor: torch.Tensor = getattr(variant.gm, str(node.target))
+            tensor = getattr(variant.gm, str(node.target))
+            if not isinstance(tensor, torch.Tensor):
+                reader = next(iter(node.users)).target
+                raise ExportError(
+                    f"the graph hands {reader} a function of its own, and bundles hold tensors alone: export a model "
+                    "that calls another operator in its place, such as scaled_dot_product_attention"
+                )
             name = str(node.meta.get("weight", node.target))
             key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()) if tensor.numel() else (name,)
             if key not in found:

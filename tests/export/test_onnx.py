@@ -5,14 +5,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import tcc
 from tcc.errors import CallError, ExportError
 from tcc.export import Runner, bundle, load
+from tcc.export import onnx as onnx_export
 from tcc.export.inputs import describe, random_inputs
 from tcc.export.manifest import next_of
 from tcc.export.onnx_operators import OPERATORS
@@ -290,3 +293,28 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path, model: tcc.CompiledM
     with pytest.raises(ExportError, match=r"nothing is compiled yet"):
         bundle(tcc.compile(which.model, mixed), None, None, tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_graphs_with_functions_of_their_own_are_refused() -> None:
+    """`flex_attention` gets two: no tensors, which is all that a bundle holds."""
+    inner, graph = torch.fx.symbolic_trace(nn.ReLU()), torch.fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_function(torch.ops.higher_order.flex_attention, (x, x, x, graph.get_attr("score"))))
+    variant = SimpleNamespace(gm=torch.fx.GraphModule({"score": inner}, graph))
+    with pytest.raises(
+        ExportError, match=r"hands flex_attention a function of its own, and bundles hold tensors alone"
+    ):
+        collect([variant])  # type: ignore[list-item]
+
+
+def test_what_has_no_onnx_form_is_named_with_its_cause() -> None:
+    """Complex numbers: the node, and what the exporter lacks."""
+    gm = torch.export.export(nn.Identity(), (torch.ones(2, 2),)).module(check_guards=False)
+    with gm.graph.inserting_before(gm.graph.output_node()):
+        turned = gm.graph.call_function(
+            torch.ops.aten.view_as_complex.default, (gm.graph.find_nodes(op="placeholder")[0],)
+        )
+        gm.graph.output_node().args = ((gm.graph.call_function(torch.ops.aten.unsqueeze.default, (turned, 0)),),)
+    gm.recompile()
+    with pytest.raises(ExportError, match=r"no ONNX form: Error when translating node .*unsqueeze.*complex"):
+        onnx_export._converted(gm, (torch.ones(2, 2),), ["x"], ["y"])
