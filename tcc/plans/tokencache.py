@@ -4,14 +4,12 @@ What the papers leave open is an option of `tokencache`. Its default is what was
 can tell of it, in the ablation on the reference model (benchmarks/results/ablation.md: 50 DDIM steps, half of the
 tokens at every second one; one option changed at a time): `attention="cached"` over `current` (0.9 dB less, and
 dearer), `reused` and `kept` (20 dB less); `level="out"` over what is after the gate (6.6 dB less); learned scores over
-`norm` (0.9), `random` (3.2) and `uniform` (3.7); `share=True` (own sets: 2.2 dB less, but a better Frechet distance);
+`norm` (0.9), `random` (3.2) and `uniform` (3.7); `share=True` (2.2, but own sets have a better Frechet distance);
 `rotate=0` (1.9); `select="global"` over cells of 2 (1.9) and of 4 (0.1); `schedule="tprr"` over `even` (0.9), and 0.4
-dB behind `percentile`; `refresh=True` (0.1) and `sets="step"` (0.2). Intervals `k1, k2` of 1 are the plainest. Of
-longer ones, 2, 2 has the best PSNR (42.2 dB; 3, 1 has 41.2 and 1, 3 has 42.0) and 3, 1, long ones first as in the
-paper, the best Frechet distance (0.514; the others 0.541 and 0.598), most of all with an early `boundary` (0.25: 46.2
-dB and 0.511, the base's, at more speed). `cycle` only names intervals: K as `length` is K - 1 as `p_steps`. An
-importance trained on pairs of steps is 1.3 dB ahead of one trained on whole runs, and one trained on the final stream
-in place of the output 0.8 behind.
+dB behind `percentile`; `refresh=True` (0.1) and `sets="step"` (0.2). Of intervals above 1, equal ones have the best
+PSNR, and long ones first, as in the paper, the best Frechet distance, most of all with an early `boundary`. `cycle`
+only names intervals: K as `length` is K - 1 as `p_steps`. An importance trained on pairs of steps is 1.3 dB ahead of
+one trained on whole runs, and one trained on the final stream 0.8 behind.
 """
 
 from __future__ import annotations
