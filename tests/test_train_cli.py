@@ -65,6 +65,13 @@ def router(path: str) -> Router:
     return found
 
 
+def content(path: str) -> tuple[dict[str, str], dict[str, list[Any]]]:
+    """Everything that a safetensors file holds, bit for bit; the order of its header is not fixed."""
+    with safetensors.safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name).nan_to_num(-1).tolist() for name in file.keys()}  # noqa: SIM118
+        return file.metadata(), tensors
+
+
 def test_a_router_of_a_uvit_for_dpm_solver_2(run: Invoke) -> None:
     """P-steps are the first evaluations of solver steps, all but one; odd runs, and pairs, are refused."""
     save_weights(uvit().model, "uvit.safetensors", torch.float32)  # type: ignore[arg-type]
@@ -126,6 +133,18 @@ def test_the_same_command_goes_on(run: Invoke) -> None:
     assert torch.equal(two.nan_to_num(), router("scores.safetensors").scores.nan_to_num())
     result = run(*options, "--out", "a.safetensors", "--iterations", "5", "--seed", "1", exit_code=1)
     assert "state of another run (seed was 0 and is 1)" in plain(result.output)
+
+
+def test_a_training_that_ran_out_of_time_stays_as_it_is(run: Invoke) -> None:
+    """The same command again writes the same plan and scores, and tells the same numbers."""
+    files = ["--out", "plan.safetensors", "--learned", "scores.safetensors", "--json", "numbers.json"]
+    written = []
+    for _ in range(2):
+        run("predictor", "--form", "stream", *SHORT, *files, "--minutes", "0.005")
+        numbers = json.loads(Path("numbers.json").read_text())
+        written.append((numbers, content("plan.safetensors"), content("scores.safetensors")))
+    assert written[0] == written[1]
+    assert written[0][0]["iterations"] > 0
 
 
 def test_an_interruption_says_how_to_go_on(run: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:

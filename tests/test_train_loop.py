@@ -237,10 +237,14 @@ def test_a_state_is_one_file_of_tensors_and_json(tmp_path: Path) -> None:
 
 
 def test_time_ends_a_run(tmp_path: Path) -> None:
-    """Minutes that were spent before a resumption count."""
-    _, report = ended(10**9, tmp_path / "state", minutes=0.002)
+    """Minutes that were spent before a resumption count: what has ended stays as it is, bit for bit."""
+    numbers, report = ended(10**9, tmp_path / "state", minutes=0.002)
     assert 0 < report.iteration < 10**6
-    assert ended(10**9, tmp_path / "state", minutes=0.002)[1].iteration <= report.iteration + 1
+    assert report.seconds >= 0.12
+    again, resumed = ended(10**9, tmp_path / "state", minutes=0.002)
+    assert (resumed.iteration, resumed.seconds) == (report.iteration, report.seconds)
+    assert same(again, numbers)
+    assert ended(10**9, tmp_path / "state", minutes=0.004)[1].iteration > report.iteration
     assert train(Numbers(), Noisy(), Settings(minutes=0)).iteration == 0
 
 

@@ -100,10 +100,19 @@ Compared = Annotated[
 Cfg = Annotated[
     float, typer.Option(min=1.0, help="Guidance of the trajectories; above 1 they cost twice.", rich_help_panel=_LEARN)
 ]
-Iterations = Annotated[int | None, typer.Option(min=1, help="Steps of the optimiser.", rich_help_panel=_RUN)]
+Iterations = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Steps of the optimiser. Only these give the same result on all machines.", rich_help_panel=_RUN
+    ),
+]
 Minutes = Annotated[
     float | None,
-    typer.Option(min=0.0, help="Time limit. [dim]default: 10 without --iterations[/]", rich_help_panel=_RUN),
+    typer.Option(
+        min=0.0,
+        help="Time limit: how far that leads depends on the machine. [dim]default: 10 without --iterations[/]",
+        rich_help_panel=_RUN,
+    ),
 ]
 TrainBatch = Annotated[
     int, typer.Option("--batch", "-b", min=1, help="Images per step of the optimiser.", rich_help_panel=_RUN)
@@ -208,7 +217,8 @@ def router(
 ) -> None:
     """Learn which branches a P-step computes (Learning-to-Cache).
 
-    A stopped training goes on with the same command, to the same result.
+    A stopped training goes on with the same command: with --iterations to the same
+    result. A finished one stays as it is.
 
     [bold]Examples[/]
 
@@ -274,7 +284,8 @@ def predictor(
 ) -> None:
     """Learn which tokens a P-step updates (TokenCache).
 
-    A stopped training goes on with the same command, to the same result.
+    A stopped training goes on with the same command: with --iterations to the same
+    result. A finished one stays as it is.
 
     [bold]Examples[/]
 

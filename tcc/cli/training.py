@@ -240,6 +240,7 @@ def _calibrate(weights: Weights, student: Student, model: Architecture, run: Run
         sampler = run.sampled_by(model)
         streams = collect_streams(student, weights.reads, x, y, num_steps=run.steps, sampler=sampler)
         weights.predictor.calibrate(streams)
+        weights.seen.clear()  # the means say more than the last call, and a resumed training has no last call
 
 
 def _follow(weights: Weights, recipe: Recipe, settings: Settings, state: Path, world: World, theta: float) -> Report:
@@ -255,7 +256,8 @@ def _follow(weights: Weights, recipe: Recipe, settings: Settings, state: Path, w
             )
     except KeyboardInterrupt:
         if world.speaks:
-            screen.note(f"stopped; {state} holds the state: the same command goes on from there, to the same result")
+            same = ", to the same result" if settings.minutes is None else ""
+            screen.note(f"stopped; {state} holds the state: the same command goes on from there{same}")
         raise typer.Exit(130) from None
 
 

@@ -34,7 +34,8 @@ class Settings:
 
     Attributes:
         iterations: how many steps of the optimiser, in all; None is no limit.
-        minutes: for how long, interruptions not counted; None is no limit.
+        minutes: for how long, interruptions not counted; None is no limit. How many iterations that makes depends on
+            the machine: only their number gives the same result everywhere.
         lr: learning rate of AdamW without weight decay.
         groups: groups of samples per iteration, dealt out to the processes. The gradient is their mean, so the result
             does not depend on the number of processes but for rounding. (Learning-to-Cache: 8 GPUs, one group each.)
@@ -68,7 +69,7 @@ class Report:
 
     Attributes:
         iteration: iterations done, those before a resumption counted.
-        seconds: seconds spent, likewise.
+        seconds: seconds spent, likewise; the mean of the processes.
         error: the iteration's mean squared difference of student and teacher.
         cost: what the weights cost, likewise.
         resumed: the iteration at which this run took up a state, or None.
@@ -102,7 +103,8 @@ def train(
         recipe: what to learn from.
         settings: how long and how fast.
         state: the file that the state is kept in. If it is there, training goes on from it, to the same result as
-            without an interruption (bit for bit on one machine); the learning rate and the end may be others.
+            without an interruption (bit for bit on one machine) where iterations are counted; the learning rate and
+            the end may be others. A run that has reached its end, of iterations or of minutes, stays as it is.
         progress: called after every iteration, in every process.
         world: the processes that train together; see `join_world`.
 
@@ -141,7 +143,6 @@ class _Run:
         # the loss of an early step is about 1e-6, and a token's share of its gradient far below AdamW's usual epsilon
         self.optimiser = torch.optim.AdamW(self.parameters, lr=settings.lr, weight_decay=0.0, eps=1e-15)
         self.report = Report(0, 0.0, math.nan, math.nan, None)
-        self.over = settings.minutes == 0
         if path is not None and path.is_file():
             self._resume(path)
         self.good = self._tensors()
@@ -151,8 +152,8 @@ class _Run:
     @property
     def done(self) -> bool:
         """Whether the end is reached."""
-        limit = self.settings.iterations
-        return self.over or (limit is not None and self.report.iteration >= limit)
+        limits = (self.settings.iterations, self.report.iteration), (self.settings.minutes, self.report.seconds / 60)
+        return any(limit is not None and spent >= limit for limit, spent in limits)
 
     def iterate(self) -> None:
         """One step of the optimiser, all groups."""
@@ -161,9 +162,8 @@ class _Run:
         for group in range(self.world.rank, self.settings.groups, self.world.size):
             losses += self.recipe.accumulate(self.weights, self._draws(group))
         bad = [loss.step for loss in losses if not math.isfinite(loss.total)]
-        limit = self.settings.minutes
-        over = limit is not None and time.monotonic() - self.started >= 60 * limit
-        sums = [len(losses), sum(x.error for x in losses), sum(x.cost for x in losses), over, len(bad)]
+        seconds = time.monotonic() - self.started
+        sums = [len(losses), sum(x.error for x in losses), sum(x.cost for x in losses), seconds, len(bad)]
         first = [float(bad[:1] == [step]) for step in range(self.recipe.num_steps)]
         total = self.world.average_gradients(
             self.parameters, self.settings.groups, torch.tensor([*sums, *first], dtype=torch.float64)
@@ -174,12 +174,11 @@ class _Run:
         count = float(total[0])
         self.report = Report(
             self.report.iteration + 1,
-            time.monotonic() - self.started,
+            float(total[3]) / self.world.size,  # the same in all processes: they stop together
             float(total[1]) / count,
             float(total[2]) / count,
             self.report.resumed,
         )
-        self.over = bool(total[3])
         self.good = self._tensors()
         if time.monotonic() - self.saved >= self.settings.save_every:
             self.save()
