@@ -17,10 +17,12 @@ recompile 64 times, more than the default 8; cache-dit's rows are compiled with 
 sets. Every row is run twice before it is timed; seconds are the medians of every step, summed. Speedups are over the
 uncached model under `torch.compile`. MACs of peers are counted while they run eagerly, since they decide as they go;
 compiled they are taken to decide alike. Cache bytes of peers are the tensors that are alive between steps beyond those
-of the uncached run; of tcc's plans, their slots. Peak bytes are weights and what a run allocates at most. Compile
-seconds are with an empty cache on disk, unless TORCHINDUCTOR_CACHE_DIR is set; what one row compiled, later rows with
-the same code do not compile again. Random weights (dit-*, pixart) are for speed alone, and what a threshold decides on
-them says little. `--with` puts rows of earlier runs, which had their own uncached rows, into one table with the new.
+of the uncached run; of tcc's plans, their slots, and what known timesteps fold (`--fold-timesteps`), which no bound
+counts: rows with "timesteps known" may have a realised share above 1. Peak bytes are weights and what a run allocates
+at most. Compile seconds are with an empty cache on disk, unless TORCHINDUCTOR_CACHE_DIR is set; what one row compiled,
+later rows with the same code do not compile again. Random weights (dit-*, pixart) are for speed alone, and what a
+threshold decides on them says little. `--with` puts rows of earlier runs, which had their own uncached rows, into one
+table with the new.
 """
 
 from __future__ import annotations
@@ -93,18 +95,22 @@ class Bench(Harness):
             self._work = eager_work(self.own(line, lambda: self.model), self.task)
         return self._work
 
-    def add_plans(self, wanted: Callable[[str], bool]) -> None:
-        """Fewer steps and tcc's plans; a policy that refuses the model has a row without numbers."""
+    def add_plans(self, wanted: Callable[[str], bool], *, fold: bool = False) -> None:
+        """Fewer steps and tcc's plans, with `fold` also where timesteps are known; refused ones have the reason."""
         counts = {max(1, round(share * self.steps)) for share in FEWER} - {self.steps}
         self.add_fewer([count for count in counts if wanted(f"{count} steps")])
         rows = {row.name: row for row in comparison(self.steps)}
         for row in (rows[name] for name in PLANS if wanted(name)):
             family = f"{TCC}: {row.family}"
             try:
-                self.add_plan(row.name, family, row.plan(self.info, self.steps, Path()))
+                plan = row.plan(self.info, self.steps, Path())
+                self.add_plan(row.name, family, plan)
             except (TccError, Missing) as error:
                 line = Line(method=row.name, family=family, package=TCC, mode=TCC, steps=self.steps)
                 self.refuse(line, _reason(error))
+                continue
+            if fold:
+                self.add_folded(row.name, family, plan)
 
     def add_peer(self, peer: Peer) -> None:
         """A peer, eager and compiled both ways, each on a copy of its own. Whatever it raises becomes the reason."""
@@ -186,7 +192,7 @@ def measure(args: argparse.Namespace, subject: Subject, batch: int, console: Con
     given = {name: getattr(args, name) for name in ("steps", "seed", "backend", "mode", "regional")}
     bench, wanted = Bench(subject, batch=batch, say=say, **given), chosen(args.only)
     bench.add_uncached()
-    bench.add_plans(wanted)
+    bench.add_plans(wanted, fold=args.fold_timesteps)
     for peer in PEERS:
         if wanted(peer.name):
             bench.add_peer(peer)
@@ -290,6 +296,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
                         help="of torch.compile (whole model) and of tcc: reduce-overhead for CUDA graphs")  # fmt: skip
     parser.add_argument("--regional", action="store_true", help="through tcc, compile blocks once")
     parser.add_argument("--only", default="", help="words, by commas: only methods with one of them in their name")
+    parser.add_argument("--fold-timesteps", action="store_true", help="also tcc's plans where timesteps are known")
     parser.add_argument("--fd-images", type=int, default=0, help="also draw so many images for FD (trained models)")
     parser.add_argument("--results", type=Path, help="a folder for JSON, table and plot")
     parser.add_argument("--with", dest="earlier", type=Path, nargs="+", default=[], metavar="JSON",

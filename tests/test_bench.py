@@ -14,9 +14,11 @@ import torch
 from typer.testing import CliRunner
 
 from tcc.cli import app
+from tcc.cli.calls import Calls
+from tcc.cli.harness import Harness
 from tcc.cli.lines import Line, failures, front, markdown, plot, table
 from tcc.models import DiT, save_weights
-from tests.tiny_models import fill
+from tests.tiny_models import case, fill
 
 Invoke = Callable[..., Any]
 OWN_MODULE = """
@@ -68,7 +70,8 @@ def test_plans_and_policies_beside_the_uncached_model(run: Invoke) -> None:
         app, ["plan", *given, "--steps", "5", "-p", "fora", "-o", "interval=2", "--out", "f.safetensors"]
     )
     assert plan.exit_code == 0, plan.output
-    found = run("f.safetensors", "full", "tprr keep=0.5 blocks=0-1", *given, "--json", "b.json", "--png", "b.png")
+    asked = ("f.safetensors", "full", "tprr keep=0.5 blocks=0-1", "--fold-timesteps")
+    found = run(*asked, *given, "--json", "b.json", "--png", "b.png")
 
     content = json.loads(Path("b.json").read_text())
     rows = {(row["method"], row["mode"]): row for row in content["rows"]}
@@ -84,6 +87,10 @@ def test_plans_and_policies_beside_the_uncached_model(run: Invoke) -> None:
     assert rows["full", "tcc"]["error"] == 0
     assert 0 < planned["error"] < 1
     assert 5 < planned["psnr"] < 100
+    folded = rows["f, timesteps known", "tcc"]  # the same images, and more is kept; the bound does not change
+    assert folded["psnr"] == pytest.approx(planned["psnr"], rel=1e-4)
+    assert (folded["bound"], folded["macs"]) == (planned["bound"], planned["macs"])
+    assert folded["cache_bytes"] > planned["cache_bytes"]
     assert planned["graph_breaks"] == planned["recompiles"] == baseline["graph_breaks"] == 0
     assert {method for method, mode in rows if mode == "tcc"} > {"3 steps", "4 steps", "tprr keep=0.5 blocks=0-1"}
     assert {"command", "commit", "date", "machine", "seed", "backend", "dtype"} <= set(content)
@@ -93,12 +100,29 @@ def test_plans_and_policies_beside_the_uncached_model(run: Invoke) -> None:
 
 def test_a_model_of_ones_own_is_called_as_its_function_says(run: Invoke) -> None:
     """It draws no images, so there is no PSNR; that steps differ shows in the errors of reuse."""
-    run("full", "fora interval=2", "--model", "own_model:make", "--steps", "4", "--no-fewer", "--json", "b.json")
+    given = ("--model", "own_model:make", "--steps", "4", "--no-fewer", "--fold-timesteps", "--json", "b.json")
+    run("full", "fora interval=2", *given)
 
     rows = {(row["method"], row["mode"]): row for row in json.loads(Path("b.json").read_text())["rows"]}
     assert {row["psnr"] for row in rows.values()} == {None}
     assert rows["full", "tcc"]["error"] == rows["uncached", "tcc"]["error"] == 0
     assert 1e-6 < rows["fora interval=2", "tcc"]["error"] < 1
+    folded, planned = (rows[f"fora interval=2{known}", "tcc"]["error"] for known in (", timesteps known", ""))
+    assert folded == pytest.approx(planned, rel=1e-4)
+
+
+def test_a_plan_whose_timesteps_are_not_known_has_a_row_with_the_reason() -> None:
+    """The rows of its samples have noise levels of their own, or the model shows none."""
+    for name, levels in ("dit", torch.tensor([900, 899])), ("separate", None):
+        which = case(name)
+        args = which.args if levels is None else (which.args[0], levels, *which.args[2:])
+        calls = Calls(which.info.captured, args, which.kwargs, seed=0)
+        harness = Harness(which.model, calls, which.info, steps=2, backend="eager")
+        harness.add_folded("full", "full", harness.full)
+        (line,) = harness.failed
+        assert line.method == "full, timesteps known"
+        assert line.reason == "the calls have no noise level that is one number at every step"
+        assert not harness.entries
 
 
 @pytest.mark.parametrize(

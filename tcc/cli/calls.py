@@ -69,6 +69,14 @@ class Calls:
                 tensors[place] = tensors[place] - moved.to(tensors[place]) / num_steps
             yield output if place is None else tensors[place]
 
+    def timesteps(self, num_steps: int, sampler: Sampler = PLAIN) -> Tensor | None:
+        """See `Job`; None without a noise level, and where samples, or tokens, have noise levels of their own."""
+        level = self.captured.noise_level
+        values = None if level is None else self.tensors[level].flatten()
+        if values is None or not len(values) or not bool((values == values[0]).all()):
+            return None
+        return torch.stack([(values[0] * (1 - step / num_steps)).to(values.dtype) for step in range(num_steps)])
+
     def _call(self, tensors: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with these tensors in them."""
         constants, left = self.captured.constants, iter(tensors)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from tcc.folding import Folding
 from tcc.metrics import psnr
 from tcc.runtime import Executable, Session
 from tcc.samplers import DDIM, Evaluation, Sampler, denoise, guide
@@ -34,6 +35,9 @@ class Job(Protocol):
 
     def denoise(self, model: Model, num_steps: int, sampler: Sampler = PLAIN) -> Iterator[Tensor]:
         """One step per value; the last value is the result."""
+
+    def timesteps(self, num_steps: int, sampler: Sampler = PLAIN) -> Sequence[float] | Tensor | None:
+        """The noise level of every call of `denoise`, `[num_steps]`; None where it is not one number per call."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,10 @@ class Task:
                 return guide(output.to(x.dtype), self.cfg, x.shape[1])
 
         return denoise(sampler, evaluate, self.noise, num_steps)
+
+    def timesteps(self, num_steps: int, sampler: Sampler = PLAIN) -> Sequence[float]:
+        """Those of the sampler."""
+        return [evaluation.timestep for evaluation in sampler.evaluations(num_steps)]
 
 
 @dataclass(frozen=True)
@@ -165,18 +173,30 @@ def of_executable(name: str, executable: Executable, bound: float, num_steps: in
 
 
 def warm_up(task: Job, executables: Sequence[Executable], progress: Progress | None = None) -> None:
-    """Run every variant twice, out of order: the values are meaningless, the work is that of the real steps."""
+    """Run every variant twice, out of order: the values are meaningless, the work is that of the real steps.
+
+    Where timesteps are folded, a run begins first, and every step has its own timestep: others are refused.
+    """
     args, kwargs = task.first_call()
     first = [{binding.variant: step for step, binding in enumerate(e.program.bindings)} for e in executables]
     done, total = 0, 2 * sum(map(len, first))
     for executable, steps in zip(executables, first, strict=True):
-        session = Session(executable)
+        session, tensors = Session(executable), executable.program.captured.flatten(args, kwargs)
+        if executable.folding is not None:
+            session.run(_at(executable.folding, tensors, 0))
         for step in [*steps.values()] * 2:
             session.step = step
-            session(*args, **kwargs)
+            session.run(_at(executable.folding, tensors, step))
             done += 1
             if progress is not None:
                 progress(done, total)
+
+
+def _at(folding: Folding | None, tensors: list[Tensor], step: int) -> list[Tensor]:
+    """The inputs with the noise level of that step, where it is compiled in."""
+    if folding is None:
+        return tensors
+    return [folding.levels[step] if place == folding.level else tensor for place, tensor in enumerate(tensors)]
 
 
 def compare(

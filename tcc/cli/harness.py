@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from tcc import plans
 from tcc.cli.compare import Job, Method, Model, compare, of_executable, warm_up
 from tcc.cli.lines import UNCACHED, Line
+from tcc.errors import PlanError, TccError
+from tcc.folding import Folding, find_folding
 from tcc.info import ModelInfo
 from tcc.plan import CachePlan
-from tcc.runtime import Compiled, Executable, Known, lower
+from tcc.runtime import Compiled, Executable, Known, Session, lower
 from tcc.timing import Compilation, Progress, allocations, watched_compilation
 
 __all__ = ["COMPILED", "EAGER", "TCC", "Harness", "known_options", "run"]
@@ -104,14 +106,38 @@ class Harness:
         Raises:
             TccError: tcc refuses the plan.
         """
-        line = Line(method=name, family=family, package=TCC, mode=TCC, steps=plan.num_steps, bound=plan.bound)
+        return self._add_plan(self._line(name, family, plan), plan, None)
+
+    def add_folded(self, name: str, family: str, plan: CachePlan) -> None:
+        """The same plan where timesteps are known, as `tcc.compile(timesteps=...)` has it; else a row with the reason.
+
+        What depends on timesteps and unchanging inputs alone is computed once per run. The bound stays the plan's: it
+        counts this work at every step, on both sides, so that a realised share may be above 1 here.
+        """
+        line = self._line(f"{name}, timesteps known", family, plan)
+        try:
+            timesteps = self.task.timesteps(plan.num_steps)
+            if timesteps is None:
+                raise PlanError("the calls have no noise level that is one number at every step")
+            folding = find_folding(self.info.captured, self.info.analysis, plan, timesteps)
+            if folding is None:
+                raise PlanError("nothing in the model depends on timesteps and unchanging inputs alone")
+            self._add_plan(line, plan, folding)
+        except TccError as error:
+            self.refuse(line, str(error).splitlines()[0])
+
+    def _line(self, name: str, family: str, plan: CachePlan) -> Line:
+        return Line(method=name, family=family, package=TCC, mode=TCC, steps=plan.num_steps, bound=plan.bound)
+
+    def _add_plan(self, line: Line, plan: CachePlan, folding: Folding | None) -> Executable:
         self.say(line.key)
-        program = self.info.program(plan)
+        options: dict[str, Any] = {"mode": self.mode, "regional": self.regional, "known": self._runners}
         with watched_compilation() as found:
-            executable = lower(program, self.backend, mode=self.mode, regional=self.regional, known=self._runners)
+            executable = lower(self.info.program(plan), self.backend, folding=folding, **options)
             warm_up(self.task, [executable])
         done = replace(found[0], seconds=sum(executable.compile_seconds))
-        line = replace(line, macs=self._macs(plan), cache_bytes=program.slot_bytes)
+        kept = Session(executable)
+        line = replace(line, macs=self._macs(plan), cache_bytes=kept.slot_bytes + kept.folded_bytes)
         self.add(of_executable(line.key, executable, plan.bound), with_compilation(line, done))
         return executable
 

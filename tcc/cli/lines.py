@@ -34,11 +34,11 @@ class Line:
         seconds_p90: the same of 90th percentiles.
         speedup: over the uncached model under `torch.compile`.
         macs: of one image (or row), all steps, both guidance branches where there are two.
-        bound: the speedup that the MACs allow.
+        bound: the speedup that the MACs allow; what folded timesteps save is not in it.
         psnr: dB to the uncached images in the same noise, mean over images; infinite where they are identical.
         error: relative distance from the uncached result: the norm of the difference over that of the result.
         fd: Frechet distance in the shipped classifier.
-        cache_bytes: what it keeps from step to step, for the batch: slots, of tcc's plans.
+        cache_bytes: what it keeps from step to step, for the batch: slots, and what is folded, of tcc's plans.
         peak_bytes: weights, and the most that a run allocated beyond what was there before.
         compile_seconds: what compiling took; what an earlier row compiled is not compiled again.
         graph_breaks: of `torch.compile`.
