@@ -27,7 +27,7 @@ LIMIT = 460  # seconds, of all parts
 HERE = Path(__file__).parent
 NEEDS = {"diffusers": "FirstBlockCache, TaylorSeer, MagCache, PyramidAttentionBroadcast, FasterCache, PixArt, Flux",
          "cache_dit": "DBCache"}  # fmt: skip
-BENCH = [sys.executable, "-m", "tcc", "bench"]
+BENCH = [sys.executable, "-P", "-m", "tcc", "bench"]  # -P: else the checkout's tcc/, which has no passes/, comes first
 TOKENS = "tprr k1=1 k2=1 attention=cached level=out keep"
 FEW = "FORA N=2,forecast 34%,uniform tokens,FirstBlockCache 0.1,TaylorSeer N=3,MagCache 0.06,DBCache F1B0 0.08"
 SCALING = shlex.split("--tokens 256 1024 4096 --batch 1 16 --blocks 4 --steps 10 250 --variants 2 --width 1152")
@@ -148,6 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="run these parts alone")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds, of all parts")
     args = parser.parse_args(arguments)
     import torch  # late: --help needs none
@@ -161,6 +162,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     record: dict[str, Any] = {**provenance(), "left out": left_out, "parts": []}
     for part in parts(args.device):
+        if args.only and part.name not in args.only:
+            continue
         print(f"{part.name}: {part.title} ...", flush=True)
         entry = run(part, out, args.limit - (time.monotonic() - began))
         record["parts"].append(entry)

@@ -3,6 +3,7 @@
 #
 #     bash benchmarks/run_gpu.sh [FOLDER]          # FOLDER: benchmarks/results/gpu
 #     DEVICE=cpu bash benchmarks/run_gpu.sh /tmp/x # tiny and not compiled: to see that the script works
+#     bash benchmarks/run_gpu.sh FOLDER --only xl  # some of the parts
 #
 # Needs a checkout and a python3 of 3.11 or newer (PYTHON=... names another) with torch 2.11 or newer for CUDA, numpy,
 # networkx, safetensors, rich, typer and matplotlib. Without diffusers or cache-dit, the rows that need them say so.
@@ -23,4 +24,4 @@ cp -R "$root/export" "$site/tcc/export"
 
 cd "$root"
 PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONDONTWRITEBYTECODE=1 TORCHINDUCTOR_CACHE_DIR="$site/inductor" \
-  "$python" benchmarks/run_gpu.py --results "$out" --device "${DEVICE:-cuda}"
+  "$python" benchmarks/run_gpu.py --results "$out" --device "${DEVICE:-cuda}" "${@:2}"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+import venv
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,8 +42,8 @@ def test_every_part_is_called_as_its_command_line_is(scripts: dict[str, ModuleTy
     for part in scripts["run_gpu"].parts(device):
         words = [word.replace("{out}", "/tmp") for word in part.command]
         assert words[0] == sys.executable
-        if words[1:4] == ["-m", "tcc", "bench"]:
-            asked = bench.make_context("bench", words[4:]).params
+        if words[1:5] == ["-P", "-m", "tcc", "bench"]:
+            asked = bench.make_context("bench", words[5:]).params
         elif (name := Path(words[1]).stem) in ("peers", "scaling", "whole_run"):
             asked = vars(scripts[name].parse(words[2:]))
         else:
@@ -75,11 +78,23 @@ def test_parts_that_fail_or_take_too_long_say_so(scripts: dict[str, ModuleType],
     assert "| plan | by steps |\n| --- | --- |\n| full | 0.5124 |" in text
 
 
-def test_the_script_is_sound() -> None:
-    """As far as the shell can tell without running it."""
-    script = BENCHMARKS / "run_gpu.sh"
-    subprocess.run(["bash", "-n", str(script)], check=True)
-    assert script.stat().st_mode & 0o100
+def test_the_script_runs_in_a_bare_checkout(tmp_path: Path) -> None:
+    """With a Python that has what tcc needs, and not tcc: neither installed, nor by a path file."""
+    root = BENCHMARKS.parent
+    for folder in ("tcc", "passes", "export", "benchmarks"):
+        shutil.copytree(root / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    venv.create(tmp_path / "bare", symlinks=True)
+    packages = os.pathsep.join(path for path in sys.path if path.endswith("-packages"))
+    given = {"DEVICE": "cpu", "PYTHON": str(tmp_path / "bare" / "bin" / "python"), "PYTHONPATH": packages}
+    subprocess.run(
+        ["bash", str(tmp_path / "benchmarks" / "run_gpu.sh"), str(tmp_path / "out"), "--only", "xl-one"],
+        env={**os.environ, **given, "OMP_NUM_THREADS": "1", "TCC_COMMIT": "abc1234"},
+        check=True,
+    )
+    record = json.loads((tmp_path / "out" / "gpu.json").read_text())
+    assert record["commit"] == "abc1234"
+    assert [(part["name"], part["left out"]) for part in record["parts"]] == [("xl-one", None)]
+    assert "| fora interval=2 | tcc |" in (tmp_path / "out" / "gpu.md").read_text()
 
 
 def test_time_and_memory_of_growing_models(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
