@@ -74,7 +74,9 @@ def fewer_and_fewer(info: ModelInfo, *, num_steps: int) -> CachePlan:
 PLANS: dict[str, Callable[..., CachePlan]] = {
     "FORA, N=2": functools.partial(tcc.plans.fora, interval=2),
     "L2C-like, half of the branches": functools.partial(tcc.plans.bottom_up, share=0.5),
-    "a quarter of the tokens, kept": functools.partial(tcc.plans.tprr, k1=1, k2=1, keep=0.25, attention="kept"),
+    "a quarter of the tokens, kept": functools.partial(
+        tcc.plans.tprr, k1=1, k2=1, keep=0.25, attention="kept", level="block"
+    ),
     "half of the tokens, cached": functools.partial(
         tcc.plans.tprr, k1=1, k2=1, keep=0.5, attention="cached", level="out", rotate=True
     ),

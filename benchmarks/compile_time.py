@@ -58,7 +58,7 @@ def compile_one(what: str, depth: int, width: int) -> float:
             torch.compile(model, fullgraph=True)(*inputs)
         return time.perf_counter() - start
     policies = {
-        "plan": functools.partial(tcc.plans.tprr, num_steps=2, k1=1, k2=1, keep=0.5, attention="cached"),
+        "plan": functools.partial(tcc.plans.tprr, num_steps=2, k1=1, k2=1, keep=0.5, attention="cached", level="block"),
         "plain": functools.partial(tcc.plans.full, num_steps=1),
     }
     compiled = tcc.compile(model, policies[what.split()[-1]], regional=what.startswith("regional"))

@@ -28,7 +28,7 @@ from tcc.models import DiT
 from tcc.runtime import Session
 from tcc.timing import allocations
 
-TOKENS = functools.partial(tcc.plans.tprr, num_steps=4, k1=1, k2=1, keep=0.5)
+TOKENS = functools.partial(tcc.plans.tprr, num_steps=4, k1=1, k2=1, keep=0.5, level="block")
 PLANS: dict[str, Any] = {
     "FORA": functools.partial(tcc.plans.fora, num_steps=4, interval=2),
     "TaylorSeer, order 2": functools.partial(tcc.plans.taylorseer, num_steps=7, interval=2, order=2),

@@ -256,7 +256,8 @@ def token_rows() -> list[Row]:
     rows += [Row("TokenCache percentile 2x", "TokenCache", "tokencache", placed)]
     rows += [control(rows[-1], scores="random")]
     rows += [Row("TokenCache probes 1.5x", "TokenCache probes", "tokencache", probes)]
-    rows += [Row("TPRR, paper's defaults", "TPRR", "tprr", {"k1": 3, "k2": 1, "keep": 0.5})]
+    paper = {"k1": 3, "k2": 1, "keep": 0.5, "attention": "kept", "level": "block"}
+    rows += [Row("TPRR, paper's defaults", "TPRR", "tprr", paper)]
     return rows
 
 

@@ -176,7 +176,9 @@ def moved(call: Call, device: str) -> Call:
 def run(call: Call, options: argparse.Namespace) -> Row:
     """A full step, a step that keeps half of the tokens, and what both kinds of step take together in memory."""
     model, args, kwargs = moved(call, options.device)
-    policy = functools.partial(tcc.plans.tprr, num_steps=2, k1=1, k2=1, keep=0.5, attention="kept", tokens="uniform")
+    policy = functools.partial(
+        tcc.plans.tprr, num_steps=2, k1=1, k2=1, keep=0.5, attention="kept", level="block", tokens="uniform"
+    )
     given: dict[str, Any] = {"example_inputs": (args, kwargs), "backend": options.backend}
     compiled = tcc.compile(model, policy, **given)
     plain = compiled.with_plan(lambda info: tcc.plans.full(info, num_steps=2)).prepare(*args, **kwargs)

@@ -32,12 +32,13 @@ from tcc.models import DiT
 from tcc.reference import Reference
 from tcc.timing import time_calls
 
+KEPT = functools.partial(tcc.plans.tprr, num_steps=2, k1=1, k2=1, attention="kept", level="block")
 PLANS: dict[str, Any] = {
     "FORA": functools.partial(tcc.plans.fora, num_steps=4, interval=2),
     "half of the branches": functools.partial(tcc.plans.random_units, num_steps=2),
     "forecast": functools.partial(tcc.plans.forecast, num_steps=3, i_steps=[0, 1]),
-    "keep 0.5": functools.partial(tcc.plans.tprr, num_steps=2, k1=1, k2=1, keep=0.5, attention="kept"),
-    "keep 0.25": functools.partial(tcc.plans.tprr, num_steps=2, k1=1, k2=1, keep=0.25, attention="kept"),
+    "keep 0.5": functools.partial(KEPT, keep=0.5),
+    "keep 0.25": functools.partial(KEPT, keep=0.25),
     "keep 0.5, cached": functools.partial(
         tcc.plans.tprr, num_steps=2, k1=1, k2=1, keep=0.5, attention="cached", level="out"
     ),

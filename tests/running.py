@@ -51,7 +51,8 @@ def token_plan(name: str, **options: Any) -> CachePlan:
 
 @functools.cache
 def _token_plan(name: str, options: tuple[tuple[str, Any], ...]) -> CachePlan:
-    given = {"keep": 0.5, "tokens": "uniform"} | dict(options)
+    paper = {"k1": 3, "k2": 1, "attention": "kept", "level": "block"}
+    given = {**paper, "keep": 0.5, "tokens": "uniform"} | dict(options)
     return tcc.plans.tprr(case(name).info, num_steps=STEPS, **given)
 
 

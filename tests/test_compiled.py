@@ -45,7 +45,7 @@ def _calls() -> list[tuple[torch.Tensor, ...]]:
 @functools.cache
 def _compiled() -> tcc.CompiledModel:
     policy = functools.partial(
-        tcc.plans.tprr, num_steps=NUM_STEPS, k1=1, k2=1, keep=0.5, attention="cached", rotate=True
+        tcc.plans.tprr, num_steps=NUM_STEPS, k1=1, k2=1, keep=0.5, attention="cached", level="block", rotate=True
     )
     return tcc.compile(_model(), policy, example_inputs=(_calls()[0], {}))
 
@@ -141,7 +141,7 @@ def test_regional_compilation_equals_the_reference() -> None:
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.1)
     calls = [(x[:, :, :8, :8], t, y) for x, t, y in _calls()[:2]]
-    policy = functools.partial(tcc.plans.tprr, num_steps=2, k1=1, k2=1, keep=0.5, attention="current")
+    policy = functools.partial(tcc.plans.tprr, num_steps=2, k1=1, k2=1, keep=0.5, attention="current", level="block")
     compiled = tcc.compile(model, policy, example_inputs=(calls[0], {}), regional=True)
     reference = tcc.Reference(model, compiled.plan)
     for call in calls:

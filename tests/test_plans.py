@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from tcc import plans
 from tcc.errors import PlanError
 from tcc.plan import Compute, Reuse, Update
+from tcc.site_name import SiteName
 from tests.tiny_models import Case, case, dit
 
 # --- schedules
@@ -81,10 +83,25 @@ def test_an_interval_of_no_p_steps_computes_everything() -> None:
     assert plans.tprr_steps(4, 0, 0, 0.5, "p_steps") == plans.tprr_steps(4, 1, 1, 0.5, "length") == (0, 1, 2, 3)
 
 
+#: What TokenCache v1 describes, beside its schedule.
+KEPT_BLOCKS: dict[str, Any] = {"attention": "kept", "level": "block"}
+
+
+def test_tprr_has_the_ablated_defaults() -> None:
+    """Where `tprr` and `tokencache` have an option in common, and the plan of `tcc plan` is what it says."""
+    ours, ablated = (inspect.signature(policy).parameters for policy in (plans.tprr, plans.tokencache))
+    for name in ("k1", "k2", "boundary", "cycle", "attention", "level", "cell"):
+        assert ours[name].default == ablated[name].default, name
+    plan = plans.tprr(case("dit").info, num_steps=4)
+    assert str(plan.schedule) == "IPIP"
+    assert {SiteName.parse(site).kind for site in plan.sites} == {"kv", "out"}
+    assert plan.action(1, "blocks.0.mlp.out") == Update("kept0", "cached")
+
+
 def test_tprr_updates_every_chosen_block_on_p_steps() -> None:
     """I-steps compute, P-steps update with one token set; other blocks are not named."""
     info = case("dit").info
-    plan = plans.tprr(info, num_steps=6, k1=2, k2=2, blocks=[1], keep=0.25, tokens="uniform")
+    plan = plans.tprr(info, num_steps=6, k1=2, k2=2, blocks=[1], keep=0.25, tokens="uniform", **KEPT_BLOCKS)
     assert plan.sites == ("blocks.1.delta",)
     assert [action for _, action in plan.column("blocks.1.delta")] == [
         Compute(),
@@ -106,7 +123,7 @@ def test_tprr_updates_every_chosen_block_on_p_steps() -> None:
 def test_tprr_levels(level: Any, sites: list[str]) -> None:
     """One site per block, or one per branch, after or before the gate; `cached` adds the keys."""
     info = case("dit").info
-    plan = plans.tprr(info, num_steps=4, blocks=[0], level=level)
+    plan = plans.tprr(info, num_steps=4, blocks=[0], level=level, attention="kept")
     assert list(plan.sites) == sites
     plan = plans.tprr(info, num_steps=4, blocks=[0], level=level, attention="cached")
     assert list(plan.sites) == ["blocks.0.attn.kv", *sites]
@@ -114,7 +131,7 @@ def test_tprr_levels(level: Any, sites: list[str]) -> None:
 
 def test_rotation_gives_every_token_its_turn() -> None:
     """Successive P-steps keep other tokens; within 1 / keep turns all of them."""
-    plan = plans.tprr(case("dit").info, num_steps=9, k1=8, keep=0.25, rotate=True)
+    plan = plans.tprr(case("dit").info, num_steps=9, k1=8, keep=0.25, rotate=True, **KEPT_BLOCKS)
     names = [action.tokens for _, action in plan.column("blocks.0.delta") if isinstance(action, Update)]
     assert names == ["kept0", "kept1", "kept2", "kept3"] * 2
     union = torch.cat([plan.tokens[f"kept{i}"] for i in range(4)])
@@ -253,8 +270,8 @@ def test_slots_are_counted_for_the_captured_batch() -> None:
     """One merged delta of [2, 16, 32] float32; with cached keys, K and V of each block beside it."""
     info = case("dit").info
     one = 2 * 16 * 32 * 4
-    assert plans.tprr(info, num_steps=4).slot_bytes == one
-    assert plans.tprr(info, num_steps=4, attention="cached").slot_bytes == one + 4 * one
+    assert plans.tprr(info, num_steps=4, attention="kept", level="block").slot_bytes == one
+    assert plans.tprr(info, num_steps=4, attention="cached", level="block").slot_bytes == one + 4 * one
     assert plans.fora(info, num_steps=4).slot_bytes == 4 * one
 
 
@@ -285,7 +302,7 @@ BAD = {
         "attention='all': use one of kept, current, cached, reused",
     ),
     "attention of blocks": (
-        lambda i: plans.tprr(i, num_steps=4, attention="reused"),
+        lambda i: plans.tprr(i, num_steps=4, attention="reused", level="block"),
         "attention='reused' keeps the branches of a block apart: use level='branch' or 'out'",
     ),
     "level": (lambda i: plans.tprr(i, num_steps=4, level="layer"), "level='layer': use 'block', 'branch' or 'out'"),
@@ -322,14 +339,14 @@ def test_a_block_that_cannot_be_pruned_is_refused_with_the_reason() -> None:
     """And with the remedy."""
     message = r"site 'blocks.0.delta' cannot be pruned: aten.conv1d.default convolves .*Leave its block out"
     with pytest.raises(PlanError, match=message):
-        plans.tprr(case("conv").info, num_steps=4, tokens="uniform")
+        plans.tprr(case("conv").info, num_steps=4, tokens="uniform", level="block")
 
 
 def test_a_block_without_a_delta_is_refused() -> None:
     """Its branches can be pruned, and the message says so."""
     info = case("rescaled").info
     with pytest.raises(PlanError, match=r"block 'blocks.0' has no delta of its own, .* use level='branch'"):
-        plans.tprr(info, num_steps=4, tokens="uniform")
+        plans.tprr(info, num_steps=4, tokens="uniform", level="block")
     assert plans.tprr(info, num_steps=4, tokens="uniform", level="branch").bound > 1
 
 

@@ -28,14 +28,14 @@ def tprr(
     info: ModelInfo,
     *,
     num_steps: int,
-    k1: int = 3,
+    k1: int = 1,
     k2: int = 1,
     boundary: float = 0.5,
     cycle: Cycle = "p_steps",
     keep: float = 0.5,
-    attention: TokenAttention = "kept",
+    attention: TokenAttention = "cached",
     blocks: Sequence[int] | None = None,
-    level: Level = "block",
+    level: Level = "out",
     tokens: Choice | torch.Tensor = "checkerboard",
     cell: int = 2,
     seed: int = 0,
@@ -44,13 +44,15 @@ def tprr(
     """Two-phase round-robin token plan (TokenCache v1, Lou et al. 2024, arXiv 2409.18523).
 
     The superposition `w f(z_t) + (1 - w) f(z_(t+1))` with weights 0 and 1, and the schedule of section TPRR.
-    I-steps compute and store every block's change of the stream; P-steps recompute it for the kept tokens of the
-    chosen blocks and reuse it for the others.
+    I-steps compute and store everything; P-steps recompute the kept tokens of the chosen blocks, and reuse what is
+    stored for the others. The defaults are what the ablation gave `tokencache` (benchmarks/results/ablation.md). What
+    the paper describes, long intervals first and one delta per block, from tokens that only see each other, is
+    `k1=3, k2=1, attention="kept", level="block"`; its values of k1 and k2 are not known.
 
     Args:
         info: the model.
         num_steps: denoising steps.
-        k1: caching interval of the first phase.
+        k1: caching interval of the first phase, see `tprr_steps`.
         k2: caching interval of the second phase.
         boundary: share of the steps in the first phase.
         cycle: reading of the interval, see `tprr_steps`.
