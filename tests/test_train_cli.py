@@ -25,6 +25,8 @@ from tcc.learned import Importance, Probes, Router, load_learned
 from tcc.models import save_weights
 from tcc.models.dit import DiT
 from tcc.plan import Skip
+from tcc.train.weights import Budget
+from tests.test_train_recipes import sites, tiny
 from tests.tiny_models import fill, uvit
 
 Invoke = Callable[..., Any]
@@ -237,6 +239,60 @@ def test_a_state_is_of_one_model_and_of_its_images(run: Invoke) -> None:
     assert "is the state of another run (model's weights was" in plain(run(*given, exit_code=1).output)
 
 
+@pytest.mark.parametrize(
+    ("options", "budget", "held"),
+    [
+        ([], Budget(0.0, 0.5, 0.0), 0.5),
+        (["--target", "0.25"], Budget(0.0, 0.25, 0.0), 0.25),
+        (["--lambda", "1e-3"], Budget(1e-3), None),
+        (["--lambda", "1e-3", "--target", "0.25"], Budget(1e-3, 0.25, 0.0), 0.25),
+        (["--target", "0.25", "--target-strength", "3"], Budget(0.0, 0.25, 3.0), None),
+    ],
+)
+def test_predictors_are_held_at_half_unless_something_else_is_asked_for(
+    run: Invoke, monkeypatch: pytest.MonkeyPatch, options: list[str], budget: Budget, held: float | None
+) -> None:
+    """A mean of 0.5 is what was best; a price, another target, and a price of missing it are what they are."""
+    asked: list[Any] = []
+    monkeypatch.setattr("tcc.cli.train.run_training", lambda *arguments: asked.extend(arguments))
+    run("predictor", *SHORT, "--out", "plan.safetensors", *options)
+    assert asked[1] == budget
+    assert asked[3](tiny().info, sites(), {1: sites()}).predictor.held == held
+    wrong = run("predictor", *SHORT, "--out", "plan.safetensors", "--target-strength", "2", exit_code=2)
+    assert "there is no target to miss: give --target" in plain(wrong.output)
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "instead"),
+    [
+        ("predictor", "k1=3", "give --k1"),
+        ("predictor", "boundary=0.2", "give --boundary"),
+        ("predictor", "level=block", "give --sites"),
+        ("predictor", "importance=x", "it is what is learned"),
+        ("router", "router=x", "it is what is learned"),
+        ("router", "sites=delta", "give --sites"),
+    ],
+)
+def test_what_training_decides_is_no_option_of_the_plan(run: Invoke, command: str, option: str, instead: str) -> None:
+    """A plan with other P-steps than those that were trained would contradict itself."""
+    result = run(command, *SHORT, "--out", "plan.safetensors", "-o", option, exit_code=2)
+    assert f"{option.partition('=')[0]} is decided by the training" in plain(result.output)
+    assert instead in plain(result.output)
+
+
+def test_steps_that_were_not_learned_are_told(run: Invoke) -> None:
+    """One pair teaches one step, and the others follow it; without any iteration there is nothing to plan by."""
+    given = [*SHORT, "--data", "photos", "--out", "plan.safetensors"]
+    result = run("predictor", *given, "--iterations", "1", "--learned", "scores.safetensors")
+    assert re.search(r"1 iterations left out P-steps \d, \d, for which nothing was learned", plain(result.output))
+    found = load_learned("scores.safetensors")
+    assert isinstance(found, Importance)
+    assert all(torch.equal(row, found.scores[0]) for row in found.scores)
+    assert float(found.scores[0].std()) > 0
+    result = run("router", *SHORT, "--out", "other.safetensors", "--minutes", "0", exit_code=1)
+    assert "0 iterations learned nothing, so there is nothing to plan by" in plain(result.output)
+
+
 def test_pairs_of_a_predictor_come_in_even_numbers(run: Invoke) -> None:
     """An odd run's plan has its P-steps elsewhere."""
     odd = [*SHORT, "--steps", "5", "--data", "photos", "--iterations", "1", "--out", "plan.safetensors"]
@@ -284,10 +340,10 @@ def test_two_processes_are_one_with_the_same_batch(run: Invoke) -> None:
 def test_a_predictor_becomes_a_plan(run: Invoke, form: str) -> None:
     """Every form; options of the policy are taken, and the schedule of the training is that of the plan."""
     files = ["--out", "plan.safetensors", "--learned", "scores.safetensors"]
-    schedule = ["--k1", "2", "--k2", "1", "--sites", "block"]
+    schedule = ["--k1", "1", "--k2", "2", "--boundary", "0.2", "--sites", "block"]
     run("predictor", *SHORT, *files, *schedule, "--form", form, "--iterations", "2", "-o", "keep=0.25")
     plan = tcc.CachePlan.load("plan.safetensors")
-    assert str(plan.schedule) == "IPPIPI"
+    assert str(plan.schedule) == "IPIPPI"
     assert {site.rsplit(".", 1)[0] for site in plan.sites if site.endswith("delta")} == {"blocks.0", "blocks.1"}
     kept = {action.tokens for action in plan.actions.values() if isinstance(action, tcc.Update)}
     assert all(isinstance(name, tcc.TopK) == (form == "stream") for name in kept)

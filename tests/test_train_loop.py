@@ -44,6 +44,10 @@ class Numbers(Weights):
         """All numbers."""
         return torch.cat([row.detach() for row in self.rows])
 
+    def unlearned(self) -> list[int]:
+        """Nothing that anyone asks for."""
+        return []
+
 
 class Noisy:
     """Pulls one row, chosen at random, towards random numbers; may do as it is told at an iteration."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -27,6 +31,7 @@ __all__ = [
     "WeightsName",
     "in_a_folder",
     "numbers",
+    "spread",
     "whole_numbers",
 ]
 
@@ -114,6 +119,31 @@ SlotDtype = Annotated[
 Regional = Annotated[
     bool, typer.Option("--regional", help="Compile a block once for all of its copies: deep models compile faster.")
 ]
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the fields of its first parameter, a dataclass, as options: several commands share them so."""
+    first, *own = inspect.signature(command, eval_str=True).parameters.values()
+    kinds = get_type_hints(first.annotation, include_extras=True)
+    shared = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
+            annotation=kinds[field.name],
+        )
+        for field in dataclasses.fields(first.annotation)
+    ]
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        given = first.annotation(**{parameter.name: values.pop(parameter.name) for parameter in shared})
+        command(given, **values)
+
+    takes = [*shared, *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own)]
+    run.__signature__ = inspect.Signature(takes)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in takes}
+    return run
 
 
 def numbers(text: str, option: str) -> list[int]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import typer
 
-from tcc.cli import options
 from tcc.cli.measuring import errors, steps
-from tcc.cli.training import Files, Kept, Planned, Run, run_training, settings_of
+from tcc.cli.options import spread
+from tcc.cli.train_options import LEARN, Learning
+from tcc.cli.training import Planned, run_training
 from tcc.info import ModelInfo
-from tcc.train.objective import Target
 from tcc.train.predictors import FORMS, Sizes
 from tcc.train.weights import Choices, RouterWeights, TokenWeights, Weights
 
@@ -19,135 +19,16 @@ __all__ = ["train"]
 
 train = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
 
-_LEARN, _PLAN, _RUN = "What is learned from what", "The plan", "How long and where"
+#: The rates at which the forms of a predictor learn, and the levels of a plan by what was kept in training.
+_RATES = {"table": 0.1, "network": 0.01, "stream": 0.05}
+_LEVELS = {"out": "out", "delta": "branch", "block": "block"}
 
-Out = Annotated[
-    Path,
+Drop = Annotated[
+    bool,
     typer.Option(
-        metavar="FILE",
-        callback=options.in_a_folder,
-        help="The plan to write; the training's state is kept beside it.",
-        show_default=False,
-    ),
-]
-Learned = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE",
-        callback=options.in_a_folder,
-        help="Also write the scores that were learned, to make other plans from.",
-    ),
-]
-Data = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FOLDER",
-        help="One sub-folder of images per class, or the Fashion-MNIST files. Without: [bold]trajectory[/].",
-        rich_help_panel=_LEARN,
-    ),
-]
-RecipeName = Annotated[
-    Literal["pairs", "trajectory"] | None,
-    typer.Option(
-        "--recipe",
-        help="[bold]pairs[/]: noised images, two neighbouring steps (Learning-to-Cache). [bold]trajectory[/]: whole "
-        "runs from noise, where values get as stale as they will; needs no images. [dim]default: pairs where there is "
-        "--data[/]",
-        rich_help_panel=_LEARN,
-    ),
-]
-Steps = Annotated[int, typer.Option(min=2, max=1000, help="Denoising steps of one run.", rich_help_panel=_LEARN)]
-K1 = Annotated[
-    int,
-    typer.Option(min=1, help="P-steps after each I-step, first half; above 1: trajectory.", rich_help_panel=_LEARN),
-]
-K2 = Annotated[int, typer.Option(min=1, help="Likewise, second half.", rich_help_panel=_LEARN)]
-SamplerName = Annotated[
-    Literal["ddim", "dpm-solver-2"],
-    typer.Option(
-        help="What samples the trajectories. [bold]dpm-solver-2[/] evaluates the model twice per step of its own; only "
-        "first evaluations are P-steps.",
-        rich_help_panel=_LEARN,
-    ),
-]
-SiteKind = Annotated[
-    Kept,
-    typer.Option(
-        help="What is kept: branch outputs before the gate, after it ([bold]delta[/]), or a block's whole change.",
-        rich_help_panel=_LEARN,
-    ),
-]
-Price = Annotated[
-    float | None,
-    typer.Option(
-        "--lambda",
-        min=0.0,
-        help="Price of computing one site at one step, in units of the squared error. Larger caches more; 0 caches "
-        "nothing. [dim]default: 2e-6, or 0 where there is a target[/]",
-        rich_help_panel=_LEARN,
-    ),
-]
-TargetWeight = Annotated[
-    float | None,
-    typer.Option("--target", min=0.0, max=1.0, help="Instead: a mean weight to reach.", rich_help_panel=_LEARN),
-]
-Compared = Annotated[
-    Target,
-    typer.Option(
-        "--compare", help="Student and teacher agree in the output, or in the final stream.", rich_help_panel=_LEARN
-    ),
-]
-Cfg = Annotated[
-    float, typer.Option(min=1.0, help="Guidance of the trajectories; above 1 they cost twice.", rich_help_panel=_LEARN)
-]
-Iterations = Annotated[
-    int | None,
-    typer.Option(
-        min=1, help="Steps of the optimiser. Only these give the same result on all machines.", rich_help_panel=_RUN
-    ),
-]
-Minutes = Annotated[
-    float | None,
-    typer.Option(
-        min=0.0,
-        help="Time limit: how far that leads depends on the machine. [dim]default: 10 without --iterations[/]",
-        rich_help_panel=_RUN,
-    ),
-]
-TrainBatch = Annotated[
-    int, typer.Option("--batch", "-b", min=1, help="Images per step of the optimiser.", rich_help_panel=_RUN)
-]
-Groups = Annotated[
-    int,
-    typer.Option(
-        min=1,
-        help="Parts of the batch, each with a pair of steps or a run of its own. They are dealt out to the processes.",
-        rich_help_panel=_RUN,
-    ),
-]
-Rate = Annotated[float, typer.Option("--lr", help="Learning rate of AdamW.", rich_help_panel=_RUN)]
-FormRate = Annotated[
-    float | None,
-    typer.Option(
-        "--lr",
-        help="Learning rate of AdamW. [dim]default: table 0.1, network 0.01, stream 0.05[/]",
-        rich_help_panel=_RUN,
-    ),
-]
-TrainSeed = Annotated[int, typer.Option(help="Seed of everything that is drawn.", rich_help_panel=_RUN)]
-Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to train.", rich_help_panel=_RUN)]
-Fast = Annotated[bool, typer.Option("--compile", help="Compile teacher and student first.", rich_help_panel=_RUN)]
-PlanBatch = Annotated[int, typer.Option(min=1, help="Rows of one model call under the plan.", rich_help_panel=_PLAN)]
-PlanOptions = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--option",
-        "-o",
-        metavar="NAME=VALUE",
-        help="An option of the policy that makes the plan (l2c for routers, tokencache for predictors), once for "
-        "each; [bold]tcc plan --policy l2c --explain[/] lists them.",
-        show_default=False,
-        rich_help_panel=_PLAN,
+        "--drop",
+        help="Learn what to leave out instead of what to reuse (Learning-to-Drop, a control).",
+        rich_help_panel=LEARN,
     ),
 ]
 Form = Annotated[
@@ -155,7 +36,7 @@ Form = Annotated[
     typer.Option(
         help="[bold]table[/]: a score per step, block and token. [bold]network[/]: a small network over their "
         "embeddings. [bold]stream[/]: scores that depend on the stream, ranked in the graph.",
-        rich_help_panel=_LEARN,
+        rich_help_panel=LEARN,
     ),
 ]
 
@@ -180,41 +61,8 @@ train.command("errors")(errors)
 
 
 @train.command()
-def router(
-    out: Out,
-    learned: Learned = None,
-    json: options.Json = None,
-    model: options.TrainedName = "reference",
-    data: Data = None,
-    recipe: RecipeName = None,
-    steps: Steps = 50,
-    k1: K1 = 1,
-    k2: K2 = 1,
-    sampler: SamplerName = "ddim",
-    sites: SiteKind = "out",
-    drop: Annotated[
-        bool,
-        typer.Option(
-            "--drop",
-            help="Learn what to leave out instead of what to reuse (Learning-to-Drop, a control).",
-            rich_help_panel=_LEARN,
-        ),
-    ] = False,
-    price: Price = None,
-    target: TargetWeight = None,
-    compare: Compared = "output",
-    cfg: Cfg = 1.0,
-    iterations: Iterations = None,
-    minutes: Minutes = None,
-    batch: TrainBatch = 4,
-    groups: Groups = 1,
-    lr: Rate = 0.2,
-    seed: TrainSeed = 0,
-    device: Device = "cpu",
-    compile: Fast = False,
-    option: PlanOptions = None,
-    plan_batch: PlanBatch = 20,
-) -> None:
+@spread
+def router(given: Learning, drop: Drop = False) -> None:
     """Learn which branches a P-step computes (Learning-to-Cache).
 
     A stopped training goes on with the same command: with --iterations to the same
@@ -226,62 +74,18 @@ def router(
       tcc train router --steps 20 --lambda 1e-5 --minutes 5 -o theta=0.5 --out plan20.safetensors
       torchrun --nproc-per-node 2 -m tcc train router --groups 2 --out plan50.safetensors
     """
-    run = Run(
-        model,
-        data,
-        recipe,
-        steps,
-        (k1, k2),
-        sites,
-        price,
-        target,
-        compare,
-        cfg,
-        batch,
-        groups,
-        device,
-        compile,
-        drop=drop,
-        sampler=sampler,
-    )
-    planned = Planned.of("learning_to_drop" if drop else "l2c", "router", option or [])
-    settings = settings_of(iterations, minutes, lr, groups, seed)
 
     def make(info: ModelInfo, names: tuple[str, ...], choices: Choices) -> Weights:
-        return RouterWeights(steps, names, choices, seed=seed).to(device)
+        return RouterWeights(given.steps, names, choices, seed=given.seed).to(given.device)
 
-    run_training(run, settings, make, planned, Files(out, learned, json), plan_batch)
+    decided = {"router": "it is what is learned", "sites": "give --sites", "shifted": "give --sampler"}
+    planned = Planned.of("learning_to_drop" if drop else "l2c", "router", given.option or [], decided=decided)
+    run_training(given, given.budget(), given.settings(0.2), make, planned, drop=drop)
 
 
 @train.command()
-def predictor(
-    out: Out,
-    learned: Learned = None,
-    json: options.Json = None,
-    model: options.TrainedName = "reference",
-    form: Form = "table",
-    data: Data = None,
-    recipe: RecipeName = None,
-    steps: Steps = 50,
-    k1: K1 = 1,
-    k2: K2 = 1,
-    sampler: SamplerName = "ddim",
-    sites: SiteKind = "out",
-    price: Price = None,
-    target: TargetWeight = None,
-    compare: Compared = "output",
-    cfg: Cfg = 1.0,
-    iterations: Iterations = None,
-    minutes: Minutes = None,
-    batch: TrainBatch = 4,
-    groups: Groups = 1,
-    lr: FormRate = None,
-    seed: TrainSeed = 0,
-    device: Device = "cpu",
-    compile: Fast = False,
-    option: PlanOptions = None,
-    plan_batch: PlanBatch = 20,
-) -> None:
+@spread
+def predictor(given: Learning, form: Form = "table") -> None:
     """Learn which tokens a P-step updates (TokenCache).
 
     A stopped training goes on with the same command: with --iterations to the same
@@ -292,22 +96,22 @@ def predictor(
       tcc train predictor --out plan50.safetensors --learned importance.safetensors
       tcc train predictor --form stream --data photos --target 0.5 -o keep=0.25 --out plan50.safetensors
     """
-    run = Run(
-        model, data, recipe, steps, (k1, k2), sites, price, target, compare, cfg, batch, groups, device, compile,
-        held=target is not None, sampler=sampler,
-    )  # fmt: skip
-    if run.kind == "pairs" and steps % 2:
+    if given.kind == "pairs" and given.steps % 2:
         raise typer.BadParameter(
             "pairs are counted back from the image, and the plan from the noise: give an even number, or use "
             "--recipe trajectory",
             param_hint="--steps",
         )
-    level = {"out": "out", "delta": "branch", "block": "block"}[sites]
-    planned = Planned.of("tokencache", "importance", [f"k1={k1}", f"k2={k2}", f"level={level}", *(option or [])])
-    rate = {"table": 0.1, "network": 0.01, "stream": 0.05}[form] if lr is None else lr
-    settings = settings_of(iterations, minutes, rate, groups, seed)
+    if given.target is None and given.price is None:
+        given = replace(given, target=0.5)
+    held = given.target if given.strength is None else None
 
     def make(info: ModelInfo, names: tuple[str, ...], choices: Choices) -> Weights:
-        return TokenWeights(FORMS[form](Sizes.of(info, steps), seed=seed, mean=target), info, choices).to(device)
+        learner = FORMS[form](Sizes.of(info, given.steps), seed=given.seed, mean=held)
+        return TokenWeights(learner, info, choices).to(given.device)
 
-    run_training(run, settings, make, planned, Files(out, learned, json), plan_batch)
+    fixed = {"k1": given.k1, "k2": given.k2, "boundary": given.boundary, "level": _LEVELS[given.sites]}
+    decided = {"importance": "it is what is learned", "level": "give --sites", "cycle": "give --k1 and --k2"}
+    decided |= {name: f"give --{name}" for name in ("k1", "k2", "boundary")}
+    planned = Planned.of("tokencache", "importance", given.option or [], decided=decided, fixed=fixed)
+    run_training(given, given.budget(held=held is not None), given.settings(_RATES[form]), make, planned)

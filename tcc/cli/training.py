@@ -5,10 +5,11 @@ from __future__ import annotations
 import collections
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any
 
 import torch
 import typer
@@ -16,107 +17,26 @@ import typer
 from tcc.cli import screen
 from tcc.cli.policies import find_policy, parse_options
 from tcc.cli.subjects import dit_inputs, load_subject, look
-from tcc.errors import ModelError
+from tcc.cli.train_options import Learning
+from tcc.errors import ModelError, TrainError
 from tcc.info import ModelInfo
 from tcc.learned import save_learned
 from tcc.models import Architecture
 from tcc.plan import CachePlan
 from tcc.plan_picture import facts
-from tcc.plans import first_evaluations, shifted, tprr_steps
-from tcc.samplers import Evaluation, Sampler, named, timestep_dtype
+from tcc.plans import shifted
+from tcc.samplers import Evaluation, timestep_dtype
 from tcc.train.images import open_images
 from tcc.train.loop import Report, Settings, train
-from tcc.train.objective import Objective, Recipe, Target
+from tcc.train.objective import Objective, Recipe
 from tcc.train.pairs import Pairs
 from tcc.train.predictors import StreamPredictor
 from tcc.train.student import Student
 from tcc.train.trajectories import Trajectories, collect_streams
-from tcc.train.weights import Budget, Choices, TokenWeights, Weights, choices_of_pairs
+from tcc.train.weights import Budget, Choices, TokenWeights, Weights
 from tcc.train.world import World, join_world
 
-__all__ = ["Files", "Kept", "Run", "run_training", "settings_of"]
-
-Kept = Literal["out", "delta", "block"]
-
-
-@dataclass(frozen=True)
-class Run:
-    """The options that say what is learned from what."""
-
-    model: str
-    data: Path | None
-    recipe: str | None
-    steps: int
-    cycle: tuple[int, int]
-    sites: Kept
-    price: float | None
-    target: float | None
-    compare: Target
-    cfg: float
-    batch: int
-    groups: int
-    device: str
-    fast: bool
-    held: bool = False  # whether the weights keep to the target by themselves
-    drop: bool = False
-    sampler: str = "ddim"
-
-    def __post_init__(self) -> None:
-        if self.batch % self.groups:
-            raise typer.BadParameter(
-                f"{self.batch} images do not make {self.groups} equal groups", param_hint="--groups"
-            )
-        if self.kind == "pairs" and self.data is None:
-            raise typer.BadParameter("pairs are made of noised images: give --data", param_hint="--recipe")
-        if self.kind == "pairs" and self.cycle != (1, 1):
-            raise typer.BadParameter("pairs have one P-step each: use --recipe trajectory", param_hint="--k1, --k2")
-        if self.sampler == "dpm-solver-2" and self.steps % 2:
-            raise typer.BadParameter("dpm-solver-2 evaluates twice per step: give an even number", param_hint="--steps")
-        if self.kind == "pairs" and self.sampler != "ddim":
-            raise typer.BadParameter("pairs are steps of DDIM: use --recipe trajectory", param_hint="--sampler")
-        if self.kind == "pairs" and self.cfg != 1:
-            raise typer.BadParameter("pairs are without guidance: use --recipe trajectory", param_hint="--cfg")
-
-    @property
-    def kind(self) -> str:
-        """The recipe."""
-        return self.recipe or ("trajectory" if self.data is None else "pairs")
-
-    @property
-    def rows(self) -> int:
-        """Rows of one model call: a group, doubled under guidance."""
-        return self.batch // self.groups * (2 if self.cfg > 1 else 1)
-
-    @property
-    def budget(self) -> Budget:
-        """The price of computing."""
-        price = self.price if self.price is not None else (2e-6 if self.target is None else 0.0)
-        return Budget(price, self.target, 0.0 if self.held else 1.0)
-
-    def sampled_by(self, model: Architecture) -> Sampler:
-        """The sampler; pixels are clamped, for the latents of an encoder have no bounds."""
-        return named(self.sampler, clip=model.config.in_channels in (1, 3), diffusion=model.diffusion)
-
-    def choices(self, names: tuple[str, ...], evaluations: Sequence[Evaluation]) -> Choices:
-        """The P-steps of the schedule; from the image backwards for pairs, so that an even run ends with a P-step."""
-        if self.kind == "pairs":
-            return choices_of_pairs(self.steps, names)
-        p_steps = set(range(self.steps)) - set(tprr_steps(self.steps, *self.cycle, 0.5))
-        return dict.fromkeys(first_evaluations(p_steps, [at.stage for at in evaluations]), names)
-
-
-@dataclass(frozen=True)
-class Files:
-    """What is written."""
-
-    plan: Path
-    learned: Path | None
-    json: Path | None
-
-    @property
-    def state(self) -> Path:
-        """The state of the training."""
-        return self.plan.with_name(self.plan.name.removesuffix(".safetensors") + ".state.safetensors")
+__all__ = ["Planned", "run_training"]
 
 
 @dataclass(frozen=True)
@@ -134,15 +54,36 @@ class Planned:
     options: dict[str, Any]
 
     @staticmethod
-    def of(policy: str, learned: str, given: Sequence[str]) -> Planned:
+    def of(
+        policy: str,
+        learned: str,
+        given: Sequence[str],
+        *,
+        decided: Mapping[str, str],
+        fixed: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Planned:
         """The policy of that name with the options in texts `name=value`; of two for one option the last counts.
+
+        Args:
+            policy: the policy's name.
+            learned: its option that takes what is learned.
+            given: the texts.
+            decided: the options that follow from how it is trained, and what to do instead.
+            fixed: the values of those.
 
         Raises:
             PlanError: the policy has no such option, or a value is none of an option's.
+            typer.BadParameter: an option is decided by the training.
         """
+        for name in (text.partition("=")[0] for text in given):
+            if name in decided:
+                raise typer.BadParameter(
+                    f"{name} is decided by the training, for a plan fits what was learned: {decided[name]}",
+                    param_hint="--option",
+                )
         chosen = parse_options(policy, [*given, f"{learned}="])  # checked before training, not after
         chosen.pop(learned)
-        return Planned(policy, learned, chosen)
+        return Planned(policy, learned, chosen | fixed)
 
     def make(self, info: ModelInfo, num_steps: int, weights: Weights) -> CachePlan:
         """The plan."""
@@ -166,43 +107,58 @@ class Planned:
         return float(self.options.get("theta", 0.1))
 
 
-def settings_of(iterations: int | None, minutes: float | None, lr: float, groups: int, seed: int) -> Settings:
-    """The settings; ten minutes where nothing else ends the training."""
-    limit = 10.0 if iterations is None and minutes is None else minutes
-    return Settings(iterations, limit, lr, groups, seed)
-
-
 def run_training(
-    run: Run,
+    given: Learning,
+    budget: Budget,
     settings: Settings,
     make: Callable[[ModelInfo, tuple[str, ...], Choices], Weights],
     planned: Planned,
-    files: Files,
-    plan_batch: int,
+    *,
+    drop: bool = False,
 ) -> None:
     """Train, and write what came out, in one process or several."""
-    with join_world(run.device) as world:
-        model = _model(run.model).to(run.device)
-        evaluations = run.sampled_by(model).evaluations(run.steps)
-        info = look(model, _inputs(model, run.rows, run.device, evaluations), {}, run.model)
-        names = tuple(name for name, site in info.sites.items() if site.kind == run.sites)
-        choices = run.choices(names, evaluations)
+    with join_world(given.device) as world:
+        model = _model(given.model).to(given.device)
+        evaluations = given.sampled_by(model).evaluations(given.steps)
+        info = look(model, _inputs(model, given.rows, given.device, evaluations), {}, given.model)
+        names = tuple(name for name, site in info.sites.items() if site.kind == given.sites)
+        choices = given.choices(names, evaluations)
         weights = make(info, names, choices)
-        streams = [*(["out.stream"] if run.compare == "stream" else []), *([weights.reads] if weights.reads else [])]
-        student = Student(info, names, streams=streams, fast=run.fast)
-        recipe = _recipe(run, model, Objective(student, run.budget, run.compare, run.drop), choices)
-        target = look(model, _inputs(model, plan_batch, run.device, evaluations), {}, run.model)
-        planned.rehearse(target, run.steps, weights)
-        report = _follow(weights, recipe, settings, files.state, world, planned.theta)
+        streams = [*(["out.stream"] if given.compare == "stream" else []), *([weights.reads] if weights.reads else [])]
+        student = Student(info, names, streams=streams, fast=given.compile)
+        recipe = _recipe(given, model, Objective(student, budget, given.compare, drop), choices)
+        target = look(model, _inputs(model, given.plan_batch, given.device, evaluations), {}, given.model)
+        planned.rehearse(target, given.steps, weights)
+        report = _follow(weights, recipe, settings, given.state, world, planned.theta)
         if world.speaks:
-            _calibrate(weights, student, model, run)
-            if files.learned is not None:  # before the plan, which the policy may refuse to make
-                save_learned(weights.learned(), files.learned)
-                screen.note(f"wrote {files.learned}")
-            plan = planned.make(target, run.steps, weights)
+            _check_learned(weights, report)
+            _calibrate(weights, student, model, given)
+            if given.learned is not None:  # before the plan, which the policy may refuse to make
+                save_learned(weights.learned(), given.learned)
+                screen.note(f"wrote {given.learned}")
+            plan = planned.make(target, given.steps, weights)
             stages = [at.stage for at in evaluations]
             plan = shifted(target, plan, stages=stages) if any(stages) else plan
-            _write(run, settings, report, weights, plan, files, planned.theta)
+            _write(given, budget, settings, report, weights, plan, planned.theta)
+
+
+def _check_learned(weights: Weights, report: Report) -> None:
+    """Say where nothing was learned.
+
+    Raises:
+        TrainError: nowhere was anything.
+    """
+    missing = weights.unlearned()
+    if len(missing) == len(weights.choices):
+        raise TrainError(
+            f"{report.iteration} iterations learned nothing, so there is nothing to plan by: give more --iterations or "
+            "--minutes, and a higher --lr if the weights do not move"
+        )
+    if missing:
+        screen.note(
+            f"{report.iteration} iterations left out P-steps {', '.join(map(str, missing))}, for which nothing was "
+            "learned: give more --iterations or --minutes, and the training goes on"
+        )
 
 
 def _model(name: str) -> Architecture:
@@ -220,25 +176,25 @@ def _inputs(model: Architecture, rows: int, device: str, evaluations: Sequence[E
     return x.to(device), t.to(device, timestep_dtype(evaluations)), y.to(device)
 
 
-def _recipe(run: Run, model: Architecture, objective: Objective, choices: Choices) -> Recipe:
+def _recipe(given: Learning, model: Architecture, objective: Objective, choices: Choices) -> Recipe:
     config, null = model.config, model.config.null_class
-    if run.kind == "pairs":
-        assert run.data is not None
+    if given.kind == "pairs":
+        assert given.data is not None
         images = open_images(
-            run.data, size=config.input_size, channels=config.in_channels, num_classes=config.num_classes
+            given.data, size=config.input_size, channels=config.in_channels, num_classes=config.num_classes
         )
-        return Pairs(objective, images, run.steps, null, diffusion=model.diffusion)
-    return Trajectories(objective, choices, run.steps, config.num_classes, null, run.cfg, run.sampled_by(model))
+        return Pairs(objective, images, given.steps, null, diffusion=model.diffusion)
+    return Trajectories(objective, choices, given.steps, config.num_classes, null, given.cfg, given.sampled_by(model))
 
 
-def _calibrate(weights: Weights, student: Student, model: Architecture, run: Run) -> None:
+def _calibrate(weights: Weights, student: Student, model: Architecture, given: Learning) -> None:
     """Mean importances of a predictor that depends on the stream."""
     if isinstance(weights, TokenWeights) and isinstance(weights.predictor, StreamPredictor) and weights.reads:
         config, draw = model.config, torch.Generator().manual_seed(0)
-        x = torch.randn(student.info.batch, config.in_channels, *config.input_size, generator=draw).to(run.device)
-        y = torch.randint(config.num_classes, (len(x),), generator=draw).to(run.device)
-        sampler = run.sampled_by(model)
-        streams = collect_streams(student, weights.reads, x, y, num_steps=run.steps, sampler=sampler)
+        x = torch.randn(student.info.batch, config.in_channels, *config.input_size, generator=draw).to(given.device)
+        y = torch.randint(config.num_classes, (len(x),), generator=draw).to(given.device)
+        sampler = given.sampled_by(model)
+        streams = collect_streams(student, weights.reads, x, y, num_steps=given.steps, sampler=sampler)
         weights.predictor.calibrate(streams)
         weights.seen.clear()  # the means say more than the last call, and a resumed training has no last call
 
@@ -288,15 +244,15 @@ class _Line:
 
 
 def _write(
-    run: Run, settings: Settings, report: Report, weights: Weights, plan: CachePlan, files: Files, theta: float
+    given: Learning, budget: Budget, settings: Settings, report: Report, weights: Weights, plan: CachePlan, theta: float
 ) -> None:
     """The plan, the scores, and what can be said about them."""
     known = weights.known()
     record = {
-        "model": run.model,
-        "recipe": run.kind,
-        "lambda": run.budget.price,
-        "target": run.target,
+        "model": given.model,
+        "recipe": given.kind,
+        "lambda": budget.price,
+        "target": budget.target,
         "lr": settings.lr,
         "seed": settings.seed,
         "iterations": report.iteration,
@@ -307,11 +263,11 @@ def _write(
         "share_below": float((known <= theta).float().mean()),
         "mean_weight": float(known.mean()),
     }
-    plan.save(str(files.plan))
+    plan.save(str(given.out))
     screen.out().print(plan.summary(), soft_wrap=True, markup=False)
     screen.note(
         f"{report.iteration} iterations in {report.seconds:.0f} s; {record['share_below']:.1%} of the weights are at "
         f"most {theta:g}, their mean is {record['mean_weight']:.3f}"
     )
-    screen.note(f"wrote {files.plan}")
-    screen.write_json(files.json, record | {"plan": facts(plan)})
+    screen.note(f"wrote {given.out}")
+    screen.write_json(given.json, record | {"plan": facts(plan)})

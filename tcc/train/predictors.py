@@ -103,6 +103,11 @@ class Predictor(nn.Module, ABC):
         logits = self.logits(step, stream)
         return torch.sigmoid(logits if self.held is None else logits + _shift(logits, self.held))
 
+    def flat(self, step: int) -> bool:
+        """Whether all tokens of all blocks matter alike at `step`, as they do before anything is learned."""
+        with torch.no_grad():
+            return _alike(self.logits(step, None))
+
     def importance(self) -> Importance:
         """The importances of all steps, for a form that needs no stream."""
         with torch.no_grad():
@@ -214,6 +219,10 @@ class StreamPredictor(Predictor):
         logits: Tensor = torch.einsum("bsh,lh->bls", x, self.weight[step]) + self.bias[step]
         return logits
 
+    def flat(self, step: int) -> bool:
+        """See `Predictor`: whatever the stream."""
+        return not bool(self.weight[step].any()) and _alike(self.bias[step].detach())
+
     def calibrate(self, streams: Sequence[Tensor]) -> None:
         """Set the mean importance from samples: what places I-steps and ranks blocks (TokenCache v2).
 
@@ -233,6 +242,11 @@ class StreamPredictor(Predictor):
         weight, bias = torch.stack([*self.weight]), torch.stack([*self.bias])
         tensors = (self.hidden, self.offset, weight, bias, self.get_buffer("mean"))
         return Probes(*(tensor.detach().cpu().clone() for tensor in tensors))
+
+
+def _alike(numbers: Tensor) -> bool:
+    """Whether they are all the same."""
+    return bool((numbers == numbers.flatten()[0]).all())
 
 
 def _shift(logits: Tensor, mean: float) -> Tensor:

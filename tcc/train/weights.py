@@ -75,9 +75,11 @@ class Weights(nn.Module, ABC):
 
     Attributes:
         reads: the `stream` site whose value the weights depend on, or None.
+        choices: where there is something to decide.
     """
 
     reads: str | None = None
+    choices: Choices
 
     @abstractmethod
     def forward(self, step: int, stream: Tensor | None) -> dict[str, Tensor]:
@@ -101,6 +103,10 @@ class Weights(nn.Module, ABC):
     @abstractmethod
     def known(self) -> Tensor:
         """The weights as they are, `[n]`: for a summary."""
+
+    @abstractmethod
+    def unlearned(self) -> list[int]:
+        """The steps at which there is something to decide, and the weights are still what they were at first."""
 
 
 class RouterWeights(Weights):
@@ -126,6 +132,7 @@ class RouterWeights(Weights):
         self.logits = nn.ParameterDict(
             {str(step): nn.Parameter(torch.randn(len(chosen), generator=draw)) for step, chosen in choices.items()}
         )
+        self._drawn = {step: row.detach().clone() for step, row in self.logits.items()}
 
     def forward(self, step: int, stream: Tensor | None = None) -> dict[str, Tensor]:
         """`[1, 1]` by site."""
@@ -149,6 +156,10 @@ class RouterWeights(Weights):
     def known(self) -> Tensor:
         """All scores that are learned."""
         return torch.cat([row.detach().sigmoid() for row in self.logits.values()])
+
+    def unlearned(self) -> list[int]:
+        """See `Weights`: the scores of these steps are random."""
+        return [int(step) for step, row in self.logits.items() if torch.equal(row.detach().cpu(), self._drawn[step])]
 
 
 class TokenWeights(Weights):
@@ -176,9 +187,12 @@ class TokenWeights(Weights):
     def learned(self) -> Learned:
         """Importances, or probes where they depend on the stream.
 
-        A step at which nothing was to be decided has what the nearest one learned: a plan may have other I-steps.
+        A step at which nothing was to be decided, or nothing was learned, has what the nearest one learned: a plan may
+        have other I-steps.
         """
-        steps = [min(self.choices, key=lambda at: abs(at - step)) for step in range(self.predictor.sizes.steps)]
+        missing = self.unlearned()
+        taught = [step for step in self.choices if step not in missing] or list(self.choices)
+        steps = [min(taught, key=lambda at: abs(at - step)) for step in range(self.predictor.sizes.steps)]
         found = self.predictor.learned()
         if isinstance(found, Importance):
             return Importance(found.scores[steps])
@@ -196,3 +210,7 @@ class TokenWeights(Weights):
             importance = means[step : step + 1] if importance is None else importance.cpu()
             rows.append(importance[:, sorted({self.blocks[site] for site in chosen})].flatten())
         return torch.cat(rows)
+
+    def unlearned(self) -> list[int]:
+        """See `Weights`: these steps rank all tokens alike."""
+        return [step for step in self.choices if self.predictor.flat(step)]
