@@ -1,8 +1,8 @@
 """What `run_gpu.sh` runs: each part in a process of its own, within one time limit; a table of all that was measured.
 
-Not to be called alone: the script puts tcc where Python finds it. Every part writes its JSON as soon as it is done, so
-that nothing is lost where a later one fails or time runs out; `gpu.json` says what ran, for how long, and what was left
-out and why, and `gpu.md` has the tables.
+Not to be called alone: the script puts tcc where Python finds it. Every part writes to a folder of its own, and what an
+earlier run left there is removed before anything runs. `gpu.json` says what ran, for how long, and what was left out
+and why, and `gpu.md` has the tables; both are written after every part.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -39,9 +40,9 @@ class Part:
     """One measurement.
 
     Attributes:
-        name: what its files are called.
+        name: the folder of its files.
         title: what it measures.
-        command: what is run; `{out}` stands for the folder of results.
+        command: what is run; `{out}` stands for its folder.
         seconds: when it is stopped.
         needs: packages without which it is left out.
     """
@@ -87,21 +88,21 @@ def gpu_tests() -> list[Path]:
 
 
 def run(part: Part, out: Path, seconds: float) -> dict[str, Any]:
-    """Run a part, its output to `NAME.log`: its entry in `gpu.json`."""
-    command = [word.replace("{out}", str(out)) for word in part.command]
+    """Run a part, its output to `log.txt` in its folder: its entry in `gpu.json`."""
+    folder = out / part.name
+    command = [word.replace("{out}", str(folder)) for word in part.command]
     entry: dict[str, Any] = {"name": part.name, "title": part.title, "seconds": 0.0, "left out": None}
     missing = [package for package in part.needs if importlib.util.find_spec(package) is None]
     if missing or seconds < 5:
         return entry | {"left out": f"{', '.join(missing)} is not installed" if missing else "no time was left"}
-    began = time.monotonic()
-    with (out / f"{part.name}.log").open("w") as log:
+    folder.mkdir()
+    began, said = time.monotonic(), folder / "log.txt"
+    with said.open("w") as log:
         try:
             done = subprocess.run(
                 command, stdout=log, stderr=subprocess.STDOUT, timeout=min(part.seconds, seconds), check=False
             )
-            reason = (
-                None if done.returncode == 0 else f"exit code {done.returncode}: {last_line(out / f'{part.name}.log')}"
-            )
+            reason = f"exit code {done.returncode}: {last_line(said)}" if done.returncode else None
         except subprocess.TimeoutExpired as error:
             reason = f"stopped after {error.timeout:.0f} s"
     return entry | {"seconds": round(time.monotonic() - began, 1), "left out": reason}
@@ -125,11 +126,10 @@ def summary(out: Path, record: dict[str, Any]) -> str:
             "",
             f"{entry['seconds']:.0f} s" + (f"; {entry['left out']}" if entry["left out"] else ""),
         ]
-        for path in sorted(out.glob(f"{entry['name']}*.json")):
+        for path in sorted((out / entry["name"]).glob("*.json")):
             rows = json.loads(path.read_text())["rows"]
-            if path.stem == entry["name"] or entry["name"] in ("peers", "scaling"):
-                lines = [Line.of_dict({k: v for k, v in row.items() if k != "part"}) for row in rows if "method" in row]
-                text += ["", markdown(lines) if lines else plain_table(rows)]
+            lines = [Line.of_dict({k: v for k, v in row.items() if k != "part"}) for row in rows if "method" in row]
+            text += ["", markdown(lines) if lines else plain_table(rows)]
     return "\n".join(text) + "\n"
 
 
@@ -141,6 +141,18 @@ def plain_table(rows: Sequence[dict[str, Any]]) -> str:
         tables.setdefault(tuple(row), []).append(f"| {' | '.join(cells)} |")
     heads = {columns: f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}" for columns in tables}
     return "\n\n".join("\n".join([heads[columns], *lines]) for columns, lines in tables.items())
+
+
+def clear(out: Path, names: Sequence[str]) -> None:
+    """Remove what an earlier run left, so that nothing old is taken for new.
+
+    Raises:
+        SystemExit: the folder holds something else.
+    """
+    if any(out.iterdir()) and not (out / "gpu.json").is_file():
+        raise SystemExit(f"{out} holds something else than results of this script: name another folder")
+    for name in names:
+        shutil.rmtree(out / name, ignore_errors=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -161,7 +173,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{what}: {name} is not installed" for name, what in NEEDS.items() if importlib.util.find_spec(name) is None
     ]
     record: dict[str, Any] = {**provenance(), "left out": left_out, "parts": []}
-    for part in parts(args.device):
+    every = parts(args.device)
+    clear(out, [part.name for part in every])
+    for part in every:
         if args.only and part.name not in args.only:
             continue
         print(f"{part.name}: {part.title} ...", flush=True)

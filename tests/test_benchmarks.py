@@ -58,24 +58,40 @@ def test_parts_that_fail_or_take_too_long_say_so(scripts: dict[str, ModuleType],
     gpu = scripts["run_gpu"]
 
     def left_out(code: str, seconds: int = 60, left: float = 60.0, needs: tuple[str, ...] = ()) -> Any:
-        return gpu.run(gpu.Part("part", "title", (sys.executable, "-c", code), seconds, needs), tmp_path, left)[
-            "left out"
-        ]
+        part = gpu.Part("part", "title", (sys.executable, "-c", code), seconds, needs)
+        gpu.clear(tmp_path, ["part"])
+        (tmp_path / "gpu.json").touch()
+        return gpu.run(part, tmp_path, left)["left out"]
 
     assert left_out("print('fine')") is None
+    assert (tmp_path / "part" / "log.txt").read_text() == "fine\n"
     assert left_out("raise SystemExit('no memory')") == "exit code 1: no memory"
     assert left_out("import time; time.sleep(30)", seconds=1) == "stopped after 1 s"
     assert left_out("", left=2.0) == "no time was left"
     assert left_out("", needs=("no_such_package",)) == "no_such_package is not installed"
+
+
+def test_tables_are_of_this_run_alone(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
+    """What an earlier run measured is removed, and a folder of something else is not touched."""
+    gpu = scripts["run_gpu"]
     line = gpu.Line(method="fora", family="f", package="tcc", mode="tcc", steps=4, speedup=1.5, bound=2.0)
-    (tmp_path / "xl.json").write_text(json.dumps({"rows": [line.as_dict()]}))
-    (tmp_path / "whole.json").write_text(json.dumps({"rows": [{"plan": "full", "by steps": 0.51239}]}))
+    for name, row in (("xl", line.as_dict()), ("whole", {"plan": "full", "by steps": 0.51239})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.json").write_text(json.dumps({"rows": [row]}))
     parts = [{"name": name, "title": name, "seconds": 3.0, "left out": None} for name in ("xl", "whole")]
-    head = {"accelerator": "a GPU", "torch": "2", "commit": "abc", "left out": ["DBCache: cache_dit is not installed"]}
-    text = gpu.summary(tmp_path, {**head, "parts": parts})
+    left = ["DBCache: cache_dit is not installed"]
+    record = {"accelerator": "a GPU", "torch": "2", "commit": "abc", "left out": left, "parts": parts}
+    text = gpu.summary(tmp_path, record)
     assert "- left out: DBCache: cache_dit is not installed" in text
     assert "| fora | tcc | 4 | 1.50x | 2.00x | 0.75 |" in text
     assert "| plan | by steps |\n| --- | --- |\n| full | 0.5124 |" in text
+    with pytest.raises(SystemExit, match="holds something else than results of this script: name another folder"):
+        gpu.clear(tmp_path, ["xl"])
+    assert (tmp_path / "xl").is_dir()
+    (tmp_path / "gpu.json").touch()
+    gpu.clear(tmp_path, ["xl", "never ran"])
+    assert "fora" not in gpu.summary(tmp_path, record)
+    assert "full" in gpu.summary(tmp_path, record)
 
 
 def test_the_script_runs_in_a_bare_checkout(tmp_path: Path) -> None:
