@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 import tcc
 from tcc import plans
 from tcc.errors import PlanError
-from tcc.learned import Importance, Probes, load_learned
+from tcc.learned import Importance, Probes, load_learned, save_learned
 from tcc.plan import CachePlan, Compute, Reuse, Update
+from tcc.train.predictors import FORMS, Sizes, StreamPredictor
 from tests.tiny_models import case
 from tests.token_plans import BLOCKS, P_STEPS, STEPS, TOKENS, by_block, deep, importance, plan
 
@@ -262,6 +264,35 @@ def test_i_steps_where_importance_is_dense() -> None:
     assert str(plan(schedule="percentile", i_steps=1).schedule) == "IPPPPP"
     assert str(plan(scores="random", importance=None, schedule="even", i_steps=3).schedule) == "IPIPPI"
     assert str(plan(i_steps=[0, 4]).schedule) == "IPPPIP"
+
+
+@pytest.mark.parametrize("form", ["table", "network", "stream"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_percentiles_of_an_importance_held_at_a_mean_are_refused(form: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Its steps differ by rounding alone, also that of a file in half precision; with a price, they differ truly."""
+    sizes = Sizes(STEPS, BLOCKS, TOKENS, width=deep().info.analysis.stream_shape[-1])
+    placed: dict[str, Any] = {"schedule": "percentile", "i_steps": 3, "scores": "random"}
+    spreads = []
+    for mean in (0.3, None):
+        predictor, draw = FORMS[form](sizes, mean=mean), torch.Generator().manual_seed(1)
+        for parameter in predictor.parameters():
+            torch.nn.init.normal_(parameter, std=0.5, generator=draw)
+        if isinstance(predictor, StreamPredictor):
+            predictor.calibrate([torch.randn(2, TOKENS, sizes.width, generator=draw) for _ in range(STEPS)])
+        save_learned(predictor.learned(), tmp_path / "learned", dtype)
+        learned = load_learned(tmp_path / "learned")
+        assert isinstance(learned, Importance | Probes)
+        means = (learned.scores if isinstance(learned, Importance) else learned.mean).double().mean(dim=(1, 2))
+        spreads.append(float((means.max() - means.min()) / means.max()))
+        if mean is None:
+            assert len(plan(importance=learned, **placed).schedule.i_steps) == 3
+        else:
+            message = (
+                r"schedule='percentile': the importance is 0\.(3|29\d+|30\d+) on average at every step.*\(`--lambda`\)"
+            )
+            with pytest.raises(PlanError, match=message):
+                plan(importance=learned, **placed)
+    assert 0 < spreads[0] < spreads[1] / 10, "rounding, and no exact equality"
 
 
 def test_tokens_that_rank_alike_are_refused() -> None:

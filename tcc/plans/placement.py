@@ -10,7 +10,7 @@ import torch
 from tcc.errors import PlanError
 from tcc.plans.branches import check_share, check_whole
 
-__all__ = ["Cycle", "first_evaluations", "percentile_steps", "tprr_steps"]
+__all__ = ["Cycle", "first_evaluations", "percentile_steps", "step_means", "tprr_steps"]
 
 Cycle = Literal["p_steps", "length"]
 
@@ -68,6 +68,34 @@ def percentile_steps(importance: torch.Tensor, count: int) -> tuple[int, ...]:
         free = max(first, chosen[-1] + 1 if chosen else 0)
         chosen.append(min(free, steps - count + j))
     return tuple(chosen)
+
+
+def step_means(importance: torch.Tensor) -> torch.Tensor:
+    """The mean importance of every step, `[steps]`: what `percentile_steps` places I-steps by.
+
+    An importance that was held at a mean while it was learned has the same mean at every step, but for rounding, and
+    percentiles of that would be percentiles of rounding errors. What counts as rounding: numbers of a dtype are off by
+    a relative eps / 2 at most, and so are their means, which then differ by eps. The dtype is the coarsest that has all
+    of the numbers, since files may be of half precision; training is in float32, and holds a mean to some eps of that.
+
+    Args:
+        importance: `[steps, blocks, tokens]`.
+
+    Raises:
+        PlanError: the means are equal, within rounding; the first step does not count.
+    """
+    means = importance.detach().double().cpu().mean(dim=(1, 2))
+    coarse = (torch.bfloat16, torch.float16)
+    held = [torch.finfo(dtype).eps for dtype in coarse if torch.equal(importance.to(dtype).to(importance), importance)]
+    tolerance = max([16 * torch.finfo(torch.float32).eps, *held])
+    learned = means[1:]
+    if learned.numel() > 1 and float(learned.max() - learned.min()) <= tolerance * float(learned.max()):
+        raise PlanError(
+            f"schedule='percentile': the importance is {float(learned[0]):.4g} on average at every step, so it does "
+            "not say where I-steps should be. One that is learned with `tcc train predictor --target` is held at that; "
+            "learn it with a price (`--lambda`), so that steps differ, or use schedule='tprr' or 'even'"
+        )
+    return means
 
 
 def first_evaluations(p_steps: Collection[int], stages: Sequence[int]) -> tuple[int, ...]:

@@ -29,7 +29,7 @@ from tcc.passes.sites import Site
 from tcc.plan import Action, CachePlan, Compute, Reuse, Update
 from tcc.plans.branches import check_whole
 from tcc.plans.forecast import even_steps
-from tcc.plans.placement import Cycle, percentile_steps, tprr_steps
+from tcc.plans.placement import Cycle, percentile_steps, step_means, tprr_steps
 from tcc.plans.ranking import (
     Grain,
     NormRanking,
@@ -126,8 +126,8 @@ def tokencache(
 
     Raises:
         PlanError: an option is out of range or lacks what it needs, the importance does not fit, no block can be
-            pruned, a table ranks all tokens alike at a P-step, or the budget cannot be reached; the message then names
-            the nearest bound that can.
+            pruned, steps or tokens rank alike where they are chosen by importance, or the budget cannot be reached; the
+            message then names the nearest bound that can.
     """
     learned = load_learned(importance) if isinstance(importance, (str, os.PathLike)) else importance
     options = _Options(
@@ -307,7 +307,7 @@ class _Draft:
         if o.schedule == "even":
             return even_steps(o.num_steps, count)
         assert self.importance is not None
-        return percentile_steps(self.importance[:, self.candidates].mean(dim=(1, 2)), count)
+        return percentile_steps(step_means(self.importance[:, self.candidates]), count)
 
     def _among(self, pruned: int | None) -> dict[int, list[int]]:
         """The pruned blocks of every P-step: those of least mean importance."""
