@@ -28,6 +28,7 @@ from typing import Any
 
 import quality_report
 import torch
+from provenance import commit
 from quality_rows import CORE, UNCACHED, Missing, Row, ablation, comparison
 from quality_store import Store, digest
 from rich.console import Console
@@ -238,7 +239,7 @@ def time_rows(bench: Bench, todays: Sequence[Entry], rounds: int, at_most: float
             warm_up(task, [full] if entry.row.policy == UNCACHED.policy else [full, bench.executable(entry.plan)])
             _, row = compare(task, [baseline, method], baseline="baseline", rounds=rounds, at_most=at_most)
             content = {**row.as_dict(), "uncached_seconds": row.seconds * row.speedup, "images": bench.batch}
-            Store.write_seconds(entry.folder, {**content, "machine": timing.machine()})
+            Store.write_seconds(entry.folder, {**content, "commit": commit(), "machine": timing.machine()})
             bar.advance(1)
 
 
@@ -266,7 +267,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("what", choices=["run", "time", "report", "list"])
     parser.add_argument("--out", type=Path, required=True, help="folder of the measurements")
     parser.add_argument("--steps", type=int, nargs="+", default=[50, 20])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", help="run [default: 0 1 2]; report [default: what all have]")
     parser.add_argument("--samples", type=int, help="samples per row and seed; report: count so many [default: all]")
     parser.add_argument("--ablation", action="store_true", help="the rows that differ from a base in one option")
     parser.add_argument("--core", action="store_true", help="only the rows that the claims rest on")
@@ -309,7 +310,7 @@ def main(arguments: list[str] | None = None) -> int:
     for steps in args.steps:
         found += entries(bench, store, chosen_rows(args, steps), steps, args.learned, console)
     if args.what == "run":
-        run(bench, found, args.seeds, args.samples or LEVELS[-1], args.chunk, args.hours)
+        run(bench, found, args.seeds or [0, 1, 2], args.samples or LEVELS[-1], args.chunk, args.hours)
     elif args.what == "time":
         time_rows(bench, found, args.rounds, args.seconds)
     elif args.what == "list":

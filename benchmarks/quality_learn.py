@@ -23,11 +23,11 @@ from quality_rows import (
     DROPPER,
     IMPORTANCE,
     NETWORK,
-    PAIRED,
     PAIRS_ROUTER,
     PRICED,
     PROBES,
     SHARES,
+    WHOLE_RUNS,
     Visits,
     placed_file,
     visited_file,
@@ -43,16 +43,18 @@ from tcc.samplers import sample
 from tcc.train.placement import image_quality, search_steps
 
 CFG, SEED = 1.5, 987_654_321
+#: How predictors are trained, so that forms and recipes can be compared.
+PREDICTORS = ("--recipe", "pairs", "--target", "0.5", "--iterations", "1500")
 #: What `tcc train` makes, and its options. Routers trained on whole runs ship with tcc.
 TRAINED: dict[str, tuple[str, ...]] = {
     PAIRS_ROUTER: ("router", "--recipe", "pairs", "--lambda", "1.5e-6"),
     DROPPER: ("router", "--recipe", "pairs", "--drop", "--target", "0.7"),
-    PRICED: ("predictor", "--form", "table", "--lambda", "2e-6"),
-    IMPORTANCE: ("predictor", "--form", "table", "--target", "0.5"),
-    COMPARED: ("predictor", "--form", "table", "--target", "0.5", "--compare", "stream"),
-    PAIRED: ("predictor", "--form", "table", "--target", "0.5", "--recipe", "pairs"),
-    PROBES: ("predictor", "--form", "stream", "--target", "0.5"),
-    NETWORK: ("predictor", "--form", "network", "--target", "0.5"),
+    IMPORTANCE: ("predictor", "--form", "table", *PREDICTORS),
+    NETWORK: ("predictor", "--form", "network", *PREDICTORS),
+    PROBES: ("predictor", "--form", "stream", *PREDICTORS),
+    COMPARED: ("predictor", "--form", "table", *PREDICTORS, "--compare", "stream"),
+    WHOLE_RUNS: ("predictor", "--form", "table", "--target", "0.5", "--iterations", "60"),  # as many calls of the model
+    PRICED: ("predictor", "--form", "table", "--recipe", "pairs", "--lambda", "2e-6", "--iterations", "1500"),
 }
 Quality = Callable[[tuple[int, ...]], float]
 

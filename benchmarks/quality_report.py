@@ -43,8 +43,8 @@ class Measured:
         samples: how many images of every seed the numbers are of.
         psnr: by seed, dB, mean over the images.
         fd: by seed.
-        seconds: per image; None where it has not been timed.
-        speedup: measured; None likewise.
+        seconds: per image; None where a row of the tables has not been timed.
+        speedup: measured; None likewise: costs are never times for some rows and MACs for others.
         timing: the raw times.
     """
 
@@ -65,7 +65,7 @@ class Measured:
 
     @property
     def cost(self) -> float:
-        """Time of an image over that of the uncached run: measured, or by MACs where it has not been timed."""
+        """Time of an image over that of the uncached run; by MACs where there are no times."""
         return 1 / (self.speedup or self.bound)
 
     @property
@@ -90,27 +90,47 @@ class Measured:
         }  # fmt: skip
 
 
-def measured(entries: Sequence[Any], samples: int | None, chunk: int) -> list[Measured]:
-    """The numbers of all rows, each of as many images: of `samples`, or of as many as every row with any has."""
-    real = real_statistics()
+def measured(
+    entries: Sequence[Any], samples: int | None, chunk: int, seeds: Sequence[int] | None = None
+) -> list[Measured]:
+    """The numbers of all rows, those of one table of the same images.
+
+    Args:
+        entries: the rows.
+        samples: images of every seed; by default as many as every row with any has.
+        chunk: images per file of the store.
+        seeds: whose images; by default the seeds that every row of a table has, of those with any.
+    """
     counted = {entry.folder: Store.counted(entry.folder) for entry in entries}
     most = [max(found.values(), default=0) for found in counted.values()]
     chunks = samples // chunk if samples else min((n for n in most if n), default=0)
-    times = {entry.folder: Store.seconds(entry.folder) for entry in entries}
-    paces = [t["uncached_seconds"] / t["images"] / e.steps for e in entries if (t := times[e.folder])]
-    rows = []
-    for entry in entries:
-        seeds = [seed for seed, found in counted[entry.folder].items() if chunks and found >= chunks]
-        if not seeds:
-            continue
-        parts = {seed: Store.gathered(entry.folder, seed, chunks) for seed in seeds}
-        fd = {s: frechet_distance(Statistics.of(features), real) for s, (features, _) in parts.items()}
-        time = times[entry.folder]
-        speedup = time["speedup"] if time else None
-        seconds = statistics.median(paces) * entry.steps / speedup if speedup else None
-        quality = {s: float(values.mean()) for s, (_, values) in parts.items()}
-        rows.append(Measured(entry.row, entry.steps, entry.plan, chunks * chunk, quality, fd, seconds, speedup, time))
-    return rows
+    full = {folder: {s for s, n in found.items() if chunks and n >= chunks} for folder, found in counted.items()}
+    some = [(entry, full[entry.folder]) for entry in entries if full[entry.folder]]
+    shown: list[tuple[Any, list[int]]] = []
+    for steps in dict.fromkeys(entry.steps for entry, _ in some):
+        own = [(entry, found) for entry, found in some if entry.steps == steps]
+        common = set(seeds or set.intersection(*(found for _, found in own)))
+        shown += [(entry, sorted(common)) for entry, found in own if common and common <= found]
+    times = [Store.seconds(entry.folder) for entry, _ in shown]
+    paces = [t["uncached_seconds"] / t["images"] / e.steps for (e, _), t in zip(shown, times, strict=True) if t]
+    pace, real = statistics.median(paces) if all(times) and times else None, real_statistics()
+    return [
+        _measured(entry, common, chunks, chunks * chunk, time, pace, real)
+        for (entry, common), time in zip(shown, times, strict=True)
+    ]
+
+
+def _measured(
+    entry: Any, seeds: Sequence[int], chunks: int, samples: int, time: dict[str, Any] | None, pace: float | None,
+    real: Statistics,
+) -> Measured:  # fmt: skip
+    """One row; its time counts where all rows have one, and with it the uncached pace in seconds per step."""
+    parts = {seed: Store.gathered(entry.folder, seed, chunks) for seed in seeds}
+    fd = {s: frechet_distance(Statistics.of(features), real) for s, (features, _) in parts.items()}
+    quality = {s: float(values.mean()) for s, (_, values) in parts.items()}
+    speedup = time["speedup"] if time and pace else None
+    seconds = pace * entry.steps / speedup if pace and speedup else None
+    return Measured(entry.row, entry.steps, entry.plan, samples, quality, fd, seconds, speedup, time)
 
 
 def at_equal_cost(rows: Sequence[Measured], wanted: Measured, field: str) -> float | None:
@@ -180,10 +200,11 @@ def notes(rows: Sequence[Measured], dtype: str) -> str:
     timed = all(m.speedup for m in rows)
     return (
         "GMAC per image, both guidance branches. PSNR from the uncached images in the same noise: mean over images. FD "
-        "(Fashion-MNIST CNN) from the 10,000 test images: mean over the seeds. PSNR and FD, fewer steps: what plain "
-        f"DDIM reaches {'in the row’s measured time' if timed else 'with the row’s MACs'}, between the two nearest "
-        "counts. Front: no cheaper row is as good. DPM-Solver++ converges to other images than DDIM's, so FD tells how "
-        "good it is. "
+        "(Fashion-MNIST CNN) from the 10,000 test images: mean over the seeds, the same for all rows of a table. PSNR "
+        f"and FD, fewer steps: what plain DDIM reaches {'in the row’s measured time' if timed else 'with the row’s MACs'}, "
+        "between the two nearest counts. Milliseconds: the median pace of the uncached runs that rows were measured "
+        "beside, over a row's speedup beside its own. Front: no cheaper row is as good. DPM-Solver++ converges to other "
+        "images than DDIM's, so FD tells how good it is. "
         f"{dtype}, {where['processor']}, {where['threads']} thread(s), torch {where['torch']}."
     )
 
@@ -228,17 +249,18 @@ def _panel(axes: Axes, rows: Sequence[Measured], field: str) -> None:
 
 def report(entries: Sequence[Any], args: argparse.Namespace, console: Console) -> None:
     """Print the tables; with a folder for results, write tables, plots and numbers there too."""
-    rows = measured(entries, args.samples if args.what == "report" else None, args.chunk)
+    wanted = (args.samples, args.seeds) if args.what == "report" else (None, None)
+    rows = measured(entries, wanted[0], args.chunk, wanted[1])
     for steps in args.steps:
         console.print(rich_table(rows, steps))
     missing = {(e.steps, e.row.name) for e in entries} - {(m.steps, m.row.name) for m in rows}
     if missing:
-        console.print(f"not so many samples yet: {', '.join(f'{name} ({n})' for n, name in sorted(missing))}")
+        console.print(f"not in the tables, for want of images: {', '.join(f'{name} ({n})' for n, name in sorted(missing))}")
     console.print(notes(rows, args.dtype), style="dim")
     if args.results is None:
         return
     args.results.mkdir(parents=True, exist_ok=True)
-    stem = ("ablation" if args.ablation else "quality") + ("" if args.dtype == "float32" else f"-{args.dtype}")
+    stem = ("ablation" if args.ablation else "quality-core" if args.core else "quality") + ("" if args.dtype == "float32" else f"-{args.dtype}")
     for steps in args.steps:
         plot(rows, steps, args.results / f"{stem}-{steps}.png")
     text = "\n\n".join(f"## {steps} steps\n\n{markdown(rows, steps)}" for steps in args.steps)

@@ -169,6 +169,25 @@ def test_rows_are_compared_at_the_same_number_of_images(
     assert {row["samples"] for row in rows(results).values()} == {4}
 
 
+def test_rows_of_a_table_are_of_the_same_seeds(
+    scripts: dict[str, ModuleType], weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A seed that one row lacks counts for none, or, where it is asked for, leaves that row out."""
+    out, results = tmp_path / "out", tmp_path / "results"
+    assert run(scripts, weights, out, "--seeds", "0", "1", "--samples", "4", "--only", "FORA N=2") == 0
+    options = ("--only", "FORA N=2", "FORA N=3", "--results", str(results))
+    assert run(scripts, weights, out, "--seeds", "0", "--samples", "4", *options) == 0
+    assert run(scripts, weights, out, *options, what="report") == 0
+    assert {name: list(row["fd"]) for name, row in rows(results).items()} == {
+        "uncached": ["0"], "FORA N=2": ["0"], "FORA N=3": ["0"],
+    }  # fmt: skip
+    assert run(scripts, weights, out, "--seeds", "0", "1", *options, what="report") == 0
+    assert {name: list(row["fd"]) for name, row in rows(results).items()} == {
+        "uncached": ["0", "1"], "FORA N=2": ["0", "1"],
+    }  # fmt: skip
+    assert "for want of images: FORA N=3 (4)" in capsys.readouterr().out
+
+
 def test_the_curve_of_fewer_steps_and_the_front(scripts: dict[str, ModuleType]) -> None:
     """At a cost halfway between two counts the value is the mean of theirs; outside the curve there is none.
 
