@@ -197,14 +197,13 @@ def markdown(rows: Sequence[Measured], steps: int) -> str:
 def notes(rows: Sequence[Measured], dtype: str) -> str:
     """How the numbers came about; below every table."""
     where = timing.machine()
-    timed = all(m.speedup for m in rows)
+    curve = "in the row’s measured time" if all(m.speedup for m in rows) else "with the row’s MACs"
     return (
         "GMAC per image, both guidance branches. PSNR from the uncached images in the same noise: mean over images. FD "
         "(Fashion-MNIST CNN) from the 10,000 test images: mean over the seeds, the same for all rows of a table. PSNR "
-        f"and FD, fewer steps: what plain DDIM reaches {'in the row’s measured time' if timed else 'with the row’s MACs'}, "
-        "between the two nearest counts. Milliseconds: the median pace of the uncached runs that rows were measured "
-        "beside, over a row's speedup beside its own. Front: no cheaper row is as good. DPM-Solver++ converges to other "
-        "images than DDIM's, so FD tells how good it is. "
+        f"and FD, fewer steps: what plain DDIM reaches {curve}, between the two nearest counts. Milliseconds: the median "
+        "pace of the uncached runs that rows were measured beside, over a row's speedup. Front: no cheaper row is as "
+        "good. DPM-Solver++ converges to other images than DDIM's, so FD tells how good it is. "
         f"{dtype}, {where['processor']}, {where['threads']} thread(s), torch {where['torch']}."
     )
 
@@ -255,12 +254,14 @@ def report(entries: Sequence[Any], args: argparse.Namespace, console: Console) -
         console.print(rich_table(rows, steps))
     missing = {(e.steps, e.row.name) for e in entries} - {(m.steps, m.row.name) for m in rows}
     if missing:
-        console.print(f"not in the tables, for want of images: {', '.join(f'{name} ({n})' for n, name in sorted(missing))}")
+        names = ", ".join(f"{name} ({steps})" for steps, name in sorted(missing))
+        console.print(f"not in the tables, for want of images: {names}")
     console.print(notes(rows, args.dtype), style="dim")
     if args.results is None:
         return
     args.results.mkdir(parents=True, exist_ok=True)
-    stem = ("ablation" if args.ablation else "quality-core" if args.core else "quality") + ("" if args.dtype == "float32" else f"-{args.dtype}")
+    stem = "ablation" if args.ablation else "quality-core" if args.core else "quality"
+    stem += "" if args.dtype == "float32" else f"-{args.dtype}"
     for steps in args.steps:
         plot(rows, steps, args.results / f"{stem}-{steps}.png")
     text = "\n\n".join(f"## {steps} steps\n\n{markdown(rows, steps)}" for steps in args.steps)

@@ -192,7 +192,7 @@ CORE = (
     *(f"{count} steps" for count in (30, 25, 20, 17, 14, 12, 11, 10, 8, 7, 6, 5, 4)),
     *("FORA N=2", "FORA N=3", "TaylorSeer N=3 O=2", "TaylorSeer N=6 O=2", "SmoothCache alpha=0.18"),
     *("forecast", "DDIM", MULTISTEP, "TokenCache 1.5x", "uniform tokens 1.5x", "L2C theta=0.1", "ToCa N=3", "DuCa N=3"),
-    *("time cut 40%", "time cut 50%"),  # the rule with two numbers that routers must beat: their bounds lie around L2C's
+    *("time cut 40%", "time cut 50%"),  # what routers must beat, at bounds around theirs
 )
 
 
