@@ -2,7 +2,8 @@
 
     python benchmarks/quality_learn.py --learned FOLDER --data FASHION_MNIST --steps 50 20 [--only router]
 
-What is there is not made again, and a stopped training goes on. Every file takes at most 15 minutes on two idle cores.
+What is there is not made again, and a stopped training goes on. Every file takes at most 15 minutes on two idle cores;
+`--results` writes what the trainings took.
 All noise is drawn from seeds that `quality.py` does not use.
 """
 
@@ -15,8 +16,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from provenance import provenance
 from quality_rows import (
     CALIBRATION,
     COMPARED,
@@ -32,6 +35,7 @@ from quality_rows import (
     placed_file,
     visited_file,
 )
+from safetensors import safe_open
 
 import tcc
 from tcc import plans
@@ -47,7 +51,7 @@ CFG, SEED = 1.5, 987_654_321
 PREDICTORS = ("--recipe", "pairs", "--target", "0.5", "--iterations", "1500")
 #: What `tcc train` makes, and its options. Routers trained on whole runs ship with tcc.
 TRAINED: dict[str, tuple[str, ...]] = {
-    PAIRS_ROUTER: ("router", "--recipe", "pairs", "--lambda", "1.5e-6"),
+    PAIRS_ROUTER: ("router", "--recipe", "pairs", "--lambda", "1.5e-6", "--iterations", "1200"),
     DROPPER: ("router", "--recipe", "pairs", "--drop", "--target", "0.7"),
     IMPORTANCE: ("predictor", "--form", "table", *PREDICTORS),
     NETWORK: ("predictor", "--form", "network", *PREDICTORS),
@@ -70,6 +74,23 @@ def train(path: Path, options: Sequence[str], steps: int, data: Path, minutes: f
     command += ["--data", str(data)] if "pairs" in options else []
     subprocess.run([*command, "--out", str(plan), "--learned", str(partial)], check=True)
     partial.replace(path)
+
+
+def state_of(path: Path) -> Path:
+    """Where `tcc train` leaves its state for this file."""
+    return path.with_suffix(".plan.state.safetensors")
+
+
+def trained(path: Path, options: Sequence[str]) -> dict[str, Any]:
+    """What a training took, by its state, which stands beside its plan."""
+    with safe_open(state_of(path), "pt") as state:
+        told = json.loads(state.metadata()["tcc.training"])
+    return {
+        "file": path.name,
+        "options": " ".join(options),
+        "iterations": told["iteration"],
+        "seconds": told["seconds"],
+    }
 
 
 def measure(path: Path, steps: int, images: int) -> None:
@@ -130,11 +151,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=Path("../shared/data/fashion-mnist"), help="folder of IDX files")
     parser.add_argument("--steps", type=int, nargs="+", default=[50, 20])
     parser.add_argument("--only", nargs="+", default=[""], help="files whose name holds one of these words")
-    parser.add_argument("--minutes", type=float, default=10.0, help="of every training")
+    parser.add_argument("--minutes", type=float, default=15.0, help="of every training, at most")
     parser.add_argument("--images", type=int, default=20, help="of a calibration and of a search")
     parser.add_argument("--evaluations", type=int, default=200, help="of a search")
     parser.add_argument("--backend", default="inductor", help="of a search")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--results", type=Path, help="write what the trainings took here")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     args.learned.mkdir(parents=True, exist_ok=True)
@@ -144,6 +166,11 @@ def main(arguments: list[str] | None = None) -> int:
             if not path.exists() and any(word in path.name for word in args.only):
                 print(f"making {path}", flush=True)
                 make(path)
+    if args.results is not None:
+        paths = {args.learned / file.format(steps=n): TRAINED[file] for n in args.steps for file in TRAINED}
+        rows = [trained(path, options) for path, options in paths.items() if state_of(path).exists()]
+        text = json.dumps({**provenance(), "rows": rows}, indent=1)
+        (args.results / "training.json").write_text(text + "\n")
     return 0
 
 

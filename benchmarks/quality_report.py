@@ -203,7 +203,7 @@ def notes(rows: Sequence[Measured], dtype: str) -> str:
         "images. FD (Fashion-MNIST CNN) from the 10,000 test images: mean over the seeds, the same for all rows "
         f"of a table. PSNR and FD, fewer steps: what plain DDIM reaches {curve}, between the two nearest counts. "
         "Milliseconds: the median pace of the uncached runs that rows were measured beside, over a row's speedup. "
-        " Front: no cheaper row is as good. DPM-Solver++ converges to other images than DDIM's, so FD tells how "
+        "Front: no cheaper row is as good. DPM-Solver++ converges to other images than DDIM's, so FD tells how "
         "good it is. "
         f"{dtype}, {where['processor']}, {where['threads']} thread(s), torch {where['torch']}."
     )

@@ -363,6 +363,18 @@ def test_what_the_rows_need_is_made(scripts: dict[str, ModuleType], tmp_path: Pa
     assert [row.plan(info, 4, tmp_path).num_steps for row in needy] == [4, 4]
 
 
+def test_what_a_training_took_is_told(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
+    """Its options, iterations and seconds stand in the results."""
+    learn = scripts["quality_learn"]
+    options = ["--learned", str(tmp_path), "--results", str(tmp_path), "--steps", "2", "--minutes", "0.01"]
+    assert learn.main([*options, "--threads", "1", "--only", "runs-importance"]) == 0
+    (row,) = json.loads((tmp_path / "training.json").read_text())["rows"]
+    assert row["file"] == "runs-importance-ddim2.safetensors"
+    assert row["options"] == "predictor --form table --target 0.5 --iterations 60"
+    assert 0 < row["iterations"] < 60
+    assert 0 < row["seconds"] < 60
+
+
 def test_every_core_name_names_a_row(scripts: dict[str, ModuleType]) -> None:
     """The list of core rows and the list of rows agree."""
     rows = scripts["quality_rows"]
