@@ -320,7 +320,8 @@ def test_shipped_importances_fit_the_reference_model(name: str, steps: int) -> N
     scores = learned.scores if isinstance(learned, Importance) else learned.mean
     assert scores.shape == (steps, 12, 64)
     assert bool(((scores >= 0) & (scores <= 1)).all())
-    assert all(len(ranks.unique()) > 32 for ranks in scores.mean(1))
+    if isinstance(learned, Importance):  # the means of probes rank nothing: their scores do, in the graph
+        assert all(len(ranks.unique()) > 32 for ranks in scores.mean(1))
     grid = scores.mean((0, 1)).view(8, 8)
     inner = grid[1:-1, 1:-1]
     assert float(inner.mean()) > (float(grid.sum()) - float(inner.sum())) / 28 + 0.003
