@@ -252,7 +252,7 @@ def token_rows() -> list[Row]:
         learned = Row(f"TokenCache {name}", "TokenCache", "tokencache", {"importance": Learned(IMPORTANCE), **options})
         spread = Row(f"uniform tokens {name}", "uniform tokens", "tokencache", {**options, "scores": "uniform"})
         rows += [spread, learned, control(learned, scores="random", importance=None)]
-    placed = {"importance": Learned(IMPORTANCE), "schedule": "percentile", "i_steps": Share(0.4), "budget": 2.0}
+    placed = {"importance": Learned(PRICED), "schedule": "percentile", "i_steps": Share(0.4), "budget": 2.0}
     probes = {"importance": Learned(PROBES), "budget": 1.5}
     rows += [Row("TokenCache percentile 2x", "TokenCache", "tokencache", placed)]
     rows += [control(rows[-1], scores="random")]
