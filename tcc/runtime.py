@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import logging
 import time
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from tcc.cuda_graphs import Replay
+from tcc.cuda_graphs import Graphs, Record, Replay, settle
 from tcc.errors import CallError, CompileError
 from tcc.folding import Folded, Folding
 from tcc.passes.base import Pass, run_passes
@@ -38,6 +39,23 @@ Known = tuple[StepKind, tuple[str, ...], tuple[str, ...], tuple[Fold, ...], int]
 Backend = Callable[[fx.GraphModule, list[torch.Tensor]], Runner]
 
 
+@dataclass(frozen=True, eq=False)
+class Buffers:
+    """What one session at a time writes to, and what was recorded on it.
+
+    Attributes:
+        slots: the slots and what is folded, by the names of the variants' inputs.
+        folded: what is computed once per run.
+        record: what records variants, where they are replayed.
+        replays: what was recorded, by variant.
+    """
+
+    slots: dict[str, torch.Tensor]
+    folded: Folded | None
+    record: Record | None
+    replays: dict[int, Replay] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Executable:
     """A program whose variants are compiled.
@@ -47,7 +65,8 @@ class Executable:
         runners: one function per variant, called with the model's inputs and then `extras`.
         extras: per variant, the names of the inputs after the model's own, in order.
         compile_seconds: what compiling took, per variant.
-        replay: whether sessions replay the variants as CUDA graphs.
+        recorder: makes what records the variants of a session, which then replays them (CUDA graphs); None: they are
+            called.
         folding: what sessions compute once per run.
     """
 
@@ -55,14 +74,39 @@ class Executable:
     runners: tuple[Runner, ...]
     extras: tuple[tuple[str, ...], ...]
     compile_seconds: tuple[float, ...]
-    replay: bool = False
+    recorder: Callable[[], Record] | None = None
     folding: Folding | None = None
+    _idle: list[Buffers] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @functools.cached_property
     def alike(self) -> bool:
         """Whether all steps do the same and keep nothing, so that none can be run in place of another."""
         same = len({binding.variant for binding in self.program.bindings}) == 1
         return same and not self.program.slots and self.folding is None
+
+    def buffers(self, session: object) -> Buffers:
+        """What `session` writes to until it is gone.
+
+        Where variants are recorded, the next session takes it up: recording takes longer than many steps. The most that
+        there were at one time stay allocated as long as the executable.
+        """
+        if self.recorder is None:
+            return self._new_buffers()
+        try:
+            taken = self._idle.pop()
+        except IndexError:
+            taken = self._new_buffers()
+        else:
+            settle(self.program.captured.inputs[0].device)  # the last session may have been on another stream
+        weakref.finalize(session, self._idle.append, taken).atexit = False
+        return taken
+
+    def _new_buffers(self) -> Buffers:
+        slots = {f"slot:{s.name}": torch.zeros(s.shape, dtype=s.dtype, device=s.device) for s in self.program.slots}
+        folded = Folded(self.folding) if self.folding else None
+        if folded is not None:  # like slots: their addresses stay
+            slots |= folded.tensors
+        return Buffers(slots, folded, self.recorder() if self.recorder else None)
 
 
 def lower(
@@ -91,12 +135,10 @@ def lower(
         known: what the same backend made of variants of the same model before; new ones are added to it.
 
     Raises:
-        CallError: the mode or the backend is not known.
+        CallError: the mode or the backend is not known, or CUDA graphs are asked for and inputs are on several devices.
         CompileError: the backend failed.
     """
-    if mode not in ("default", "reduce-overhead"):
-        raise CallError(f"mode={mode!r}: use 'default', or 'reduce-overhead' for CUDA graphs")
-    replay = mode == "reduce-overhead" and program.captured.inputs[0].device.type == "cuda"
+    recorder = _recorder(program, mode)
     compile_one = _backend(backend, options or {})
     folds, num_steps = (folding.folds, len(folding.levels)) if folding else ((), 0)
     known = {} if known is None else known
@@ -118,7 +160,23 @@ def lower(
         extras.append(names)
         seconds.append(time.perf_counter() - start)
         logger.info("variant %d compiled in %.1f s", number, seconds[-1])
-    return Executable(program, tuple(runners), tuple(extras), tuple(seconds), replay, folding)
+    return Executable(program, tuple(runners), tuple(extras), tuple(seconds), recorder, folding)
+
+
+def _recorder(program: Program, mode: str) -> Callable[[], Record] | None:
+    if mode not in ("default", "reduce-overhead"):
+        raise CallError(f"mode={mode!r}: use 'default', or 'reduce-overhead' for CUDA graphs")
+    inputs = program.captured.inputs
+    on_cuda = next((spec for spec in inputs if spec.device.type == "cuda"), None)
+    if mode == "default" or on_cuda is None:
+        return None
+    for spec in inputs:
+        if spec.device != on_cuda.device:  # the graph would keep the value that it was captured with
+            raise CallError(
+                f"mode='reduce-overhead': input '{spec.name}' is on {spec.device}, and '{on_cuda.name}' on "
+                f"{on_cuda.device}: a CUDA graph reads inputs on one device only. Move it there, or use mode='default'"
+            )
+    return functools.partial(Graphs, on_cuda.device)
 
 
 def _lowered(variant: Variant, passes: list[Pass], check: bool) -> tuple[fx.GraphModule, tuple[str, ...]]:
@@ -209,14 +267,8 @@ class Session:
     def __init__(self, executable: Executable, *, start: int = 0, watched: bool = False) -> None:
         self.executable = executable
         self._captured = executable.program.captured
-        self._slots = {
-            f"slot:{slot.name}": torch.zeros(slot.shape, dtype=slot.dtype, device=slot.device)
-            for slot in executable.program.slots
-        }
-        self._folded = Folded(executable.folding) if executable.folding else None
-        if self._folded is not None:  # like slots: their addresses stay
-            self._slots |= self._folded.tensors
-        self._replays: dict[int, Replay] = {}
+        self._buffers = executable.buffers(self)
+        self._slots, self._folded = self._buffers.slots, self._buffers.folded
         self.start = self.step = start
         self._steps = [self._bind(step) for step in range(len(executable.program.bindings))]
         seen = self._captured
@@ -235,14 +287,14 @@ class Session:
         return self._runner(binding.variant), extras
 
     def _runner(self, variant: int) -> Runner:
-        runner = self.executable.runners[variant]
-        if not self.executable.replay:
+        runner, replays = self.executable.runners[variant], self._buffers.replays
+        if self._buffers.record is None:
             return runner
-        if variant not in self._replays:
+        if variant not in replays:
             names = self.executable.extras[variant]
             is_slot = [False] * len(self._captured.inputs) + [name in self._slots for name in names]
-            self._replays[variant] = Replay(runner, is_slot)
-        return self._replays[variant]
+            replays[variant] = Replay(runner, is_slot, self._buffers.record)
+        return replays[variant]
 
     @property
     def num_steps(self) -> int:

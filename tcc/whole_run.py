@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tcc.cuda_graphs import Record, Replay, record
+from tcc.cuda_graphs import Graphs, Record, Replay
 from tcc.errors import CallError
 from tcc.runtime import Executable, Session
 from tcc.timing import time_calls
@@ -41,9 +41,9 @@ class WholeRun:
     """
 
     def __init__(self, executable: Executable, loop: Loop, *, recorder: Record | None = None) -> None:
-        on_cuda = executable.program.captured.inputs[0].device.type == "cuda"
+        device = executable.program.captured.inputs[0].device
         self._executable, self._loop = executable, loop
-        self._recorder = recorder or (record if on_cuda else None)
+        self._recorder = recorder or (Graphs(device) if device.type == "cuda" else None)
         self._way: Callable[..., Tensor] | None = None
         self._form: list[tuple[torch.Size, torch.dtype, torch.device]] = []
         self.seconds: dict[str, float] = {}
@@ -68,10 +68,8 @@ class WholeRun:
         by_steps = functools.partial(self._run, Session(self._executable))
         if self._recorder is None:
             return by_steps
-        session = Session(dataclasses.replace(self._executable, replay=False))  # no graphs of variants inside a graph
-        graph = Replay(
-            lambda *tensors: [self._run(session, *tensors)], [False] * len(inputs), warm_ups=1, record=self._recorder
-        )
+        session = Session(dataclasses.replace(self._executable, recorder=None))  # no graphs of variants inside a graph
+        graph = Replay(lambda *tensors: [self._run(session, *tensors)], [False] * len(inputs), self._recorder, 1)
         ways: dict[str, Callable[..., Tensor]] = {"by steps": by_steps, "one graph": lambda *x: graph(*x)[0]}
         times = time_calls({name: functools.partial(way, *inputs) for name, way in ways.items()}, rounds=3)
         self.seconds = {name: timing.median for name, timing in times.items()}

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, Phase
 
 import tcc
 from tcc.checks import check_sites
+from tcc.cuda_graphs import Record
 from tcc.errors import PlanError
 from tcc.folding import Folding, find_folding
 from tcc.passes.sites import Site
@@ -289,11 +290,14 @@ def examples(draw: Callable[[Any], Any], names: tuple[str, ...] = MODELS) -> Exa
     return Example(name, plan, check, folded)
 
 
-def worst_error(example: Example, runs: int = 2, backend: str = "eager") -> tuple[float, int]:
+def worst_error(
+    example: Example, runs: int = 2, backend: str = "eager", recorder: Callable[[], Record] | None = None
+) -> tuple[float, int]:
     """Run the example's plan and the reference `runs` times; the largest error and its call."""
     case = model(example.model)
     program = build_program(case.info.captured, case.info.analysis, example.plan, check=example.check)
-    session = Session(lower(program, backend, check=example.check, folding=_folding(case, example)))
+    executable = lower(program, backend, check=example.check, folding=_folding(case, example))
+    session = Session(replace(executable, recorder=recorder))
     reference = tcc.Reference(case.model, example.plan, case.info)
     worst = (0.0, -1)
     for call in range(runs * example.plan.num_steps):
@@ -315,9 +319,11 @@ def _folding(case: Case, example: Example) -> Folding | None:
     return find_folding(captured, case.info.analysis, example.plan, steps) if same else None
 
 
-def check_example(example: Example, runs: int = 2, backend: str = "eager") -> None:
-    """Fail where the compiled plan differs from the reference by more than rounding."""
-    error, call = worst_error(example, runs, backend)
+def check_example(
+    example: Example, runs: int = 2, backend: str = "eager", recorder: Callable[[], Record] | None = None
+) -> None:
+    """Fail where the compiled plan, replayed if there is a recorder, differs from the reference beyond rounding."""
+    error, call = worst_error(example, runs, backend, recorder)
     assert error <= TOLERANCE, f"relative error {error:.3g} at call {call} (allowed {TOLERANCE}):\n{example!r}"
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import tcc
 from tcc import whole_run
@@ -17,46 +15,11 @@ from tcc.errors import CallError, PlanError
 from tcc.samplers import sample
 from tcc.timing import Timing
 from tcc.whole_run import WholeRun
+from tests.tapes import Tapes
 from tests.tiny_models import case, dit, noise
 
 STEPS = 6
 LABELS = torch.tensor([1, 2])
-
-
-class Tape(TorchDispatchMode):
-    """Stands in for a CUDA graph: runs the operators of a call again, on the same memory, without its Python code."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, Any, Any, Any]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator, and note it down; the schedule's tables, in float64, stay on the host and may be read."""
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype != torch.float64:
-            raise RuntimeError("a value is read while a graph is captured")
-        out = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, out))
-        return out
-
-    def replay(self) -> None:
-        """Run all of it again; every result goes where it was."""
-        with torch.no_grad():
-            self._replay()
-
-    def _replay(self) -> None:
-        for func, args, kwargs, out in self.calls:
-            for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
-                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
-
-
-def record(call: Callable[[], Sequence[Tensor]], warm_ups: int) -> tuple[Callable[[], None], Sequence[Tensor]]:
-    """What `tcc.cuda_graphs.record` does, with a tape."""
-    for _ in range(warm_ups):
-        call()
-    with Tape() as tape:
-        outputs = call()
-    return tape.replay, outputs
 
 
 def loop(model: Any, start: Tensor, labels: Tensor) -> Tensor:
@@ -95,7 +58,7 @@ def test_the_faster_way_runs_and_gives_what_the_loop_gives(monkeypatch: pytest.M
         called.append(args)
         return loop(*args)
 
-    run = WholeRun(model._executable(0), counted, recorder=record)
+    run = WholeRun(model._executable(0), counted, recorder=Tapes())
     for seed in range(3):
         start = noise(2, 4, 8, 8, seed=seed)
         assert torch.equal(run(start, LABELS), loop(model.new_session(), start, LABELS))
@@ -107,7 +70,7 @@ def test_images_are_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
     """The recorded run against the interpreter."""
     choose(monkeypatch, {"one graph": 0.5, "by steps": 1.0})
     model = compiled()
-    run, start = WholeRun(model._executable(0), loop, recorder=record), noise(2, 4, 8, 8, seed=5)
+    run, start = WholeRun(model._executable(0), loop, recorder=Tapes()), noise(2, 4, 8, 8, seed=5)
     run(noise(2, 4, 8, 8, seed=4), LABELS)
     torch.testing.assert_close(run(start, LABELS), loop(tcc.Reference(case("dit").model, model.plan), start, LABELS))
 
@@ -115,8 +78,10 @@ def test_images_are_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_loop_that_reads_a_value_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stand-in refuses it as CUDA does: so the loops above read none, and nor does a session."""
     choose(monkeypatch, {"one graph": 0.5, "by steps": 1.0})
-    run = WholeRun(compiled()._executable(0), lambda m, x, y: x * float(x.mean()), recorder=record)
-    with pytest.raises(RuntimeError, match="a value is read while a graph is captured"):
+    run = WholeRun(compiled()._executable(0), lambda m, x, y: x * float(x.mean()), recorder=Tapes())
+    with pytest.raises(
+        CallError, match="cannot be captured as a CUDA graph: a value is read while a graph is captured"
+    ):
         run(noise(2, 4, 8, 8), LABELS)
 
 

@@ -160,11 +160,19 @@ class Row:
 
 
 def of_executable(name: str, executable: Executable, bound: float, num_steps: int | None = None) -> Method:
-    """The method that runs a compiled plan; with `num_steps`, its first steps only (of an uncached plan)."""
-    bindings = executable.program.bindings[:num_steps]
+    """The method that runs a compiled plan; with `num_steps`, its first steps only (of an uncached plan).
+
+    All its runs are of one session: where variants are recorded, that of the last `warm_up` of the executable has them.
+    """
+    bindings, session = executable.program.bindings[:num_steps], Session(executable)
+
+    def begin() -> Session:
+        session.reset()
+        return session
+
     return Method(
         name=name,
-        open=lambda: Session(executable),
+        open=begin,
         kinds=tuple(binding.variant for binding in bindings),
         bound=bound,
         slot_bytes=executable.program.slot_bytes,

@@ -98,6 +98,7 @@ class Harness:
         for count in sorted(set(counts), reverse=True):
             short = replace(line, method=f"{count} steps", family="fewer steps", steps=count, compile_seconds=0.0)
             short = replace(short, macs=self._macs(self.full) * count / self.steps, bound=self.steps / count)
+            warm_up(self.task, [self._uncached])
             self.add(of_executable(short.key, self._uncached, self.steps / count, count), short)
 
     def add_plan(self, name: str, family: str, plan: CachePlan) -> Executable:
@@ -136,9 +137,9 @@ class Harness:
             executable = lower(self.info.program(plan), self.backend, folding=folding, **options)
             warm_up(self.task, [executable])
         done = replace(found[0], seconds=sum(executable.compile_seconds))
-        kept = Session(executable)
-        line = replace(line, macs=self._macs(plan), cache_bytes=kept.slot_bytes + kept.folded_bytes)
-        self.add(of_executable(line.key, executable, plan.bound), with_compilation(line, done))
+        method = of_executable(line.key, executable, plan.bound)
+        line = replace(line, macs=self._macs(plan), cache_bytes=kept_bytes(method.open()))
+        self.add(method, with_compilation(line, done))
         return executable
 
     def refuse(self, line: Line, reason: str) -> None:
@@ -222,12 +223,20 @@ class Harness:
         return float(sum(plan.cost.step_macs) * self.branches)
 
     def _peak(self, method: Method) -> int:
-        """Weights, and the most that a run allocates; what was kept of the run before is forgotten first."""
-        method.open()
+        """Weights, what tcc's session keeps, and the most that a run allocates; peers forget the run before first.
+
+        What CUDA graphs keep for themselves is not seen, be they tcc's or `torch.compile`'s.
+        """
+        kept = kept_bytes(method.open())
         weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in self.model.parameters()}
         gc.collect()
         with _quiet():
-            return sum(weights.values()) + allocations(lambda: run(method, self.task), self.task.device).peak
+            return kept + sum(weights.values()) + allocations(lambda: run(method, self.task), self.task.device).peak
+
+
+def kept_bytes(model: Model) -> int:
+    """What a session of tcc keeps from step to step, in buffers that stay; 0 of other models."""
+    return model.slot_bytes + model.folded_bytes if isinstance(model, Session) else 0
 
 
 def run(method: Method, task: Job) -> Tensor:
