@@ -159,7 +159,7 @@ class CompiledModel(StandIn):
         Raises:
             PlanError: nothing is compiled yet, or the last `reset` named a step that the plan does not have.
         """
-        return WholeRun(self._executable(self._start), loop)
+        return WholeRun(self._executable(self._start), loop, start=self._start)
 
     def _executable(self, start_step: int) -> Executable:
         if self._prepared.last is None:

@@ -34,15 +34,16 @@ class WholeRun:
     Args:
         executable: the compiled plan.
         loop: called as `loop(model, *inputs)`; calls `model` once per step, and returns a tensor.
+        start: the step that the loop begins at: the executable is that of `start_at(plan, start)`.
         recorder: what captures a run; by default, a CUDA graph where the model is on a CUDA device.
 
     Attributes:
         seconds: of a run, by the way it is run, once both were timed.
     """
 
-    def __init__(self, executable: Executable, loop: Loop, *, recorder: Record | None = None) -> None:
+    def __init__(self, executable: Executable, loop: Loop, *, start: int = 0, recorder: Record | None = None) -> None:
         device = executable.program.captured.inputs[0].device
-        self._executable, self._loop = executable, loop
+        self._executable, self._loop, self._start = executable, loop, start
         self._recorder = recorder or (Graphs(device) if device.type == "cuda" else None)
         self._way: Callable[..., Tensor] | None = None
         self._form: list[tuple[torch.Size, torch.dtype, torch.device]] = []
@@ -52,8 +53,15 @@ class WholeRun:
         """Run the loop.
 
         Raises:
-            CallError: the inputs have other shapes, dtypes or devices than those of the first call.
+            CallError: the inputs are not tensors, or have other shapes, dtypes or devices than those of the first call;
+                the loop does not call the model once per step, returns no tensor, or cannot be captured.
         """
+        for number, x in enumerate(inputs):
+            if not isinstance(x, Tensor):
+                raise CallError(
+                    f"input {number} of the run is {x!r}: a run is called with tensors alone, and Python values stay "
+                    "those of the first call. Write them into the loop, as functools.partial does by keyword"
+                )
         form = [(x.shape, x.dtype, x.device) for x in inputs]
         if self._way is None:
             self._way, self._form = self._choose(inputs), form
@@ -65,10 +73,12 @@ class WholeRun:
         return self._way(*inputs)
 
     def _choose(self, inputs: tuple[Tensor, ...]) -> Callable[..., Tensor]:
-        by_steps = functools.partial(self._run, Session(self._executable))
+        watched = Session(self._executable, start=self._start, watched=True)  # the first run, and this way, are checked
+        by_steps = functools.partial(self._run, watched)
         if self._recorder is None:
             return by_steps
-        session = Session(dataclasses.replace(self._executable, recorder=None))  # no graphs of variants inside a graph
+        bare = dataclasses.replace(self._executable, recorder=None)  # no graphs of variants inside a graph
+        session = Session(bare, start=self._start)
         graph = Replay(lambda *tensors: [self._run(session, *tensors)], [False] * len(inputs), self._recorder, 1)
         ways: dict[str, Callable[..., Tensor]] = {"by steps": by_steps, "one graph": lambda *x: graph(*x)[0]}
         times = time_calls({name: functools.partial(way, *inputs) for name, way in ways.items()}, rounds=3)
@@ -78,4 +88,13 @@ class WholeRun:
     def _run(self, session: Session, *inputs: Tensor) -> Tensor:
         session.reset()
         with torch.no_grad():
-            return self._loop(session, *inputs)
+            result = self._loop(session, *inputs)
+        steps = session.num_steps - session.start
+        if session.step != session.start and not self._executable.alike:
+            raise CallError(
+                f"the loop ended after {session.step - session.start} of the plan's {steps} steps: make the plan with "
+                "as many steps as the loop calls the model"
+            )
+        if not isinstance(result, Tensor):
+            raise CallError(f"the loop returned a {type(result).__name__}: return the one tensor that a run makes")
+        return result

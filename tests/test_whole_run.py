@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -95,6 +96,55 @@ def test_without_a_recorder_the_loop_runs_as_it_is() -> None:
         run(start[:1], LABELS[:1])
     with pytest.raises(PlanError, match="nothing is compiled yet"):
         tcc.compile(case("dit").model, model.plan).whole_run(loop)
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        (STEPS - 2, "the loop ended after 4 of the plan's 6 steps: make the plan with as many steps as the loop calls"),
+        (STEPS + 3, "the plan's 6 steps are over, and the noise level goes on"),
+    ],
+)
+@pytest.mark.parametrize("recorder", [None, Tapes()])
+def test_a_loop_of_other_steps_is_refused(recorder: Tapes | None, steps: int, message: str) -> None:
+    """As calls of a session are; nothing was captured."""
+
+    def other(model: Any, start: Tensor, labels: Tensor) -> Tensor:
+        x, y = torch.cat([start, start]), torch.cat([labels, labels])
+        for step in range(steps):
+            x = x - 0.1 * model(x, torch.full((4,), 900 - 50 * step), y)[:, :4]
+        return x
+
+    run = WholeRun(compiled()._executable(0), other, recorder=recorder)
+    with pytest.raises(CallError, match=message):
+        run(noise(2, 4, 8, 8), LABELS)
+    assert run.seconds == {}
+
+
+def test_inputs_and_results_are_tensors() -> None:
+    """Everything else would be that of the first call."""
+    model, start = compiled(), noise(2, 4, 8, 8)
+    with pytest.raises(CallError, match=r"input 2 of the run is 1\.5: a run is called with tensors alone"):
+        model.whole_run(loop)(start, LABELS, 1.5)  # type: ignore[arg-type]
+    with pytest.raises(CallError, match="the loop returned a tuple: return the one tensor that a run makes"):
+        model.whole_run(lambda *args: (loop(*args), None))(start, LABELS)  # type: ignore[arg-type, return-value]
+
+
+def test_a_run_that_begins_in_the_middle() -> None:
+    """Image to image: its steps are those of the plan from there on."""
+    which, levels = case("dit"), torch.tensor([900, 700, 500, 300])
+    policy = functools.partial(tcc.plans.fora, num_steps=4, interval=2)
+    given: dict[str, Any] = {"example_inputs": (which.args, {}), "backend": "eager", "timesteps": levels}
+    model = tcc.compile(which.model, policy, **given)
+
+    def rest(call: Any, x: Tensor) -> Tensor:
+        for level in levels[1:]:
+            x = x - 0.1 * call(x, level.expand(2), which.args[2])[:, :4]
+        return x
+
+    expected = rest(model.new_session(start_step=1), which.args[0])
+    model.reset(start_step=1)
+    assert torch.equal(model.whole_run(rest)(which.args[0]), expected)
 
 
 @pytest.mark.gpu
