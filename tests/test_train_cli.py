@@ -75,7 +75,7 @@ def content(path: str) -> tuple[dict[str, str], dict[str, list[Any]]]:
 
 
 def test_a_router_of_a_uvit_for_dpm_solver_2(run: Invoke) -> None:
-    """P-steps are the first evaluations of solver steps, all but one; odd runs, and pairs, are refused."""
+    """P-steps are the first evaluations of solver steps, all but one; on runs, and on pairs of latents in files."""
     save_weights(uvit().model, "uvit.safetensors", torch.float32)  # type: ignore[arg-type]
     given = ["router", "--model", "uvit.safetensors", "--sampler", "dpm-solver-2", "--batch", "2", "--plan-batch", "2"]
     files = ["--out", "plan.safetensors", "--learned", "scores.safetensors", "--iterations", "1", "--lambda", "100"]
@@ -87,8 +87,11 @@ def test_a_router_of_a_uvit_for_dpm_solver_2(run: Invoke) -> None:
 
     result = run(*given, *files, "--steps", "7", exit_code=2)
     assert "dpm-solver-2 evaluates twice per step: give an even number" in plain(result.output)
-    result = run(*given, *files, "--steps", "6", "--data", "photos", exit_code=2)
-    assert "pairs are steps of DDIM: use --recipe trajectory" in plain(result.output)
+    Path("latents").mkdir()
+    safetensors.torch.save_file({"x": torch.randn(4, 8, 8), "y": torch.tensor(1)}, "latents/0.safetensors")
+    Path("plan.state.safetensors").unlink()
+    run(*given, *files, "--steps", "6", "--data", "latents")
+    assert router("scores.safetensors").p_steps == (2, 4)
 
 
 @pytest.mark.parametrize("recipe", ["pairs", "trajectory"])

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from tcc.errors import TrainError
-from tcc.train.images import Images, open_images
+from tcc.train.images import Images, open_images, open_latents
 
 
 def opened(folder: Path, **options: Any) -> Images:
@@ -77,7 +78,7 @@ def test_fashion_mnist_files_are_recognised(tmp_path: Path) -> None:
     digest = images.digest()
     (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 2, 7, 8])))
     assert opened(tmp_path, size=(32, 32), channels=1, num_classes=10).digest() != digest
-    with pytest.raises(TrainError, match="the model takes 4 channels, the latents of an encoder"):
+    with pytest.raises(TrainError, match="holds no latents: expected one safetensors file per sample"):
         open_images(tmp_path, size=(8, 8), channels=4, num_classes=10)
     with pytest.raises(TrainError, match="holds Fashion-MNIST, grey squares; the model takes 3 x 8 x 8"):
         opened(tmp_path)
@@ -122,3 +123,31 @@ def test_other_images_have_another_digest(folder: Path) -> None:
     first = opened(folder).files[0][0]  # type: ignore[attr-defined]
     first.write_bytes(first.read_bytes() + b"0")
     assert opened(folder).digest() != before
+
+
+def test_latents_are_files_of_tensors(tmp_path: Path) -> None:
+    """By name, or a label alone; what is missing, broken or of another shape is named."""
+    draw = torch.Generator().manual_seed(0)
+    rows = [
+        {"x": torch.randn(4, 8, 8, generator=draw), "y": torch.tensor(i), "prompt": torch.full((3, 2), float(i))}
+        for i in range(3)
+    ]
+    for number, row in enumerate(rows):
+        save_file(row, tmp_path / f"{number}.safetensors")
+    x, told = open_latents(tmp_path).take(torch.tensor([2, 0]))
+    assert torch.equal(x, torch.stack([rows[2]["x"], rows[0]["x"]]))
+    assert told["y"].tolist() == [2, 0]
+    assert told["prompt"].shape == (2, 3, 2)
+    labelled = open_images(tmp_path, size=(8, 8), channels=4, num_classes=3)
+    assert labelled.take(torch.tensor([1]))[1].tolist() == [1]
+    before = labelled.digest()
+    with pytest.raises(TrainError, match=r"0\.safetensors has no tensor 'label': it has prompt, x, y"):
+        open_latents(tmp_path, only="label")
+    save_file({"x": torch.zeros(4, 4, 4), "y": torch.tensor(0)}, tmp_path / "3.safetensors")
+    other = open_latents(tmp_path, only="y")
+    assert other.digest() != before
+    with pytest.raises(TrainError, match=r"the samples 0\.safetensors, 3\.safetensors have other tensors"):
+        other.take(torch.tensor([0, 3]))
+    (tmp_path / "4.safetensors").write_bytes(b"none")
+    with pytest.raises(TrainError, match=r"4\.safetensors cannot be read as safetensors"):
+        open_latents(tmp_path).take(torch.tensor([4]))

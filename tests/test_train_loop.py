@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from tcc.errors import TrainError
 from tcc.learned import Learned, Router
+from tcc.train.calls import images_with_labels
 from tcc.train.loop import Report, Settings, train
 from tcc.train.objective import Objective, StepLoss
 from tcc.train.pairs import Pairs
 from tcc.train.predictors import NetworkPredictor, Sizes
 from tcc.train.student import Student
-from tcc.train.trajectories import Trajectories
 from tcc.train.weights import Budget, RouterWeights, TokenWeights, Weights, choices_of_pairs
 from tcc.train.world import World
-from tests.test_train_recipes import images, sites, student, tiny
+from tests.test_train_recipes import pairs, sites, student, tiny, trajectories
 
 
 class Numbers(Weights):
@@ -121,10 +121,10 @@ def test_a_model_is_resumed_to_the_same_result(tmp_path: Path, kind: str) -> Non
     def run(iterations: int, state: Path | None) -> list[Tensor]:
         weights: Weights
         if kind == "router":
-            weights, recipe = RouterWeights(4, sites(), choices), Pairs(objective, images(), 4, null_class=10)
+            weights, recipe = RouterWeights(4, sites(), choices), pairs(objective, 4)
         else:
             weights = TokenWeights(NetworkPredictor(Sizes.of(tiny().info, 4)), tiny().info, choices)
-            recipe = Trajectories(objective, choices, 4, 10, 10)  # type: ignore[assignment]
+            recipe = trajectories(objective, choices, 4)  # type: ignore[assignment]
         train(weights, recipe, Settings(iterations, lr=0.1), state=state)
         return [parameter.detach() for parameter in weights.parameters()]
 
@@ -180,7 +180,8 @@ def test_images_that_are_no_numbers_stop(tmp_path: Path) -> None:
             """See `Images`."""
             return "broken"
 
-    recipe = Pairs(Objective(student(), Budget()), Broken(), 2, null_class=10)
+    calls = images_with_labels(tiny().info, Broken(), 10)
+    recipe = Pairs(Objective(student(), Budget()), calls, choices_of_pairs(2, sites()), 2)
     weights = RouterWeights(2, sites(), choices_of_pairs(2, sites()))
     with pytest.raises(TrainError, match="loss of denoising step 1 is not finite in iteration 1"):
         train(weights, recipe, Settings(3), state=tmp_path / "state")
@@ -220,7 +221,7 @@ def test_other_models_and_recipes_are_other_runs(tmp_path: Path) -> None:
     choices = choices_of_pairs(2, sites())
 
     def run(price: float, sites_: tuple[str, ...]) -> None:
-        recipe = Trajectories(Objective(Student(tiny().info, sites_), Budget(price)), choices, 2, 10, 10)
+        recipe = trajectories(Objective(Student(tiny().info, sites_), Budget(price)), choices, 2)
         train(RouterWeights(2, sites(), choices), recipe, Settings(0, lr=0.1), state=tmp_path / "state")
 
     run(0.1, sites())

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 import tcc
 import tcc.data
 from tcc import plans
-from tcc.errors import PlanError, TrainError
+from tcc.errors import CallError, PlanError, TrainError
 from tcc.learned import Importance, Router, load_learned
 from tcc.models import UViT, reference_model
 from tcc.plan import CachePlan, Compute, Reuse, Skip, Update
-from tcc.samplers import DPMSolver2, sample
+from tcc.samplers import DDIM, DPMSolver2, Sampler, sample
+from tcc.train.calls import images_with_labels, noise_with_labels
 from tcc.train.images import MemoryImages
 from tcc.train.objective import Objective
 from tcc.train.pairs import Pairs
@@ -65,6 +66,20 @@ def router(choices: Choices, score: float) -> RouterWeights:
     for row in made.logits.values():
         nn.init.constant_(row, math.inf if score == 1 else -math.inf if score == 0 else math.log(score / (1 - score)))
     return made
+
+
+def pairs(objective: Objective, num_steps: int = NUM_STEPS, dropout: float = 0.1) -> Pairs:
+    """Pairs of `images`."""
+    calls = images_with_labels(objective.student.info, images(), 10, dropout)
+    return Pairs(objective, calls, choices_of_pairs(num_steps, objective.student.sites), num_steps)
+
+
+def trajectories(
+    objective: Objective, choices: Choices, num_steps: int = NUM_STEPS, cfg: float = 1.0, **options: Any
+) -> Trajectories:
+    """Runs for random labels."""
+    calls = noise_with_labels(objective.student.info, 10, 10, cfg)
+    return Trajectories(objective, calls, choices, num_steps, **options)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -157,7 +172,7 @@ def test_steps_that_decide_nothing_are_ranked_like_the_nearest() -> None:
             assert torch.equal(getattr(found, name), getattr(own, name)[rows])
 
 
-class Calls:
+class Noted:
     """A model that notes what it is called with and what it returns."""
 
     def __init__(self, model: Any) -> None:
@@ -175,13 +190,13 @@ class Calls:
 def test_a_trajectory_at_weight_zero_is_a_cached_run(choices: Choices, cfg: float, drop: bool) -> None:
     """Its errors are those of the sampler under the plan that reuses: real values, as stale as they get. Or drops."""
     objective = Objective(student(), Budget(), drop=drop)
-    recipe = Trajectories(objective, choices, NUM_STEPS, 10, 10, cfg)
+    recipe = trajectories(objective, choices, cfg=cfg)
     losses = recipe.accumulate(router(choices, 0.0), seeded())
     draw = seeded()
     count = 4 if cfg == 1 else 2
     noise, labels = torch.randn(count, 1, 8, 8, generator=draw), torch.randint(10, (count,), generator=draw)
     plan = reuse_plan(choices, action=Skip() if drop else REUSE)
-    calls = Calls(tcc.Reference(tiny().model, plan, tiny().info))
+    calls = Noted(tcc.Reference(tiny().model, plan, tiny().info))
     sample(calls, noise, labels, num_steps=NUM_STEPS, cfg_scale=cfg, null_class=10)
     assert [loss.step for loss in losses] == list(choices)
     for loss in losses:
@@ -198,7 +213,7 @@ def test_a_trajectory_of_a_two_stage_solver_is_its_cached_run() -> None:
     solver = DPMSolver2(clip=False, diffusion=UViT.diffusion)
     names = tuple(name for name, site in case.info.sites.items() if site.kind == "out")
     choices = dict.fromkeys(plans.first_evaluations({1, 3, 5}, [e.stage for e in solver.evaluations(6)]), names)
-    recipe = Trajectories(Objective(Student(case.info, names), Budget()), choices, 6, 10, sampler=solver)
+    recipe = trajectories(Objective(Student(case.info, names), Budget()), choices, sampler=solver)
     weights = RouterWeights(6, names, choices)
     for row in weights.logits.values():
         nn.init.constant_(row, -math.inf)
@@ -208,7 +223,7 @@ def test_a_trajectory_of_a_two_stage_solver_is_its_cached_run() -> None:
     draw = seeded()
     noise, labels = torch.randn(2, 4, 8, 8, generator=draw), torch.randint(10, (2,), generator=draw)
     plan = plans.shifted(case.info, plans.fora(case.info, num_steps=6, interval=2))
-    calls = Calls(tcc.Reference(case.model, plan, case.info))
+    calls = Noted(tcc.Reference(case.model, plan, case.info))
     sample(calls, noise, labels, num_steps=6, sampler=solver)
     assert float(calls.inputs[0][1][0]) == 1000
     for loss in losses:
@@ -216,14 +231,15 @@ def test_a_trajectory_of_a_two_stage_solver_is_its_cached_run() -> None:
             expected = (calls.outputs[loss.step] - case.model(*calls.inputs[loss.step])).square().mean()
         assert float(expected) > 0
         torch.testing.assert_close(loss.error, float(expected), **CLOSE)
-    with pytest.raises(TrainError, match=r"timesteps are fractional, and the model was captured with torch\.int64"):
-        Trajectories(Objective(student(), Budget()), {2: sites()}, 6, 10, sampler=DPMSolver2())
+    whole = trajectories(Objective(student(), Budget()), {2: sites()}, sampler=DPMSolver2())
+    with pytest.raises(CallError, match=r"dtype torch\.float32, expected torch\.int64"):
+        whole.accumulate(router({2: sites()}, 0.5), seeded())
 
 
 def test_a_trajectory_at_weight_one_has_no_error() -> None:
     """The student is its own teacher."""
     choices, objective = choices_of_pairs(NUM_STEPS, sites()), Objective(student(), Budget(price=0.5))
-    losses = Trajectories(objective, choices, NUM_STEPS, 10, 10).accumulate(router(choices, 1.0), seeded())
+    losses = trajectories(objective, choices).accumulate(router(choices, 1.0), seeded())
     assert [loss.error for loss in losses] == [0.0] * 3
     assert [loss.cost for loss in losses] == [0.5 * 4] * 3
 
@@ -232,15 +248,15 @@ def test_a_trajectory_at_weight_one_has_no_error() -> None:
 def test_a_pair_at_weight_zero_is_two_steps_of_a_cached_run(seed: int) -> None:
     """By hand: noise the images (DDPM eq. 4), the model there, one DDIM step (eq. 12) to the P-step, reuse."""
     choices = choices_of_pairs(NUM_STEPS, sites())
-    recipe = Pairs(Objective(student(), Budget()), images(), NUM_STEPS, null_class=10, dropout=0.4)
+    recipe = pairs(Objective(student(), Budget()), dropout=0.4)
     (loss,) = recipe.accumulate(router(choices, 0.0), seeded(seed))
     draw = seeded(seed)
     k = int(torch.randint(3, (), generator=draw))
     assert loss.step == NUM_STEPS - 1 - 2 * k
     picked = torch.randint(20, (4,), generator=draw)
     x0, y = images().pixels[picked] / 127.5 - 1, images().labels[picked]
-    noise = torch.randn(4, 1, 8, 8, generator=draw)
     y = torch.where(torch.rand(4, generator=draw) < 0.4, 10, y)
+    noise = torch.randn(4, 1, 8, 8, generator=draw)
     grid = [round(999 / 5 * i) for i in range(NUM_STEPS)]
     kept = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
     s, m = grid[2 * k + 1], grid[2 * k]
@@ -258,7 +274,7 @@ def test_the_gradient_is_that_of_error_and_cost() -> None:
     """Only the pair's own row gets one, and it is the derivative of the loss that is told; in float64."""
     made = dit(batch=4, in_channels=1, learn_sigma=True)
     case = Case(made.model.double(), (made.args[0].double(), *made.args[1:]), {})
-    recipe = Pairs(Objective(Student(case.info, sites()), Budget(price=1e-3)), images(), NUM_STEPS, null_class=10)
+    recipe = pairs(Objective(Student(case.info, sites()), Budget(price=1e-3)))
     weights = router(choices_of_pairs(NUM_STEPS, sites()), 0.4).double()
     (loss,) = recipe.accumulate(weights, seeded())
     assert [step for step, row in weights.logits.items() if row.grad is not None] == [str(loss.step)]
@@ -283,8 +299,8 @@ def recipe_of(request: pytest.FixtureRequest) -> Iterator[Any]:
     def make(budget: Budget) -> Any:
         objective = Objective(student(), budget)
         if request.param == "pairs":
-            return Pairs(objective, images(), 2, null_class=10)
-        return Trajectories(objective, choices_of_pairs(2, sites()), 2, 10, 10)
+            return pairs(objective, 2)
+        return trajectories(objective, choices_of_pairs(2, sites()), 2)
 
     return make
 
@@ -336,11 +352,11 @@ def test_the_final_stream_can_be_compared() -> None:
     weights = RouterWeights(2, sites(), choices)
     for row in weights.logits.values():
         nn.init.constant_(row, -math.inf)
-    recipe = Trajectories(Objective(student(), Budget(), "stream"), choices, 2, 10, 10)
+    recipe = trajectories(Objective(student(), Budget(), "stream"), choices, 2)
     (loss,) = recipe.accumulate(weights, seeded())
     draw = seeded()
     noise, labels = torch.randn(4, 1, 8, 8, generator=draw), torch.randint(10, (4,), generator=draw)
-    calls = Calls(tcc.Reference(tiny().model, reuse_plan(choices, 2), tiny().info))
+    calls = Noted(tcc.Reference(tiny().model, reuse_plan(choices, 2), tiny().info))
     sample(calls, noise, labels, num_steps=2)
     old, new = (student().compute(*inputs) for inputs in calls.inputs)
     zeros = {site: torch.zeros(1, 1) for site in sites()}
@@ -353,11 +369,12 @@ def test_the_final_stream_can_be_compared() -> None:
 
 def test_streams_are_collected_along_a_run() -> None:
     """At every step the value that enters block 0, in an uncached run."""
-    noise, labels = torch.randn(4, 1, 8, 8, generator=seeded()), torch.arange(4)
-    found = collect_streams(student(), "blocks.0.stream", noise, labels, num_steps=3)
-    calls = Calls(tiny().model)
-    sample(calls, noise, labels, num_steps=3)
-    expected = [student().compute(*inputs).streams["blocks.0.stream"] for inputs in calls.inputs]
+    calls = noise_with_labels(tiny().info, 10)
+    found = collect_streams(student(), "blocks.0.stream", calls, num_steps=3)
+    noise, labels = calls.draw(seeded())
+    noted = Noted(tiny().model)
+    sample(noted, noise, labels, num_steps=3)
+    expected = [student().compute(*inputs).streams["blocks.0.stream"] for inputs in noted.inputs]
     assert len(found) == 3
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
@@ -371,19 +388,27 @@ def test_the_models_parameters_stay_as_they_are(recipe_of: Any) -> None:
     assert all(torch.equal(value, before[name]) for name, value in tiny().model.state_dict().items())
 
 
+class Unknown(DDIM):
+    """A sampler that says nothing about its noise levels."""
+
+    scales = Sampler.scales
+
+
 def test_recipes_that_cannot_run_are_refused() -> None:
     """With the step, and what to change."""
     objective = Objective(student(), Budget())
-    with pytest.raises(TrainError, match="a pair is two steps, and the run has 1"):
-        Pairs(objective, images(), 1)
-    with pytest.raises(TrainError, match="every step of the schedule computes everything"):
-        Trajectories(objective, {}, 4, 10)
-    with pytest.raises(TrainError, match="step 0 of the schedule reuses"):
-        Trajectories(objective, {0: sites()}, 4, 10)
-    with pytest.raises(TrainError, match="a P-step 5, and the run has 4 steps"):
-        Trajectories(objective, {5: sites()}, 4, 10)
+    calls = noise_with_labels(tiny().info, 10)
+    for recipe in (Pairs, Trajectories):
+        with pytest.raises(TrainError, match="every step of the schedule computes everything"):
+            recipe(objective, calls, {}, 4)
+        with pytest.raises(TrainError, match="step 0 of the schedule reuses"):
+            recipe(objective, calls, {0: sites()}, 4)
+        with pytest.raises(TrainError, match="a P-step 5, and the run has 4 steps"):
+            recipe(objective, calls, {5: sites()}, 4)
     with pytest.raises(TrainError, match="needs a model with a null class"):
-        Trajectories(objective, {1: sites()}, 4, 10, cfg_scale=1.5)
+        noise_with_labels(tiny().info, 10, cfg_scale=1.5)
+    with pytest.raises(ValueError, match="Unknown does not know how noisy its inputs are"):
+        Pairs(objective, calls, {1: sites()}, 4, sampler=Unknown())
 
 
 @pytest.mark.parametrize(("num_steps", "share"), [(50, 0.422), (20, 0.45)])

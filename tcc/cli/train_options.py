@@ -44,7 +44,8 @@ Data = Annotated[
     Path | None,
     typer.Option(
         metavar="FOLDER",
-        help="One sub-folder of images per class, or the Fashion-MNIST files. Without: [bold]trajectory[/].",
+        help="One sub-folder of images per class, or the Fashion-MNIST files; for a model on latents one safetensors "
+        "file per sample, with tensors [bold]x[/] and [bold]y[/]. Without: [bold]trajectory[/].",
         rich_help_panel=LEARN,
     ),
 ]
@@ -71,7 +72,7 @@ Boundary = Annotated[
 SamplerName = Annotated[
     Literal["ddim", "dpm-solver-2"],
     typer.Option(
-        help="What samples the trajectories. [bold]dpm-solver-2[/] evaluates the model twice per step of its own; only "
+        help="What leads from step to step. [bold]dpm-solver-2[/] evaluates the model twice per step of its own; only "
         "first evaluations are P-steps.",
         rich_help_panel=LEARN,
     ),
@@ -222,8 +223,6 @@ class Learning:
             raise typer.BadParameter("pairs are made of noised images: give --data", param_hint="--recipe")
         if (self.k1, self.k2) != (1, 1):
             raise typer.BadParameter("pairs have one P-step each: use --recipe trajectory", param_hint="--k1, --k2")
-        if self.sampler != "ddim":
-            raise typer.BadParameter("pairs are steps of DDIM: use --recipe trajectory", param_hint="--sampler")
         if self.cfg != 1:
             raise typer.BadParameter("pairs are without guidance: use --recipe trajectory", param_hint="--cfg")
 
@@ -252,13 +251,15 @@ class Learning:
         limit = 10.0 if self.iterations is None and self.minutes is None else self.minutes
         return Settings(self.iterations, limit, lr if self.lr is None else self.lr, self.groups, self.seed)
 
-    def sampled_by(self, model: Architecture) -> Sampler:
-        """The sampler; pixels are clamped, for the latents of an encoder have no bounds."""
-        return named(self.sampler, clip=model.config.in_channels in (1, 3), diffusion=model.diffusion)
+    def sampled_by(self, model: Architecture, *, clip: bool | None = None) -> Sampler:
+        """The sampler; by default pixels are clamped, for the latents of an encoder have no bounds."""
+        clamped = model.config.in_channels in (1, 3) if clip is None else clip
+        return named(self.sampler, clip=clamped, diffusion=model.diffusion)
 
     def choices(self, names: tuple[str, ...], evaluations: Sequence[Evaluation]) -> Choices:
         """The P-steps of the schedule; from the image backwards for pairs, so that an even run ends with a P-step."""
         if self.kind == "pairs":
-            return choices_of_pairs(self.steps, names)
-        p_steps = set(range(self.steps)) - set(tprr_steps(self.steps, self.k1, self.k2, self.boundary))
+            p_steps = set(choices_of_pairs(self.steps, names))
+        else:
+            p_steps = set(range(self.steps)) - set(tprr_steps(self.steps, self.k1, self.k2, self.boundary))
         return dict.fromkeys(first_evaluations(p_steps, [at.stage for at in evaluations]), names)

@@ -26,6 +26,7 @@ from tcc.plan import CachePlan
 from tcc.plan_picture import facts
 from tcc.plans import shifted
 from tcc.samplers import Evaluation, timestep_dtype
+from tcc.train.calls import images_with_labels, noise_with_labels
 from tcc.train.images import open_images
 from tcc.train.loop import Report, Settings, train
 from tcc.train.objective import Objective, Recipe
@@ -83,7 +84,7 @@ class Planned:
                 )
         chosen = parse_options(policy, [*given, f"{learned}="])  # checked before training, not after
         chosen.pop(learned)
-        return Planned(policy, learned, chosen | fixed)
+        return Planned(policy, learned, {**chosen, **fixed})
 
     def make(self, info: ModelInfo, num_steps: int, weights: Weights) -> CachePlan:
         """The plan."""
@@ -165,8 +166,8 @@ def _model(name: str) -> Architecture:
     model = load_subject(name, batch=1, input_size=32).model
     if not isinstance(model, Architecture) or not model.config.num_classes:
         raise ModelError(
-            f"{name} is not a class-conditional model of tcc.models, and training samples by calling model(x, t, y): "
-            "use tcc.train from Python"
+            f"{name} is not a class-conditional model of tcc.models, and the command calls model(x, t, y): say in "
+            "Python how another model is called, by tcc.train.Calls (help(tcc.train) shows a whole training)"
         )
     return model
 
@@ -177,24 +178,23 @@ def _inputs(model: Architecture, rows: int, device: str, evaluations: Sequence[E
 
 
 def _recipe(given: Learning, model: Architecture, objective: Objective, choices: Choices) -> Recipe:
-    config, null = model.config, model.config.null_class
+    config, info = model.config, objective.student.info
     if given.kind == "pairs":
         assert given.data is not None
         images = open_images(
             given.data, size=config.input_size, channels=config.in_channels, num_classes=config.num_classes
         )
-        return Pairs(objective, images, given.steps, null, diffusion=model.diffusion)
-    return Trajectories(objective, choices, given.steps, config.num_classes, null, given.cfg, given.sampled_by(model))
+        calls = images_with_labels(info, images, config.null_class)
+        return Pairs(objective, calls, choices, given.steps, given.sampled_by(model, clip=False))
+    calls = noise_with_labels(info, config.num_classes, config.null_class, given.cfg)
+    return Trajectories(objective, calls, choices, given.steps, given.sampled_by(model))
 
 
 def _calibrate(weights: Weights, student: Student, model: Architecture, given: Learning) -> None:
     """Mean importances of a predictor that depends on the stream."""
     if isinstance(weights, TokenWeights) and isinstance(weights.predictor, StreamPredictor) and weights.reads:
-        config, draw = model.config, torch.Generator().manual_seed(0)
-        x = torch.randn(student.info.batch, config.in_channels, *config.input_size, generator=draw).to(given.device)
-        y = torch.randint(config.num_classes, (len(x),), generator=draw).to(given.device)
-        sampler = given.sampled_by(model)
-        streams = collect_streams(student, weights.reads, x, y, num_steps=given.steps, sampler=sampler)
+        calls, sampler = noise_with_labels(student.info, model.config.num_classes), given.sampled_by(model)
+        streams = collect_streams(student, weights.reads, calls, num_steps=given.steps, sampler=sampler)
         weights.predictor.calibrate(streams)
         weights.seen.clear()  # the means say more than the last call, and a resumed training has no last call
 

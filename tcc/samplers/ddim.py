@@ -36,10 +36,16 @@ class DDIM(Sampler):
         """See `Sampler`; the timesteps are `Diffusion.timesteps`."""
         return tuple(Evaluation(timestep) for timestep in self.diffusion.timesteps(num_steps))
 
-    def run(self, noise: Tensor, num_steps: int | str, generator: torch.Generator | None = None) -> Solving:
+    def scales(self, num_steps: int | str) -> tuple[tuple[float, float], ...]:
+        """See `Sampler`: DDPM eq. 4."""
+        return tuple((math.sqrt(s.alpha_bar), math.sqrt(1 - s.alpha_bar)) for s in self.diffusion.steps(num_steps))
+
+    def run(
+        self, noise: Tensor, num_steps: int | str, generator: torch.Generator | None = None, first: int = 0
+    ) -> Solving:
         """See `Sampler`; noise is added where `eta` is not 0."""
         x = noise
-        for step in self.diffusion.steps(num_steps):
+        for step in self.diffusion.steps(num_steps)[first:]:
             eps = (yield x)[:, : x.shape[1]]
             fresh = _like(x, generator) if self.eta > 0 else None
             x = ddim_step(x, eps, step, noise=fresh, eta=self.eta, clip=self.clip)
@@ -62,10 +68,16 @@ class DDPM(Sampler):
         """See `Sampler`; the timesteps are `Diffusion.timesteps`."""
         return tuple(Evaluation(timestep) for timestep in self.diffusion.timesteps(num_steps))
 
-    def run(self, noise: Tensor, num_steps: int | str, generator: torch.Generator | None = None) -> Solving:
+    def scales(self, num_steps: int | str) -> tuple[tuple[float, float], ...]:
+        """See `Sampler`: DDPM eq. 4."""
+        return tuple((math.sqrt(s.alpha_bar), math.sqrt(1 - s.alpha_bar)) for s in self.diffusion.steps(num_steps))
+
+    def run(
+        self, noise: Tensor, num_steps: int | str, generator: torch.Generator | None = None, first: int = 0
+    ) -> Solving:
         """See `Sampler`."""
         x, channels = noise, noise.shape[1]
-        for step in self.diffusion.steps(num_steps):
+        for step in self.diffusion.steps(num_steps)[first:]:
             output = yield x
             variance = output[:, channels:] if output.shape[1] > channels else None
             fresh = _like(x, generator)

@@ -62,15 +62,23 @@ class DPMSolver2(Sampler):
         ends = self._steps(num_steps)
         return tuple(Evaluation(at.timestep, stage) for s, middle, _ in ends for stage, at in enumerate((s, middle)))
 
-    def run(self, noise: Tensor, num_steps: int | str, generator: torch.Generator | None = None) -> Solving:
+    def scales(self, num_steps: int | str) -> tuple[tuple[float, float], ...]:
+        """See `Sampler`."""
+        return tuple((at.alpha, at.sigma) for s, middle, _ in self._steps(num_steps) for at in (s, middle))
+
+    def run(
+        self, noise: Tensor, num_steps: int | str, generator: torch.Generator | None = None, first: int = 0
+    ) -> Solving:
         """See `Sampler`; nothing is random."""
+        if first % 2:
+            raise ValueError(f"a step of DPM-Solver-2 begins at an even evaluation, not at {first}")
         x, channels = noise, noise.shape[1]
-        for s, middle, t in self._steps(num_steps):
-            first = self._prediction(x, (yield x)[:, :channels], s)
-            halfway = self._moved(x, first, s, middle)
+        for s, middle, t in self._steps(num_steps)[first // 2 :]:
+            before = self._prediction(x, (yield x)[:, :channels], s)
+            halfway = self._moved(x, before, s, middle)
             second = self._prediction(halfway, (yield halfway)[:, :channels], middle)
             share = (middle.log_snr - s.log_snr) / (t.log_snr - s.log_snr)
-            x = self._moved(x, first + (second - first) / (2 * share), s, t)
+            x = self._moved(x, before + (second - before) / (2 * share), s, t)
         return x
 
     def _prediction(self, x: Tensor, eps: Tensor, at: Level) -> Tensor:

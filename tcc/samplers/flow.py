@@ -40,9 +40,15 @@ class FlowEuler(Sampler):
         """See `Sampler`."""
         return tuple(Evaluation(s * self.num_train_steps) for s in self.levels(num_steps)[:-1])
 
-    def run(self, noise: Tensor, num_steps: int | str, generator: torch.Generator | None = None) -> Solving:
+    def scales(self, num_steps: int | str) -> tuple[tuple[float, float], ...]:
+        """See `Sampler`."""
+        return tuple((1 - s, s) for s in self.levels(num_steps)[:-1])
+
+    def run(
+        self, noise: Tensor, num_steps: int | str, generator: torch.Generator | None = None, first: int = 0
+    ) -> Solving:
         """See `Sampler`; nothing is random."""
-        x, levels = noise, self.levels(num_steps)
+        x, levels = noise, self.levels(num_steps)[first:]
         for s, after in itertools.pairwise(levels):
             velocity = (yield x)[:, : x.shape[1]]
             x = x + (after - s) * velocity

@@ -43,14 +43,30 @@ class Sampler(ABC):
             ValueError: the sampler has no run of so many evaluations.
         """
 
+    def scales(self, num_steps: int | str) -> tuple[tuple[float, float], ...]:
+        """What the input of each evaluation is made of: `a` times the image plus `b` times unit noise, by evaluation.
+
+        Raises:
+            ValueError: as for `evaluations`, or this sampler does not know.
+        """
+        raise ValueError(
+            f"{type(self).__name__} does not know how noisy its inputs are: use DDIM, DPMSolver2, FlowEuler"
+        )
+
     @abstractmethod
-    def run(self, noise: Tensor, num_steps: int | str, generator: torch.Generator | None = None) -> Solving:
+    def run(
+        self, noise: Tensor, num_steps: int | str, generator: torch.Generator | None = None, first: int = 0
+    ) -> Solving:
         """One run: a generator that gives the model's input at each evaluation, and is sent the model's output.
 
         Args:
             noise: unit Gaussian `[B, C, ...]`.
             num_steps: the number of evaluations.
             generator: source of the noise that a random sampler adds.
+            first: the evaluation to begin at, the first of a step of the solver; `noise` is then its input.
+
+        Raises:
+            ValueError: this sampler cannot begin there.
         """
 
 

@@ -42,8 +42,12 @@ class Scheduled(Sampler):
         stages = [order - 1 for order in orders] if orders else [i % scheduler.order for i in range(len(times))]
         return tuple(Evaluation(timestep, stage) for timestep, stage in zip(times, stages, strict=True))
 
-    def run(self, noise: Tensor, num_steps: int | str, generator: torch.Generator | None = None) -> Solving:
+    def run(
+        self, noise: Tensor, num_steps: int | str, generator: torch.Generator | None = None, first: int = 0
+    ) -> Solving:
         """See `Sampler`."""
+        if first:
+            raise ValueError("a scheduler of diffusers begins at its first evaluation")
         scheduler = self._started(num_steps)
         x: Tensor = noise * getattr(scheduler, "init_noise_sigma", 1.0)  # schedulers of flows have neither
         scale = getattr(scheduler, "scale_model_input", lambda x, timestep: x)

@@ -1,4 +1,4 @@
-"""Images with labels to train on: a folder of files, or Fashion-MNIST."""
+"""What to train on: a folder of images, Fashion-MNIST, or a folder of latents."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import hashlib
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import safetensors
+import safetensors.torch
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
@@ -16,17 +18,17 @@ from torch import Tensor
 from tcc.data import fashion_mnist
 from tcc.errors import TrainError
 
-__all__ = ["FolderImages", "Images", "MemoryImages", "open_images"]
+__all__ = ["FolderImages", "FolderLatents", "Images", "MemoryImages", "open_images", "open_latents"]
 
 
 class Images(Protocol):
-    """Labelled images, by number."""
+    """Images or latents, by number, with what the model is told of them."""
 
     def __len__(self) -> int:
         """How many there are."""
 
-    def take(self, picked: Tensor) -> tuple[Tensor, Tensor]:
-        """Images float32 `[N, C, H, W]` in [-1, 1] and labels int64 `[N]`, for numbers `[N]`."""
+    def take(self, picked: Tensor) -> tuple[Tensor, Any]:
+        """Images float32 `[N, C, H, W]` in [-1, 1] and labels int64 `[N]`, or the like, for numbers `[N]`."""
 
     def digest(self) -> str:
         """Tells these images from others, so that a training does not go on with those."""
@@ -83,8 +85,7 @@ class FolderImages:
 
     def digest(self) -> str:
         """See `Images`: of the files' labels, names and sizes, for reading all of them would take long."""
-        names = [(label, path.name, path.stat().st_size) for path, label in self.files]
-        return hashlib.sha256(repr(names).encode()).hexdigest()
+        return _digest([(label, path.name, path.stat().st_size) for path, label in self.files])
 
     def _read(self, path: Path) -> Tensor:
         """One image, uint8 `[C, H, W]`."""
@@ -102,27 +103,89 @@ class FolderImages:
         return torch.from_numpy(pixels).view(height, width, self.channels).permute(2, 0, 1)
 
 
+@dataclass(frozen=True)
+class FolderLatents:
+    """Latents in safetensors files, one sample in each: tensor `x`, and further ones that the model is told.
+
+    Attributes:
+        files: the files.
+        only: the one tensor that the model is told; None for all but `x`, by name.
+    """
+
+    files: tuple[Path, ...]
+    only: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def take(self, picked: Tensor) -> tuple[Tensor, Any]:
+        """The tensors `x`, `[N, ...]`, and the others, `[N, ...]` by name or that which is the only one.
+
+        Raises:
+            TrainError: a file cannot be read, or lacks a tensor.
+        """
+        samples = [self._read(self.files[number]) for number in picked.tolist()]
+        try:
+            told = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+        except (KeyError, RuntimeError) as error:
+            names = ", ".join(self.files[number].name for number in picked.tolist())
+            raise TrainError(f"the samples {names} have other tensors, or of other shapes ({error})") from error
+        x = told.pop("x")
+        return x, told if self.only is None else told[self.only]
+
+    def digest(self) -> str:
+        """See `Images`: of the files' names and sizes."""
+        return _digest([(path.name, path.stat().st_size) for path in self.files])
+
+    def _read(self, path: Path) -> dict[str, Tensor]:
+        try:
+            sample = safetensors.torch.load_file(path)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise TrainError(f"{path} cannot be read as safetensors ({error}): repair or remove it") from error
+        for name in ("x", *([] if self.only is None else [self.only])):
+            if name not in sample:
+                raise TrainError(f"{path} has no tensor '{name}': it has {', '.join(sorted(sample)) or 'none'}")
+        return sample
+
+
+def open_latents(folder: str | Path, *, only: str | None = None) -> FolderLatents:
+    """The latents in `folder` and its sub-folders: see `FolderLatents`. They are as the model takes them, scaled.
+
+    Args:
+        folder: where they are.
+        only: see `FolderLatents`.
+
+    Raises:
+        TrainError: there is no such folder, it holds no safetensors files, or the first lacks a tensor.
+    """
+    root = _folder(folder)
+    files = tuple(sorted(root.rglob("*.safetensors")))
+    if not files:
+        raise TrainError(
+            f"{root} holds no latents: expected one safetensors file per sample, with the latent as tensor 'x' and "
+            f"what the model is told of it {f'as {only!r}' if only else 'as others'}"
+        )
+    found = FolderLatents(files, only)
+    found.take(torch.tensor([0]))
+    return found
+
+
 def open_images(folder: str | Path, *, size: tuple[int, int], channels: int, num_classes: int) -> Images:
     """The images in `folder`: the Fashion-MNIST files, or one sub-folder of image files per class.
 
     Args:
         folder: where they are. Labels are the numbers of the sub-folders in alphabetical order.
         size: height and width to bring them to.
-        channels: 1 or 3.
+        channels: 1 or 3; of other models the folder holds latents with a label `y`, see `open_latents`.
         num_classes: how many labels the model knows.
 
     Raises:
-        TrainError: there is no such folder, it holds no images, or more classes than the model knows; its IDX files are
-            damaged; or the model takes no pixels.
+        TrainError: there is no such folder, it holds no images, or more classes than the model knows; or its IDX files
+            are damaged.
     """
-    root = Path(folder)
+    root = _folder(folder)
     if channels not in (1, 3):
-        raise TrainError(
-            f"the model takes {channels} channels, the latents of an encoder, and images have 1 or 3: train without "
-            "images on trajectories, or give tcc.train.Pairs your own Images"
-        )
-    if not root.is_dir():
-        raise TrainError(f"there is no folder {root}: give one with images, or train without images on trajectories")
+        return open_latents(root, only="y")
     if any(root.glob("train-images-idx3-ubyte*")):
         if channels != 1 or size[0] != size[1]:
             raise TrainError(
@@ -150,3 +213,14 @@ def open_images(folder: str | Path, *, size: tuple[int, int], channels: int, num
             f"{root} has {len(classes)} sub-folders, one per class, and the model knows {num_classes} classes"
         )
     return FolderImages(files, size, channels)
+
+
+def _folder(folder: str | Path) -> Path:
+    root = Path(folder)
+    if not root.is_dir():
+        raise TrainError(f"there is no folder {root}: give one with images, or train without images on trajectories")
+    return root
+
+
+def _digest(files: list[Any]) -> str:
+    return hashlib.sha256(repr(files).encode()).hexdigest()

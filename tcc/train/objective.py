@@ -9,8 +9,10 @@ from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree  # no public pytree module in torch 2.11-2.13
 
 from tcc.errors import TrainError
+from tcc.train.calls import Call, tensors_of
 from tcc.train.student import Student, Values
 from tcc.train.weights import Budget, Weights
 
@@ -65,8 +67,8 @@ class Objective:
     Attributes:
         student: the model.
         budget: the price of computing.
-        target: `output` compares the whole output, variance channels too (Learning-to-Cache); `stream` the stream
-            after the last block (TokenCache, L_mse).
+        target: `output` compares the whole output, variance channels too (Learning-to-Cache), and of several tensors
+            all alike; `stream` the stream after the last block (TokenCache, L_mse).
         drop: what is not computed is nothing, instead of the stored value (Learning-to-Drop: Ma et al. 2024, Table 7).
     """
 
@@ -84,7 +86,7 @@ class Objective:
         weights: Weights,
         step: int,
         stored: Mapping[str, Tensor],
-        inputs: tuple[Tensor, Tensor, Tensor],
+        call: Call,
         share: float = 1.0,
     ) -> tuple[StepLoss, Values]:
         """Run both, and add `share` times the gradient of the loss to the parameters of `weights`.
@@ -93,24 +95,24 @@ class Objective:
             weights: what is learned.
             step: the denoising step.
             stored: the stored value of every site.
-            inputs: x, t and y of the call.
+            call: args and kwargs.
             share: a factor.
 
         Returns:
             The loss, and the student's values, cut off from the gradients.
         """
-        teacher = self.student.compute(*inputs)
+        args, kwargs = call
+        teacher = self.student.compute(*args, **kwargs)
         given = weights(step, None if weights.reads is None else teacher.streams[weights.reads])
         if self.drop:
             stored = {site: torch.zeros_like(value) for site, value in stored.items()}
-        mixed = self.student.mix(stored, given, *inputs)
-        gap = self._compared(mixed) - self._compared(teacher)
-        error = gap.to(torch.promote_types(gap.dtype, torch.float32)).square().mean()
+        mixed = self.student.mix(stored, given, *args, **kwargs)
+        pairs = zip(self._compared(mixed), self._compared(teacher), strict=True)
+        error = torch.stack([_squared(one - other) for one, other in pairs]).mean()
         cost = self.budget.cost(given)
         (share * (error + cost)).backward()  # type: ignore[no-untyped-call]
-        return StepLoss(step, float(error.detach()), float(cost.detach())), Values(
-            mixed.output.detach(), mixed.stored, {}
-        )
+        output = pytree.tree_map_only(Tensor, Tensor.detach, mixed.output)
+        return StepLoss(step, float(error.detach()), float(cost.detach())), Values(output, mixed.stored, {})
 
     def describe(self) -> dict[str, object]:
         """What the result depends on: see `Recipe`."""
@@ -124,9 +126,15 @@ class Objective:
             "budget": [self.budget.price, self.budget.target, self.budget.strength],
         }
 
-    def _compared(self, values: Values) -> Tensor:
-        compared: Tensor = values.streams["out.stream"] if self.target == "stream" else values.output
-        return compared
+    def _compared(self, values: Values) -> list[Tensor]:
+        if self.target == "stream":
+            return [values.streams["out.stream"]]
+        return [tensor for tensor in tensors_of(values.output) if tensor.is_floating_point()]
+
+
+def _squared(gap: Tensor) -> Tensor:
+    """The mean square, in float32 or more."""
+    return gap.to(torch.promote_types(gap.dtype, torch.float32)).square().mean()
 
 
 def _digest(model: nn.Module) -> str:

@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tcc.errors import TrainError
-from tcc.samplers import Diffusion, ddim_step
-from tcc.train.images import Images
+from tcc.samplers import DDIM, Sampler
+from tcc.train.calls import Calls
 from tcc.train.objective import Objective, StepLoss
-from tcc.train.weights import Weights
+from tcc.train.weights import Choices, Weights, check_choices
 
 __all__ = ["Pairs"]
 
@@ -19,53 +18,50 @@ __all__ = ["Pairs"]
 class Pairs:
     """Train on pairs of an I-step and the P-step after it (Ma et al. 2024, section 3.3, as in its code).
 
-    One group of samples shares one pair: counted from the image, the steps 2k + 1 (I) and 2k (P) of the evenly respaced
-    grid. Images are noised to the I-step, the model is run there and its sites are stored, one deterministic DDIM step
-    without guidance and without clipping leads to the P-step, and there the student learns from the teacher.
-    The paper's code also flips the images at random; this does not.
+    One group of samples shares one pair. Images are noised to the solver's step before the P-step, the model runs there
+    and its sites are stored, the solver leads to the P-step without guidance, and there the student learns from the
+    teacher. Of a solver with two evaluations per step both run, and the second one's sites are stored (the paper's code
+    for U-ViT). Its code also flips the images at random; this does not.
 
     Attributes:
-        objective: teacher, student and budget. The model is called as `model(x, t, y)`; its batch is a group.
-        images: where samples come from.
+        objective: teacher, student and budget.
+        calls: how the model is called, on clean samples; without guidance.
+        choices: the P-steps, and the sites at which there is something to decide: `choices_of_pairs`.
         num_steps: denoising steps of a run.
-        null_class: what dropped labels become; None drops none.
-        dropout: the share of labels dropped, the same ones at both steps.
-        diffusion: the noising process.
+        sampler: what leads from step to step; it must know its `scales`. By default DDIM, not clamped (the paper).
 
     Raises:
-        TrainError: there are fewer than two steps.
+        TrainError: no step is a P-step, or the first is one.
+        ValueError: the sampler cannot begin in the middle of a run.
     """
 
     objective: Objective
-    images: Images
+    calls: Calls
+    choices: Choices
     num_steps: int
-    null_class: int | None = None
-    dropout: float = 0.1
-    diffusion: Diffusion = field(default_factory=Diffusion)
+    sampler: Sampler = field(default_factory=lambda: DDIM(clip=False))
 
     def __post_init__(self) -> None:
-        if self.num_steps < 2:
-            raise TrainError(f"a pair is two steps, and the run has {self.num_steps}")
+        check_choices(self.choices, self.num_steps)
+        self.sampler.scales(self.num_steps)
 
     def accumulate(self, weights: Weights, generator: torch.Generator) -> list[StepLoss]:
         """Learn from one group of images at one pair; see the class."""
-        student = self.objective.student
-        batch, spec = student.info.batch, student.info.captured.inputs[0]
-        k = int(torch.randint(self.num_steps // 2, (), generator=generator))
-        x0, y = self.images.take(torch.randint(len(self.images), (batch,), generator=generator))
-        noise = torch.randn(x0.shape, generator=generator)
-        dropped = torch.rand(batch, generator=generator) < self.dropout
-        x0, noise, y = x0.to(spec.device, spec.dtype), noise.to(spec.device, spec.dtype), y.to(spec.device)
-        if self.null_class is not None:
-            y = y.masked_fill(dropped.to(spec.device), self.null_class)
-        steps = self.diffusion.steps(self.num_steps)
-        older, newer = self.num_steps - 2 - 2 * k, self.num_steps - 1 - 2 * k  # in execution order
-        t = torch.full((batch,), steps[older].timestep, dtype=torch.int64, device=spec.device)
-        x = self.diffusion.add_noise(x0, t, noise)
-        values = student.compute(x, t, y)
-        x = ddim_step(x, values.output[:, : x.shape[1]], steps[older], noise=None, eta=0.0, clip=False)
-        t = torch.full_like(t, steps[newer].timestep)
-        loss, _ = self.objective.backward(weights, newer, values.stored, (x, t, y))
+        # counted from the image, as in the paper
+        newer = sorted(self.choices, reverse=True)[int(torch.randint(len(self.choices), (), generator=generator))]
+        evaluations, compute = self.sampler.evaluations(self.num_steps), self.objective.student.compute
+        older = max(step for step in range(newer) if evaluations[step].stage == 0)
+        clean, told = self.calls.draw(generator)
+        image, noise = self.sampler.scales(self.num_steps)[older]
+        drawn = torch.randn(clean.shape, generator=generator).to(clean.device, clean.dtype)
+        solving = self.sampler.run(image * clean + noise * drawn, self.num_steps, generator, older)
+        x = next(solving)
+        for evaluation in evaluations[older:newer]:
+            args, kwargs = self.calls.at(evaluation, evaluations, x, told)
+            values = compute(*args, **kwargs)
+            x = solving.send(self.calls.prediction(values.output, x))
+        call = self.calls.at(evaluations[newer], evaluations, x, told)
+        loss, _ = self.objective.backward(weights, newer, values.stored, call)
         return [loss]
 
     def describe(self) -> dict[str, object]:
@@ -73,7 +69,7 @@ class Pairs:
         return self.objective.describe() | {
             "recipe": "pairs",
             "steps": self.num_steps,
-            "images": len(self.images),
-            "images' digest": self.images.digest(),
-            "dropout": self.dropout,
+            "p_steps": list(self.choices),
+            "sampler": repr(self.sampler),
+            **self.calls.record,
         }

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tcc.errors import TrainError
-from tcc.samplers import DDIM, Evaluation, Sampler, denoise, guide, timestep_dtype
+from tcc.samplers import DDIM, Evaluation, Sampler, denoise
+from tcc.train.calls import Calls
 from tcc.train.objective import Objective, StepLoss
 from tcc.train.student import Student
-from tcc.train.weights import Choices, Weights
+from tcc.train.weights import Choices, Weights, check_choices
 
 __all__ = ["Trajectories", "collect_streams"]
 
@@ -26,77 +26,44 @@ class Trajectories:
     from step to step, neither through what is stored nor through x. The loss is the mean over the P-steps.
 
     Attributes:
-        objective: teacher, student and budget. The model is called as `model(x, t, y)`; its batch is a group, doubled
-            under guidance.
+        objective: teacher, student and budget.
+        calls: how the model is called, on unit noise.
         choices: the P-steps, and the sites at which there is something to decide.
         num_steps: denoising steps of a run.
-        num_classes: labels are drawn from 0..num_classes - 1.
-        null_class: the label of the unconditional half.
-        cfg_scale: guidance scale of the sampler; at 1 the batch is not doubled.
         sampler: what rolls it; its evaluations are the steps.
 
     Raises:
-        TrainError: no step is a P-step, the first is one, guidance lacks a null class or an even batch, or the model
-            was captured with whole timesteps and the sampler's are fractional.
+        TrainError: no step is a P-step, or the first is one.
     """
 
     objective: Objective
+    calls: Calls
     choices: Choices
     num_steps: int
-    num_classes: int
-    null_class: int | None = None
-    cfg_scale: float = 1.0
     sampler: Sampler = field(default_factory=DDIM)
 
     def __post_init__(self) -> None:
-        if not self.choices:
-            raise TrainError("there is nothing to learn: every step of the schedule computes everything")
-        if 0 in self.choices:
-            raise TrainError("step 0 of the schedule reuses values, and nothing is stored yet: make it an I-step")
-        if max(self.choices) >= self.num_steps:
-            raise TrainError(f"the schedule has a P-step {max(self.choices)}, and the run has {self.num_steps} steps")
-        if self.guided and (self.null_class is None or self.objective.student.info.batch % 2):
-            raise TrainError("guidance needs a model with a null class, and twice as many rows as images")
-        wanted = timestep_dtype(self.sampler.evaluations(self.num_steps))
-        if wanted.is_floating_point and not self.time_dtype.is_floating_point:
-            raise TrainError(
-                f"the sampler's timesteps are fractional, and the model was captured with {self.time_dtype}"
-            )
-
-    @property
-    def time_dtype(self) -> torch.dtype:
-        """What the model takes timesteps in."""
-        return self.objective.student.info.captured.inputs[1].dtype
-
-    @property
-    def guided(self) -> bool:
-        """Whether the batch is doubled."""
-        return self.cfg_scale != 1.0
+        check_choices(self.choices, self.num_steps)
 
     def accumulate(self, weights: Weights, generator: torch.Generator) -> list[StepLoss]:
         """Learn from one run of one group; see the class."""
-        student = self.objective.student
-        spec = student.info.captured.inputs[0]
-        count = student.info.batch // 2 if self.guided else student.info.batch
-        x = torch.randn(count, *spec.shape[1:], generator=generator).to(spec.device, spec.dtype)
-        y = torch.randint(self.num_classes, (count,), generator=generator).to(spec.device)
-        if self.guided:
-            y = torch.cat([y, torch.full_like(y, self.null_class or 0)])
+        evaluations = self.sampler.evaluations(self.num_steps)
+        x, told = self.calls.draw(generator)
         losses: list[StepLoss] = []
         stored: dict[str, Tensor] = {}
         steps = itertools.count()
 
         def evaluate(x: Tensor, evaluation: Evaluation) -> Tensor:
             nonlocal stored
-            t = torch.full((len(y),), evaluation.timestep, dtype=self.time_dtype, device=spec.device)
-            inputs, number = (torch.cat([x, x]) if self.guided else x, t, y), next(steps)
+            (args, kwargs), number = self.calls.at(evaluation, evaluations, x, told), next(steps)
             if number in self.choices:
-                loss, values = self.objective.backward(weights, number, stored, inputs, 1 / len(self.choices))
+                share = 1 / len(self.choices)
+                loss, values = self.objective.backward(weights, number, stored, (args, kwargs), share)
                 losses.append(loss)
             else:
-                values = student.compute(*inputs)
+                values = self.objective.student.compute(*args, **kwargs)
             stored = values.stored
-            return guide(values.output, self.cfg_scale, x.shape[1]) if self.guided else values.output
+            return self.calls.prediction(values.output, x)
 
         for _ in denoise(self.sampler, evaluate, x, self.num_steps, generator):
             pass
@@ -108,33 +75,41 @@ class Trajectories:
             "recipe": "trajectory",
             "steps": self.num_steps,
             "p_steps": list(self.choices),
-            "guidance": self.cfg_scale,
             "sampler": repr(self.sampler),
+            **self.calls.record,
         }
 
 
 def collect_streams(
-    student: Student, site: str, x: Tensor, y: Tensor, *, num_steps: int, sampler: Sampler | None = None
+    student: Student,
+    site: str,
+    calls: Calls,
+    *,
+    num_steps: int,
+    sampler: Sampler | None = None,
+    generator: torch.Generator | None = None,
 ) -> list[Tensor]:
     """The values of a `stream` site in an uncached run, step by step.
 
     Args:
         student: a student that returns the site.
         site: its name.
-        x: unit Gaussian noise `[B, C, H, W]`.
-        y: labels `[B]`.
+        calls: how the model is called, on unit noise.
         num_steps: denoising steps.
         sampler: by default DDIM, clamped.
+        generator: of what is drawn, on the CPU; by default of seed 0.
     """
-    found = []
-    dtype = student.info.captured.inputs[1].dtype
+    found: list[Tensor] = []
+    chosen, draw = sampler or DDIM(), generator or torch.Generator().manual_seed(0)
+    evaluations = chosen.evaluations(num_steps)
+    x, told = calls.draw(draw)
 
     def evaluate(x: Tensor, evaluation: Evaluation) -> Tensor:
-        values = student.compute(x, torch.full((len(y),), evaluation.timestep, dtype=dtype, device=x.device), y)
+        args, kwargs = calls.at(evaluation, evaluations, x, told)
+        values = student.compute(*args, **kwargs)
         found.append(values.streams[site])
-        output: Tensor = values.output
-        return output
+        return calls.prediction(values.output, x)
 
-    for _ in denoise(sampler or DDIM(), evaluate, x, num_steps):
+    for _ in denoise(chosen, evaluate, x, num_steps, draw):
         pass
     return found

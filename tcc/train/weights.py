@@ -9,13 +9,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from tcc.errors import PlanError
+from tcc.errors import PlanError, TrainError
 from tcc.info import ModelInfo
 from tcc.learned import Importance, Learned, Router
 from tcc.plan import CachePlan, Compute
 from tcc.train.predictors import Predictor
 
-__all__ = ["Budget", "Choices", "RouterWeights", "TokenWeights", "Weights", "choices_of", "choices_of_pairs"]
+__all__ = [
+    "Budget",
+    "Choices",
+    "RouterWeights",
+    "TokenWeights",
+    "Weights",
+    "check_choices",
+    "choices_of",
+    "choices_of_pairs",
+]
 
 #: By step, the sites at which there is something to decide. All other steps compute everything.
 Choices = Mapping[int, tuple[str, ...]]
@@ -33,6 +42,20 @@ def choices_of(plan: CachePlan) -> dict[int, tuple[str, ...]]:
 def choices_of_pairs(num_steps: int, sites: Sequence[str]) -> dict[int, tuple[str, ...]]:
     """Learning-to-Cache's table: counted from the image, odd steps compute, and the even ones after them decide."""
     return {step: tuple(sites) for step in range(1, num_steps) if (num_steps - 1 - step) % 2 == 0}
+
+
+def check_choices(choices: Choices, num_steps: int) -> None:
+    """Refuse P-steps that a run of so many steps cannot have.
+
+    Raises:
+        TrainError: no step is one, the first is one, or one is not in the run.
+    """
+    if not choices:
+        raise TrainError("there is nothing to learn: every step of the schedule computes everything")
+    if min(choices) <= 0:
+        raise TrainError("step 0 of the schedule reuses values, and nothing is stored yet: make it an I-step")
+    if max(choices) >= num_steps:
+        raise TrainError(f"the schedule has a P-step {max(choices)}, and the run has {num_steps} steps")
 
 
 @dataclass(frozen=True)
