@@ -194,20 +194,17 @@ def test_no_step_takes_more_than_the_model_and_the_slots(policy: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="measures the memory of a CUDA device, and there is none")
 @pytest.mark.parametrize("policy", PEAKS)
 def test_no_step_takes_more_on_a_gpu(policy: str) -> None:
-    """The same under Inductor, by the allocator's own count."""
-    which = dit(depth=4, hidden_size=256)
+    """The same under Inductor, by the allocator's own count, without weights and slots, which are there before."""
+    which = dit(batch=8, depth=4, hidden_size=256)  # large beside the allocator's blocks of 512 bytes
     model, args = which.model.cuda(), tuple(x.cuda() for x in which.args)
     info = tcc.inspect(model, *args)
     plan, none = PEAKS[policy](info), CachePlan(1, {})
-    compiled = [tcc.compile(model, chosen, example_inputs=(args, {})) for chosen in (none, plan)]
+    declared = plan.memory(info).total
 
-    def peak(call: tcc.CompiledModel, steps: int) -> int:
-        session = call.new_session()
-        for step in range(2 * steps):
-            if step == steps:  # the second run counts: the first one loads kernels
-                torch.cuda.reset_peak_memory_stats()
+    def peak(chosen: CachePlan) -> int:
+        session = tcc.compile(model, chosen, example_inputs=(args, {})).new_session()
+        for _ in range(chosen.num_steps):  # the first run loads kernels, and libraries take their workspaces
             session(*args)
-        return torch.cuda.max_memory_allocated()
+        return max(allocations(lambda: session(*args), "cuda").peak for _ in range(chosen.num_steps))
 
-    before = peak(compiled[0], 1)
-    assert peak(compiled[1], plan.num_steps) <= 1.05 * (before + plan.memory(info).total)
+    assert peak(plan) + declared <= 1.05 * (peak(none) + declared)
