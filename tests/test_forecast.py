@@ -85,7 +85,7 @@ def test_an_exact_forecast_of_a_stream_that_does_not_move() -> None:
         ({"i_steps": (1, 3)}, "steps are 0..5, and the first computes everything"),
         ({"i_steps": (0, 6)}, "steps are 0..5"),
         ({"i_steps": ()}, "the first computes everything"),
-        ({"i_steps": 7}, "a run of 6 steps has 1..6 I-steps"),
+        ({"i_steps": 7}, "i_steps=7: expected a whole number, 1..6"),
         ({"i_steps": 3, "order": -1}, "order=-1: expected a whole number, 0 or more"),
         ({"i_steps": 3, "order": 1.5}, "order=1.5: expected a whole number"),
         ({"i_steps": 3, "level": "token"}, "use 'block', 'branch' or 'out'"),

@@ -190,17 +190,26 @@ def test_programs_compute_what_the_reference_computes(name: str, plan: str) -> N
 
 
 BAD: dict[str, tuple[Callable[[tcc.ModelInfo], Any], str]] = {
-    "interval": (lambda i: plans.delta_dit(i, num_steps=4, interval=0), "delta_dit(interval=0, span=2, boundary=0.5)"),
-    "span": (lambda i: plans.delta_dit(i, num_steps=4, span=5), "the span is 1..4 blocks"),
-    "boundary": (lambda i: plans.delta_dit(i, num_steps=4, boundary=2), "the boundary a share of the steps, 0..1"),
-    "rear": (lambda i: plans.deepcache(i, num_steps=4, rear=4), "deepcache(rear=4): the model has 4 blocks; use 1..3"),
-    "center": (lambda i: plans.deepcache(i, num_steps=4, center=4), "the centre is one of the steps 0..3"),
-    "power": (lambda i: plans.deepcache(i, num_steps=4, center=1, power=1.0), "the power is above 1"),
+    "interval": (lambda i: plans.delta_dit(i, num_steps=4, interval=0), "interval=0: expected a whole number, 1 or"),
+    "span": (lambda i: plans.delta_dit(i, num_steps=4, span=5), "span=5: expected a whole number, 1..4"),
+    "boundary": (lambda i: plans.delta_dit(i, num_steps=4, boundary=2), "boundary=2: expected a share, 0..1"),
+    "rear": (lambda i: plans.deepcache(i, num_steps=4, rear=4), "rear=4: expected a whole number, 1..3"),
+    "center": (lambda i: plans.deepcache(i, num_steps=4, center=4), "center=4: expected a whole number, 0..3"),
+    "power": (
+        lambda i: plans.deepcache(i, num_steps=4, center=1, power=1.0),
+        "no power law has so many distinct steps",
+    ),
     "no power": (lambda i: plans.deepcache(i, num_steps=9, interval=1, center=3), "no power law has so many"),
-    "no first": (lambda i: plans.faster_diffusion(i, num_steps=4, key_steps=[1, 2]), "the first is a key step"),
+    "no first": (lambda i: plans.faster_diffusion(i, num_steps=4, key_steps=[1, 2]), "the first computes everything"),
     "late key": (lambda i: plans.faster_diffusion(i, num_steps=4, key_steps=[0, 4]), "steps are 0..3"),
-    "every 0th": (lambda i: plans.faster_diffusion(i, num_steps=4, key_steps=0), "one number m >= 1"),
-    "decoder": (lambda i: plans.faster_diffusion(i, num_steps=4, decoder=4), "the model has blocks 0..3"),
+    "every 0th": (
+        lambda i: plans.faster_diffusion(i, num_steps=4, key_steps=0),
+        "key_steps=0: expected a whole number, 1",
+    ),
+    "decoder": (
+        lambda i: plans.faster_diffusion(i, num_steps=4, decoder=4),
+        "decoder=4: expected a whole number, 0..3",
+    ),
 }
 
 

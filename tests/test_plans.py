@@ -310,7 +310,7 @@ BAD = {
     "negative block": (lambda i: plans.tprr(i, num_steps=4, blocks=[-1]), "there is no block -1"),
     "tokens": (lambda i: plans.tprr(i, num_steps=4, tokens="best"), "tokens='best': use 'uniform', 'random',"),
     "cell": (lambda i: plans.tprr(i, num_steps=4, cell=3), "cell=3: the grid is 4 x 4; the cell's side must divide"),
-    "cell of 0": (lambda i: plans.tprr(i, num_steps=4, cell=0), "cell=0: the grid is 4 x 4"),
+    "cell of 0": (lambda i: plans.tprr(i, num_steps=4, cell=0), "cell=0: expected a whole number, 1 or more"),
     "few scores": (
         lambda i: plans.tprr(i, num_steps=4, tokens=torch.zeros(3)),
         "scores have shape [3], expected one per token: [16]",

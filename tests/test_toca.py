@@ -344,7 +344,7 @@ def test_programs_rank_by_entropy_as_the_reference_does(policy: str) -> None:
         ({"ratio": 1.5}, "ratio=1.5: expected a share, 0..1"),
         ({"levels": 0}, "levels=0: expected a whole number, 1 or more"),
         ({"cell": -1}, "cell=-1: expected a whole number, 0 or more"),
-        ({"mlp": -1.0}, "mlp, cross, stale and bonus are at least 0"),
+        ({"mlp": -1.0}, "mlp=-1.0: expected a number, 0 or more"),
         ({"score": "best"}, "toca(score='best'): use one of attention, entropy, norm, value, random"),
         ({"score": "entropy"}, "block 'blocks.1' has no cross-attention to read"),
         ({"count": "both"}, "toca(count='both'): use 'down' or 'up'"),

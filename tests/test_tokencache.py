@@ -240,7 +240,7 @@ def test_percentile_placement(mass: list[float], count: int, steps: tuple[int, .
 @pytest.mark.parametrize(
     ("mass", "count", "message"),
     [
-        ([1.0, 1.0], 3, "i_steps=3: a run of 2 steps has 1..2 I-steps"),
+        ([1.0, 1.0], 3, "i_steps=3: expected a whole number, 1..2"),
         ([1.0, 1.0], 0, "i_steps=0"),
         ([1.0, float("nan")], 1, "finite, not negative, and not all zero"),
         ([1.0, -1.0], 1, "finite, not negative"),

@@ -8,14 +8,13 @@ from typing import Any, Literal
 from tcc.errors import PlanError
 from tcc.info import ModelInfo
 from tcc.plan import Action, CachePlan, Compute, Reuse
+from tcc.plans.checks import check_whole
 
 __all__ = [
     "Kept",
     "block_sites",
     "branch_plan",
     "branch_sites",
-    "check_share",
-    "check_whole",
     "i_steps_of_pairs",
     "p_steps",
 ]
@@ -23,18 +22,6 @@ __all__ = [
 REUSE = Reuse()
 #: Which value of a branch is kept: its output before the gate, or what is added to the stream.
 Kept = Literal["out", "delta"]
-
-
-def check_whole(name: str, value: object, least: int) -> None:
-    """Refuse what is not a whole number of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise PlanError(f"{name}={value}: expected a whole number, {least} or more")
-
-
-def check_share(name: str, value: float) -> None:
-    """Refuse what is not a share, 0..1."""
-    if not 0 <= value <= 1:
-        raise PlanError(f"{name}={value}: expected a share, 0..1")
 
 
 def p_steps(num_steps: int, interval: int) -> list[int]:

@@ -9,7 +9,8 @@ import numpy as np
 from tcc.info import ModelInfo
 from tcc.learned import Router
 from tcc.plan import CachePlan, Skip
-from tcc.plans.branches import branch_plan, branch_sites, check_share, p_steps
+from tcc.plans.branches import branch_plan, branch_sites, p_steps
+from tcc.plans.checks import check_seed, check_share
 from tcc.plans.l2c import find_router, name_of, scored_below
 
 __all__ = ["learning_to_drop", "random_drop"]
@@ -29,6 +30,7 @@ def random_drop(info: ModelInfo, *, num_steps: int, share: float = 0.1, interval
         PlanError: an option is out of range.
     """
     check_share("share", share)
+    check_seed(seed)
     names = branch_sites(info, "delta")
     units = [(step, name) for step in p_steps(num_steps, interval) for name in names]
     drawn = np.random.default_rng(seed).permutation(len(units))[: round(share * len(units))]

@@ -7,7 +7,8 @@ from typing import Literal
 from tcc.errors import PlanError
 from tcc.info import ModelInfo
 from tcc.plan import CachePlan
-from tcc.plans.branches import Kept, branch_plan, branch_sites, check_whole
+from tcc.plans.branches import Kept, branch_plan, branch_sites
+from tcc.plans.checks import check_whole
 
 __all__ = ["fora"]
 

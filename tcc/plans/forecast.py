@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 from tcc.errors import PlanError
 from tcc.info import ModelInfo
 from tcc.plan import Action, CachePlan, Compute, Reuse
-from tcc.plans.branches import block_sites, branch_sites, check_whole
+from tcc.plans.branches import block_sites, branch_sites
+from tcc.plans.checks import check_i_steps, check_whole
 
 __all__ = ["even_steps", "forecast", "forecast_actions", "polynomial_weights"]
 
@@ -20,8 +21,7 @@ def even_steps(num_steps: int, count: int) -> tuple[int, ...]:
     Raises:
         PlanError: there are not so many steps.
     """
-    if not 1 <= count <= num_steps:
-        raise PlanError(f"i_steps={count}: a run of {num_steps} steps has 1..{num_steps} I-steps")
+    check_whole("i_steps", count, 1, num_steps)
     return tuple(round(i * (num_steps - 1) / max(1, count - 1)) for i in range(count))
 
 
@@ -69,9 +69,10 @@ def forecast(
         PlanError: an option is out of range.
     """
     check_whole("num_steps", num_steps, 1)
-    computed = even_steps(num_steps, i_steps) if isinstance(i_steps, int) else tuple(sorted(set(i_steps)))
-    if not computed or computed[0] != 0 or computed[-1] >= num_steps:
-        raise PlanError(f"i_steps={i_steps}: steps are 0..{num_steps - 1}, and the first computes everything")
+    if isinstance(i_steps, Iterable):
+        computed = check_i_steps("i_steps", i_steps, num_steps)
+    else:
+        computed = even_steps(num_steps, i_steps)
     check_whole("order", order, 0)
     actions = forecast_actions(
         _names(info, level), num_steps, computed, lambda past, step: polynomial_weights(past, step, order)

@@ -14,7 +14,8 @@ from tcc.calibrate import Calibration
 from tcc.errors import PlanError
 from tcc.info import ModelInfo
 from tcc.plan import CachePlan
-from tcc.plans.branches import Kept, branch_plan, branch_sites, check_share, p_steps
+from tcc.plans.branches import Kept, branch_plan, branch_sites, p_steps
+from tcc.plans.checks import check_seed, check_share
 from tcc.site_name import SiteName
 
 __all__ = ["bottom_up", "metric", "random_units", "time_cut", "top_down"]
@@ -78,6 +79,7 @@ def random_units(
     Raises:
         PlanError: an option is out of range.
     """
+    check_seed(seed)
     names, count = _counted(info, share, sites)
     cached = {
         (step, names[unit])

@@ -10,11 +10,14 @@ from tcc.errors import PlanError
 from tcc.info import ModelInfo
 from tcc.plan import Action, CachePlan, Compute, Hold, Reuse
 from tcc.plans.branches import block_sites
+from tcc.plans.checks import check_i_steps, check_number, check_share, check_whole
 
 __all__ = ["deepcache", "deepcache_steps", "delta_dit", "faster_diffusion"]
 
 #: The key steps of Faster Diffusion for 50 DDIM steps, from its code.
 KEY_STEPS = (0, 1, 2, 3, 5, 10, 15, 25, 35)
+#: The largest exponent of DeepCache's schedule: the search for distinct steps starts there. The paper's are below 2.
+MAX_POWER = 10
 
 
 def delta_dit(
@@ -37,11 +40,10 @@ def delta_dit(
     """
     blocks = len(info.blocks)
     span = max(1, blocks // 2) if span is None else span
-    if interval < 1 or not 1 <= span <= blocks or not 0 <= boundary <= 1:
-        raise PlanError(
-            f"delta_dit(interval={interval}, span={span}, boundary={boundary}): the interval is at least 1, the span "
-            f"is 1..{blocks} blocks and the boundary a share of the steps, 0..1"
-        )
+    check_whole("num_steps", num_steps, 1)
+    check_whole("interval", interval, 1)
+    check_whole("span", span, 1, blocks)
+    check_share("boundary", boundary)
     front, rear = block_sites(info, range(span)), block_sites(info, range(blocks - span, blocks))
     actions: dict[tuple[int, str], Action] = {}
     for step in range(num_steps):
@@ -60,16 +62,17 @@ def deepcache_steps(num_steps: int, interval: int, center: int | None = None, po
         interval: N in the paper. Uniform: every N-th step, from the first.
         center: where computed steps are dense, for the non-uniform schedule: as many steps as the uniform one has, at
             distances from the centre that grow by a power law. None for the uniform schedule.
-        power: the exponent, above 1; lowered by 0.02 until the steps are distinct, as in the published code.
+        power: the exponent, above 1 and up to 10; lowered by 0.02 until the steps are distinct, as in the published
+            code.
 
     Raises:
         PlanError: an option is out of range, or no exponent gives distinct steps.
     """
-    if interval < 1 or (center is not None and not (0 <= center < num_steps and power > 1)):
-        raise PlanError(
-            f"deepcache(interval={interval}, center={center}, power={power}): the interval is at least 1, the centre "
-            f"is one of the steps 0..{num_steps - 1} and the power is above 1"
-        )
+    check_whole("num_steps", num_steps, 1)
+    check_whole("interval", interval, 1)
+    check_number("power", power, 1, MAX_POWER)
+    if center is not None:
+        check_whole("center", center, 0, num_steps - 1)
     uniform = tuple(range(0, num_steps, interval))
     if center is None:
         return uniform
@@ -116,10 +119,7 @@ def deepcache(
     Raises:
         PlanError: an option is out of range.
     """
-    if not 1 <= rear < len(info.blocks):
-        raise PlanError(
-            f"deepcache(rear={rear}): the model has {len(info.blocks)} blocks; use 1..{len(info.blocks) - 1}"
-        )
+    check_whole("rear", rear, 1, len(info.blocks) - 1)
     computed = deepcache_steps(num_steps, interval, center, power)
     policy = {"name": "deepcache", "interval": interval, "rear": rear, "center": center, "power": power}
     return _held(info, num_steps, computed, _streams(info, len(info.blocks) - rear), policy)
@@ -148,9 +148,9 @@ def faster_diffusion(
     blocks = len(info.blocks)
     skips = [site for site in info.sites.values() if site.kind == "skip"]
     decoder = min((site.block for site in skips), default=blocks // 2) if decoder is None else decoder
+    check_whole("num_steps", num_steps, 1)
+    check_whole("decoder", decoder, 0, blocks - 1)
     keys = _key_steps(num_steps, key_steps)
-    if not 0 <= decoder < blocks:
-        raise PlanError(f"faster_diffusion(decoder={decoder}): the model has blocks 0..{blocks - 1}")
     held = [*_streams(info, decoder), *(site.name for site in skips if site.block >= decoder)]
     policy = {"name": "faster_diffusion", "key_steps": list(keys), "decoder": decoder}
     return _held(info, num_steps, keys, held, policy)
@@ -158,15 +158,11 @@ def faster_diffusion(
 
 def _key_steps(num_steps: int, given: Sequence[int] | int | None) -> tuple[int, ...]:
     if given is None:
-        keys = sorted({step * num_steps // 50 for step in KEY_STEPS})
-    else:
-        keys = sorted(set(range(0, num_steps, max(1, given)) if isinstance(given, int) else given))
-    if given == 0 or not keys or keys[0] != 0 or keys[-1] >= num_steps:
-        raise PlanError(
-            f"faster_diffusion(key_steps={given}): steps are 0..{num_steps - 1} and the first is a key step; or give "
-            "one number m >= 1 for every m-th step"
-        )
-    return tuple(keys)
+        return tuple(sorted({step * num_steps // 50 for step in KEY_STEPS}))
+    if isinstance(given, Iterable):
+        return check_i_steps("key_steps", given, num_steps)
+    check_whole("key_steps", given, 1)
+    return tuple(range(0, num_steps, given))
 
 
 def _streams(info: ModelInfo, block: int) -> list[str]:

@@ -11,6 +11,7 @@ from tcc.info import ModelInfo
 from tcc.learned import Router, load_learned
 from tcc.plan import CachePlan
 from tcc.plans.branches import Kept, branch_plan
+from tcc.plans.checks import check_number, check_whole
 from tcc.plans.routers import read_published_router
 from tcc.site_name import SiteName
 
@@ -66,8 +67,7 @@ def scored_below(router: Router, theta: float) -> set[tuple[int, str]]:
     Raises:
         PlanError: `theta` is outside 0..1.
     """
-    if not 0 <= theta <= 1:
-        raise PlanError(f"theta={theta}: the threshold lies in 0..1, as the scores do")
+    check_number("theta", theta, 0, 1, "a threshold for scores")
     return {(int(step), router.sites[unit]) for step, unit in (router.scores <= theta).nonzero().tolist()}
 
 
@@ -79,6 +79,7 @@ def find_router(
     Raises:
         PlanError: it does not fit the model, the number of steps or the options.
     """
+    check_whole("num_steps", num_steps, 1)
     if not isinstance(router, Router) and Path(router).suffix in (".pt", ".pth"):
         found: Any = read_published_router(router, info, num_steps=num_steps, shifted=shifted)
     elif shifted:

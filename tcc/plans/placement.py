@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from tcc.errors import PlanError
-from tcc.plans.branches import check_share, check_whole
+from tcc.plans.checks import check_share, check_whole
 
 __all__ = ["Cycle", "first_evaluations", "percentile_steps", "step_means", "tprr_steps"]
 
@@ -26,8 +26,9 @@ def tprr_steps(num_steps: int, k1: int, k2: int, boundary: float, cycle: Cycle =
         cycle: how to read the interval: `p_steps`, K P-steps after each I-step; `length`, one I-step every K steps.
 
     Raises:
-        PlanError: an interval or the boundary is out of range.
+        PlanError: the number of steps, an interval or the boundary is out of range.
     """
+    check_whole("num_steps", num_steps, 1)
     for name, interval in (("k1", k1), ("k2", k2)):
         check_whole(name, interval, 0 if cycle == "p_steps" else 1)
     check_share("boundary", boundary)
@@ -55,8 +56,7 @@ def percentile_steps(importance: torch.Tensor, count: int) -> tuple[int, ...]:
         PlanError: the count is not in 1..steps, or the importances are negative, not finite, or all zero.
     """
     steps = importance.numel()
-    if not 1 <= count <= steps:
-        raise PlanError(f"i_steps={count}: a run of {steps} steps has 1..{steps} I-steps")
+    check_whole("i_steps", count, 1, steps)
     mass = importance.detach().double().cpu().clone()
     mass[0] = mass[min(1, steps - 1)]
     if not bool(torch.isfinite(mass).all()) or bool((mass < 0).any()) or not bool(mass.any()):

@@ -14,11 +14,14 @@ from tcc.errors import PlanError
 from tcc.info import ModelInfo
 from tcc.learned import Router
 from tcc.plans.branches import branch_sites, i_steps_of_pairs
+from tcc.plans.checks import check_whole
 
 __all__ = ["read_published_router"]
 
 #: What stands beside the routers in a training checkpoint: optimiser state and command line. Neither is used.
 _ALLOWED = {"routers", "opt", "args"}
+#: What logits may be stored as; narrower numbers lack the operators that checks need.
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def read_published_router(
@@ -41,6 +44,7 @@ def read_published_router(
         PlanError: the file is not of these formats, holds other objects, has more or fewer routers than steps or units
             than the model, or a logit is not finite.
     """
+    check_whole("num_steps", num_steps, 1)
     logits = _logits(_read(path), path, num_steps)
     sites = branch_sites(info, "out")
     for i, row in enumerate(logits):
@@ -99,7 +103,7 @@ def _refuse_extra(extra: set[Any], path: str | os.PathLike[str]) -> None:
 
 
 def _check_row(row: Any, where: str, sites: list[str], info: ModelInfo) -> None:
-    if not isinstance(row, torch.Tensor) or row.dim() != 1 or not row.is_floating_point():
+    if not isinstance(row, torch.Tensor) or row.dtype not in _DTYPES or not _is_dense(row) or row.dim() != 1:
         raise PlanError(f"{where}: expected a vector of logits, found {_describe(row)}")
     if row.numel() != len(sites):
         raise PlanError(
@@ -112,4 +116,13 @@ def _check_row(row: Any, where: str, sites: list[str], info: ModelInfo) -> None:
 
 
 def _describe(row: Any) -> str:
-    return f"{row.dtype} {list(row.shape)}" if isinstance(row, torch.Tensor) else type(row).__name__
+    if not isinstance(row, torch.Tensor):
+        return type(row).__name__
+    if not _is_dense(row):
+        return "no values (a meta tensor)" if row.is_meta else f"a {row.layout} tensor".replace("torch.", "")
+    return f"{row.dtype} {list(row.shape)}"
+
+
+def _is_dense(row: torch.Tensor) -> bool:
+    """Whether it has all of its values in memory: it is not sparse or nested, and is on a real device."""
+    return row.layout is torch.strided and not row.is_meta and not row.is_nested

@@ -13,7 +13,8 @@ from tcc.calibrate import Calibration
 from tcc.errors import PlanError
 from tcc.info import ModelInfo
 from tcc.plan import CachePlan
-from tcc.plans.branches import Kept, branch_plan, branch_sites, check_whole
+from tcc.plans.branches import Kept, branch_plan, branch_sites
+from tcc.plans.checks import check_number, check_whole
 from tcc.site_name import SiteName
 
 __all__ = ["smoothcache"]
@@ -58,6 +59,8 @@ def smoothcache(
         PlanError: an option is out of range, the calibration does not fit, or the file is not such a schedule.
     """
     check_whole("num_steps", num_steps, 1)
+    check_whole("lookahead", lookahead, 1)
+    check_number("alpha", alpha, 0, what="a relative error")
     names = branch_sites(info, sites)
     if (errors is None) == (schedule is None):
         raise PlanError("smoothcache takes errors= (a calibration) or schedule= (a JSON file): give one of them")
@@ -77,9 +80,6 @@ def _calibrated(
     errors: Calibration, names: Sequence[str], num_steps: int, alpha: float, lookahead: int
 ) -> dict[str, list[bool]]:
     """Which steps compute, per site."""
-    check_whole("lookahead", lookahead, 1)
-    if not 0 <= alpha < float("inf"):
-        raise PlanError(f"alpha={alpha}: the threshold is a relative error, 0 or more")
     back = min(lookahead, num_steps - 1)
     errors.columns(names, num_steps, back)
     computed: dict[str, list[bool]] = {}

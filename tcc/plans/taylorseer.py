@@ -9,7 +9,8 @@ import numpy as np
 
 from tcc.info import ModelInfo
 from tcc.plan import CachePlan
-from tcc.plans.branches import Kept, branch_sites, check_whole
+from tcc.plans.branches import Kept, branch_sites
+from tcc.plans.checks import check_whole
 from tcc.plans.forecast import forecast_actions
 
 __all__ = ["forecast_weights", "taylorseer", "taylorseer_steps"]
@@ -71,8 +72,10 @@ def taylorseer(
     Raises:
         PlanError: an option is out of range.
     """
-    for name, value, least in (("interval", interval, 1), ("order", order, 0), ("first_full", first_full, 1)):
-        check_whole(name, value, least)
+    check_whole("num_steps", num_steps, 1)
+    check_whole("interval", interval, 1)
+    check_whole("order", order, 0)
+    check_whole("first_full", first_full, 1)
     computed = taylorseer_steps(num_steps, interval, first_full)
     names = branch_sites(info, sites)
     actions = forecast_actions(names, num_steps, computed, lambda past, step: forecast_weights(past, step, order))

@@ -13,7 +13,8 @@ from tcc.errors import PlanError
 from tcc.info import ModelInfo
 from tcc.passes.sites import Site
 from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, TopK, Update
-from tcc.plans.branches import branch_sites, check_share, check_whole
+from tcc.plans.branches import branch_sites
+from tcc.plans.checks import check_number, check_seed, check_share, check_whole
 from tcc.plans.tokens import grid_cells, with_others
 from tcc.scores import Attended, Entropy, Fixed, Norm, Score, Stale, Term
 from tcc.site_name import SiteName
@@ -226,6 +227,7 @@ class _Table:
     """Makes the table step x site -> action, with the scores or token sets it names."""
 
     def __init__(self, name: str, info: ModelInfo, num_steps: int, options: _Options, *, aggressive: bool) -> None:
+        check_whole("num_steps", num_steps, 1)
         _check(name, info, options)
         self.name, self.info, self.options = name, info, options
         self.kinds = toca_steps(
@@ -366,8 +368,11 @@ def _check(name: str, info: ModelInfo, options: _Options) -> None:
     check_share("ratio", options.ratio)
     if options.levels is not None:
         check_whole("levels", options.levels, 1)
-    if min(options.mlp, options.cross, options.stale, options.bonus) < 0:
-        raise PlanError(f"{name}: mlp, cross, stale and bonus are at least 0")
+    check_seed(options.seed)
+    for weight in ("mlp", "cross", "stale", "bonus"):
+        check_number(weight, getattr(options, weight), 0)
+    for slope in ("layer_slope", "step_slope", "interval_slope"):
+        check_number(slope, getattr(options, slope))
     if options.score not in get_args(ScoreKind):
         raise PlanError(f"{name}(score={options.score!r}): use one of {', '.join(get_args(ScoreKind))}")
     if options.count not in get_args(Count):

@@ -15,7 +15,7 @@ one trained on whole runs, and one trained on the final stream 0.8 behind.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, TypeVar
 
@@ -27,7 +27,7 @@ from tcc.info import ModelInfo
 from tcc.learned import Importance, Probes, load_learned
 from tcc.passes.sites import Site
 from tcc.plan import Action, CachePlan, Compute, Reuse, Update
-from tcc.plans.branches import check_whole
+from tcc.plans.checks import check_i_steps, check_keep, check_number, check_seed, check_whole
 from tcc.plans.forecast import even_steps
 from tcc.plans.placement import Cycle, percentile_steps, step_means, tprr_steps
 from tcc.plans.ranking import (
@@ -42,7 +42,6 @@ from tcc.plans.ranking import (
 from tcc.plans.tokens import (
     Level,
     TokenAttention,
-    check_keep,
     choose_blocks,
     keep_per_cell,
     pruned_sites,
@@ -172,10 +171,11 @@ class _Options:
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise PlanError(f"{name}={getattr(self, name)!r}: use one of {', '.join(values)}")
-        if not 0 <= self.rotate < float("inf"):
-            raise PlanError(f"rotate={self.rotate}: a rank loses 0 or more each time the token is kept")
+        check_whole("num_steps", self.num_steps, 1)
+        check_number("rotate", self.rotate, 0)
         check_whole("cell", self.cell, 1)
-        if isinstance(self.i_steps, int) and self.schedule == "tprr":
+        check_seed(self.seed)
+        if self.i_steps is not None and not isinstance(self.i_steps, Iterable) and self.schedule == "tprr":
             raise PlanError(
                 f"i_steps={self.i_steps}: schedule 'tprr' counts its I-steps by k1, k2 and boundary; use "
                 "schedule='even' or 'percentile', or name the steps"
@@ -269,8 +269,7 @@ class _Draft:
     def _candidates(self, blocks: Sequence[int] | None) -> list[int]:
         """The blocks that may be pruned; where none are named, those whose tokens can be."""
         total, options = len(self.info.blocks), self.options
-        if not 0 <= options.last_full < total:
-            raise PlanError(f"last_full={options.last_full}: of {total} blocks, 0..{total - 1} can be left in full")
+        check_whole("last_full", options.last_full, 0, total - 1)
         allowed = [block for block in choose_blocks(self.info, blocks) if block < total - options.last_full]
         if blocks is not None and allowed:
             pruned_sites(self.info, allowed, options.level, options.attention)
@@ -293,14 +292,9 @@ class _Draft:
     def _place(self) -> tuple[int, ...]:
         """The I-steps."""
         o = self.options
-        if o.i_steps is not None and not isinstance(o.i_steps, int):
-            steps = tuple(sorted(set(o.i_steps)))
-            if not steps or steps[0] != 0 or steps[-1] >= o.num_steps:
-                raise PlanError(
-                    f"i_steps={o.i_steps}: steps are 0..{o.num_steps - 1}, and the first computes everything"
-                )
-            return steps
         by_phases = tprr_steps(o.num_steps, o.k1, o.k2, o.boundary, o.cycle)
+        if isinstance(o.i_steps, Iterable):
+            return check_i_steps("i_steps", o.i_steps, o.num_steps)
         count = len(by_phases) if o.i_steps is None else o.i_steps
         if o.schedule == "tprr":
             return by_phases
@@ -312,10 +306,10 @@ class _Draft:
     def _among(self, pruned: int | None) -> dict[int, list[int]]:
         """The pruned blocks of every P-step: those of least mean importance."""
         total = len(self.candidates)
+        if pruned is not None:
+            check_whole("pruned", pruned, 1, total)
         if pruned is None or pruned == total:
             return dict.fromkeys(self.p_steps, self.candidates)
-        if not 1 <= pruned < total:
-            raise PlanError(f"pruned={pruned}: of the blocks that may be pruned, 1..{total} are")
         if self.importance is None:
             raise PlanError(f"pruned={pruned} chooses blocks by importance: give one, or name the blocks in `blocks`")
         return {
@@ -384,8 +378,7 @@ class _Draft:
 
 def _solve(knobs: Sequence[Knob], make: Callable[[Knob], CachePlan], budget: float, name: str) -> CachePlan:
     """The first plan that reaches the bound, of plans whose bounds rise with the knob's place."""
-    if not 1 <= budget < float("inf"):
-        raise PlanError(f"budget={budget}: the bound to reach is 1 or more (uncached MACs / planned MACs)")
+    check_number("budget", budget, 1, what="a bound (uncached MACs / planned MACs)")
     best = make(knobs[-1])
     if best.bound < budget:
         raise PlanError(

@@ -13,13 +13,13 @@ from tcc.errors import PlanError
 from tcc.info import ModelInfo
 from tcc.passes.sites import Site
 from tcc.plan import Action, Attention, Reuse, Update
+from tcc.plans.checks import check_keep, check_seed, check_whole
 
 __all__ = [
     "Choice",
     "Level",
     "TokenAttention",
     "best_per_cell",
-    "check_keep",
     "checkerboard",
     "choose_blocks",
     "choose_tokens",
@@ -49,9 +49,12 @@ def choose_tokens(
         turn: 0, 1, ...: shifts the choice, so that successive turns keep different tokens.
 
     Raises:
-        PlanError: the ratio or the cell is out of range, or the scores are unusable.
+        PlanError: an option is out of range, or the scores are unusable.
     """
     check_keep(keep)
+    check_seed(seed)
+    check_whole("cell", cell, 1)
+    check_whole("turn", turn, 0)
     start, stop = info.image_tokens
     n = stop - start
     count = max(1, round(keep * n))
@@ -64,12 +67,6 @@ def choose_tokens(
     if tokens == "checkerboard":
         return best_per_cell(info, checkerboard(info, cell, turn), keep_per_cell(keep, cell), cell)
     raise PlanError(f"tokens={tokens!r}: use 'uniform', 'random', 'checkerboard' or a score per token")
-
-
-def check_keep(keep: float) -> None:
-    """Refuse a keep ratio outside (0, 1]."""
-    if not 0 < keep <= 1:
-        raise PlanError(f"keep={keep}: the keep ratio is in (0, 1]; to reuse all tokens use a reuse plan such as fora")
 
 
 def _scores(scores: torch.Tensor, n: int) -> np.ndarray[Any, Any]:
@@ -90,7 +87,7 @@ def _grid2d(info: ModelInfo, cell: int) -> tuple[int, int, int]:
             "grid; use tokens='uniform' or 'random'"
         )
     frames, h, w = (1, *grid) if len(grid) == 2 else grid
-    if cell < 1 or h % cell or w % cell:
+    if h % cell or w % cell:
         raise PlanError(f"cell={cell}: the grid is {h} x {w}; the cell's side must divide both")
     return frames, h, w
 
@@ -144,9 +141,11 @@ def grid_cells(info: ModelInfo, cell: int) -> np.ndarray[Any, Any]:
 def choose_blocks(info: ModelInfo, blocks: Iterable[int] | None) -> tuple[int, ...]:
     """The block indices that a policy acts on: all of them where none are given."""
     total = len(info.blocks)
+    if not isinstance(blocks, Iterable | None):
+        raise PlanError(f"blocks={blocks}: give a list of blocks, of 0..{total - 1}")
     chosen = tuple(range(total)) if blocks is None else tuple(blocks)
     for block in chosen:
-        if not 0 <= block < total:
+        if isinstance(block, bool) or not isinstance(block, int) or not 0 <= block < total:
             raise PlanError(f"blocks: there is no block {block}; the model has blocks 0..{total - 1}")
     return chosen
 

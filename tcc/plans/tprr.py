@@ -9,12 +9,12 @@ import torch
 
 from tcc.info import ModelInfo
 from tcc.plan import Action, CachePlan, Compute, Update
+from tcc.plans.checks import check_keep
 from tcc.plans.placement import Cycle, tprr_steps
 from tcc.plans.tokens import (
     Choice,
     Level,
     TokenAttention,
-    check_keep,
     choose_blocks,
     choose_tokens,
     pruned_sites,

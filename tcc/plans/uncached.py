@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tcc.info import ModelInfo
 from tcc.plan import CachePlan
+from tcc.plans.checks import check_whole
 
 __all__ = ["full"]
 
@@ -14,5 +15,9 @@ def full(info: ModelInfo, *, num_steps: int) -> CachePlan:
     Args:
         info: the model.
         num_steps: denoising steps.
+
+    Raises:
+        PlanError: `num_steps` is no whole number of at least 1.
     """
+    check_whole("num_steps", num_steps, 1)
     return info.count(CachePlan(num_steps=num_steps, actions={}, policy={"name": "full"}))
