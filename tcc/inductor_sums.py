@@ -6,6 +6,7 @@ fused with no others, or they would be moved together again.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,8 +74,8 @@ class AddUpInSlots(CustomGraphPass):
                     self._put(graph, slot, add, reader, alone=True)
 
     def uuid(self) -> Any:
-        """What changes with this file."""
-        return get_hash_for_files((__file__,))
+        """What changes with this file, and the one that tells Inductor what it may keep for reuse."""
+        return get_hash_for_files((__file__, str(Path(__file__).with_name("inductor_reuse.py"))))
 
     def _put(self, graph: fx.Graph, slot: fx.Node, val: fx.Node, reader: fx.Node, *, alone: bool) -> None:
         with graph.inserting_after(val):

@@ -232,8 +232,10 @@ def _inductor(gm: fx.GraphModule, examples: list[torch.Tensor], options: dict[st
     import torch._inductor  # imported here: it is slow, and other backends do not need it
     from torch._inductor.exc import InductorError
 
+    from tcc import inductor_reuse
     from tcc.inductor_sums import AddUpInSlots
 
+    inductor_reuse.install()
     # without the shape environment, which Dynamo brings along elsewhere, Inductor does not look into its cache
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
     inputs = [mode.from_tensor(x, static_shapes=True) for x in examples]
