@@ -1,12 +1,14 @@
 """Peak memory of plans beside the uncached model and the slots that they declare, and what a step leaves behind.
 
-A DiT with random weights; the allocator's events of every step, so a busy machine changes nothing. All weights and the
-slots are there before; `peak` is what a step takes beyond them.
+A DiT and a model of two streams (diffusers' Flux) with random weights, of 64 and of 1024 tokens; all plans on the small
+DiT, three on the others. The allocator's events of every step, so a busy machine changes nothing. All weights and the
+slots are there before; `peak` is the most that a step takes beyond them, `uncached` the same of the uncached model
+through tcc, and `without tcc` that of the model itself, under `torch.compile` where the backend is Inductor.
 
     python benchmarks/memory.py --json benchmarks/results/memory.json
 
-Columns: the largest peak of a step, that of the uncached model, the declared slots, `ratio`, which is (peak + slots) /
-(uncached peak + slots) and must be 1.05 at most, and `left`: bytes that a run leaves behind, its outputs aside.
+`ratio` is (peak + slots) / (uncached + slots) and must be 1.05 at most; `left` are the bytes that a run leaves behind,
+its outputs aside.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +25,13 @@ from provenance import provenance
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from scaling import BUILDERS
 
 import tcc
-from tcc.models import DiT
 from tcc.runtime import Session
 from tcc.timing import allocations
 
-TOKENS = functools.partial(tcc.plans.tprr, num_steps=4, k1=1, k2=1, keep=0.5, level="block")
+TOKENS = functools.partial(tcc.plans.tprr, num_steps=4, k1=1, k2=1, keep=0.5, tokens="uniform", level="block")
 PLANS: dict[str, Any] = {
     "FORA": functools.partial(tcc.plans.fora, num_steps=4, interval=2),
     "TaylorSeer, order 2": functools.partial(tcc.plans.taylorseer, num_steps=7, interval=2, order=2),
@@ -38,66 +41,77 @@ PLANS: dict[str, Any] = {
     "tokens, keys stored": functools.partial(TOKENS, attention="cached", rotate=True),
     "tokens, before the gate": functools.partial(TOKENS, attention="cached", level="out"),
 }
+THREE = ("FORA", "tokens, keys kept", "tokens, keys stored")
+#: Model, side of the grid of tokens, plans.
+CASES: tuple[tuple[str, int, tuple[str, ...]], ...] = (
+    ("dit", 8, tuple(PLANS)), ("dit", 32, THREE), ("two streams", 8, THREE), ("two streams", 32, THREE),
+)  # fmt: skip
 
 
-def build_model(depth: int) -> tuple[DiT, tuple[torch.Tensor, ...]]:
-    """A DiT of width 64 with 64 tokens, and one call's inputs, batch 2."""
-    torch.manual_seed(0)
-    model = DiT(input_size=16, patch_size=2, hidden_size=64, depth=depth, num_heads=4, num_classes=10).eval()
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.1)
-    return model, (torch.randn(2, 4, 16, 16), torch.tensor([500, 500]), torch.tensor([1, 2]))
-
-
-def measure(compiled: tcc.CompiledModel, inputs: tuple[torch.Tensor, ...]) -> tuple[int, int]:
+def measure(compiled: tcc.CompiledModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
     """The largest peak of a step, and what a run leaves behind beside its outputs; after a run that warms up."""
     session = Session(compiled.new_session().executable)
     outputs: list[torch.Tensor] = []
 
     def run() -> None:
-        outputs.extend(session(*inputs) for _ in range(session.num_steps))
+        outputs.extend(tensor_of(session(*args, **kwargs)) for _ in range(session.num_steps))
 
     run()
     outputs.clear()
     kept = allocations(run).kept - sum(output.nbytes for output in outputs)
-    return max(allocations(lambda: session(*inputs)).peak for _ in range(session.num_steps)), kept
+    return max(allocations(lambda: session(*args, **kwargs)).peak for _ in range(session.num_steps)), kept
 
 
-def rows(backend: str, depth: int) -> list[dict[str, Any]]:
-    """One row per plan."""
-    model, inputs = build_model(depth)
-    plain = tcc.compile(
-        model, functools.partial(tcc.plans.full, num_steps=1), example_inputs=(inputs, {}), backend=backend
-    )
-    uncached, _ = measure(plain, inputs)
-    found = []
-    for name, policy in track(PLANS.items(), description=backend):
-        compiled = plain.with_plan(policy).prepare(*inputs)
-        assert compiled.info is not None
-        slots = compiled.plan.memory(compiled.info).total
-        peak, left = measure(compiled, inputs)
-        ratio = (peak + slots) / (uncached + slots)
-        found.append({"backend": backend, "plan": name, "peak": peak, "uncached": uncached, "slots": slots})
-        found[-1] |= {"ratio": ratio, "left": left}
+def tensor_of(output: Any) -> torch.Tensor:
+    """A model's output: a tensor, or diffusers' class with one."""
+    found: torch.Tensor = output if isinstance(output, torch.Tensor) else output.sample
     return found
+
+
+def without_tcc(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], backend: str) -> int:
+    """The peak of the model itself, under `torch.compile` where the backend is Inductor."""
+    run = torch.compile(model) if backend == "inductor" else model
+    with torch.no_grad():
+        for _ in range(2):
+            run(*args, **kwargs)
+        return allocations(lambda: run(*args, **kwargs)).peak
+
+
+def rows(backend: str, depth: int, width: int) -> Iterator[dict[str, Any]]:
+    """One row per case and plan."""
+    for name, side, plans in CASES:
+        model, args, kwargs = BUILDERS[name](depth, side, width, 2)
+        policy = functools.partial(tcc.plans.full, num_steps=1)
+        plain = tcc.compile(model, policy, example_inputs=(args, kwargs), backend=backend)
+        uncached, _ = measure(plain, args, kwargs)
+        alone = without_tcc(model, args, kwargs, backend)
+        for plan in track(plans, description=f"{backend}, {name}, {side**2} tokens"):
+            compiled = plain.with_plan(PLANS[plan]).prepare(*args, **kwargs)
+            assert compiled.info is not None
+            slots = compiled.plan.memory(compiled.info).total
+            peak, left = measure(compiled, args, kwargs)
+            ratio = (peak + slots) / (uncached + slots)
+            row = {"backend": backend, "model": name, "tokens": side**2, "plan": plan, "peak": peak}
+            yield row | {"uncached": uncached, "without tcc": alone, "slots": slots, "ratio": ratio, "left": left}
 
 
 def main() -> None:
     """Measure, print the table, and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backends", nargs="+", default=["eager", "inductor"])
-    parser.add_argument("--depth", type=int, default=8, help="blocks")
+    parser.add_argument("--depth", type=int, default=6, help="blocks")
+    parser.add_argument("--width", type=int, default=128, help="channels")
     parser.add_argument("--json", type=Path, help="write the numbers here")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    measured = [row for backend in args.backends for row in rows(backend, args.depth)]
-    table = Table("backend", "plan", "peak KiB", "uncached KiB", "slots KiB", "ratio", "left", title="Peak memory")
+    measured = [row for backend in args.backends for row in rows(backend, args.depth, args.width)]
+    table = Table(*measured[0], title="Peak memory, bytes")
     for row in measured:
-        sizes = (f"{row[key] / 1024:.1f}" for key in ("peak", "uncached", "slots"))
-        table.add_row(row["backend"], row["plan"], *sizes, f"{row['ratio']:.3f}", str(row["left"]))
-    Console().print(table)
+        table.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row.values()))
+    Console(width=140).print(table)
     if args.json:
-        args.json.write_text(json.dumps({**provenance(), "depth": args.depth, "rows": measured}, indent=1) + "\n")
+        settings = {"depth": args.depth, "width": args.width}
+        args.json.write_text(json.dumps({**provenance(), **settings, "rows": measured}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
