@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -292,60 +291,6 @@ def test_the_gradient_is_that_of_error_and_cost() -> None:
         assert float(gradient[unit]) == pytest.approx(slope, rel=1e-4)
 
 
-@pytest.fixture(params=["pairs", "trajectory"])
-def recipe_of(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """Makes a recipe of two steps for a budget."""
-
-    def make(budget: Budget) -> Any:
-        objective = Objective(student(), budget)
-        if request.param == "pairs":
-            return pairs(objective, 2)
-        return trajectories(objective, choices_of_pairs(2, sites()), 2)
-
-    return make
-
-
-def fresh() -> list[Any]:
-    """Weights of sites and of tokens that know nothing yet."""
-    choices, table = choices_of_pairs(2, sites()), TablePredictor(Sizes.of(tiny().info, 2))
-    return [RouterWeights(2, sites(), choices, seed=1), TokenWeights(table, tiny().info, choices)]
-
-
-def optimum(recipe: Any, made: Any) -> Tensor:
-    """The scores after 60 large steps."""
-    optimiser = torch.optim.AdamW(made.parameters(), lr=0.3, weight_decay=0.0)
-    for iteration in range(60):
-        optimiser.zero_grad()
-        recipe.accumulate(made, seeded(iteration))
-        optimiser.step()
-        made.settle()
-    return made.known()
-
-
-def test_without_a_budget_everything_is_computed(recipe_of: Any) -> None:
-    """The error alone is least where nothing is cached; a high price caches all, and a target is met."""
-    assert all(float(optimum(recipe_of(Budget()), made).min()) > 0.9 for made in fresh())
-    assert all(float(optimum(recipe_of(Budget(price=100.0)), made).max()) < 0.1 for made in fresh())
-    assert abs(float(optimum(recipe_of(Budget(target=0.5, strength=1e4)), fresh()[0]).mean()) - 0.5) < 0.05
-
-
-def test_predictors_learn_by_either_recipe(recipe_of: Any) -> None:
-    """One interface: the weights of a predictor fall under a high price, with the stream and without."""
-    choices = choices_of_pairs(2, sites())
-    sizes = Sizes.of(tiny().info, 2)
-    for predictor in (TablePredictor(sizes), StreamPredictor(sizes)):
-        weights = TokenWeights(predictor, tiny().info, choices)
-        recipe_of(Budget(price=100.0)).accumulate(weights, seeded())
-        gradients = [p.grad for p in weights.parameters() if p.grad is not None]
-        assert gradients
-        with torch.no_grad():
-            for parameter in weights.parameters():
-                if parameter.grad is not None:
-                    parameter -= 0.01 * parameter.grad
-        recipe_of(Budget(price=100.0)).accumulate(weights, seeded())
-        assert float(weights.known().mean()) < 0.495
-
-
 def test_the_final_stream_can_be_compared() -> None:
     """TokenCache's loss is that of the stream after the last block."""
     choices = choices_of_pairs(2, sites())
@@ -378,14 +323,6 @@ def test_streams_are_collected_along_a_run() -> None:
     assert len(found) == 3
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-
-
-def test_the_models_parameters_stay_as_they_are(recipe_of: Any) -> None:
-    """Training touches the weights alone."""
-    before = {name: value.clone() for name, value in tiny().model.state_dict().items()}
-    optimum(recipe_of(Budget(price=1e-3)), fresh()[0])
-    assert all(parameter.grad is None for parameter in tiny().model.parameters())
-    assert all(torch.equal(value, before[name]) for name, value in tiny().model.state_dict().items())
 
 
 class Unknown(DDIM):
