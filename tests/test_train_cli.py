@@ -67,6 +67,20 @@ def router(path: str) -> Router:
     return found
 
 
+def torchrun(*commands: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run commands of `tcc train` one after the other, in two processes."""
+    code = """import json, sys\nfrom tcc.cli import app
+for words in json.loads(sys.argv[1]):
+    app(words, standalone_mode=False) and sys.exit(1)
+"""
+    Path("commands.py").write_text(code)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "commands.py"]
+    return subprocess.run(
+        [*launcher, json.dumps([["train", *words] for words in commands])],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
 def content(path: str) -> tuple[dict[str, str], dict[str, list[Any]]]:
     """Everything that a safetensors file holds, bit for bit; the order of its header is not fixed."""
     with safetensors.safe_open(path, "pt") as file:
@@ -324,19 +338,23 @@ def test_help_teaches(run: Invoke) -> None:
 
 
 def test_two_processes_are_one_with_the_same_batch(run: Invoke) -> None:
-    """By torchrun, on the command line; the sums are made in another order."""
-    options = ["train", "router", *SHORT, "--groups", "2", "--data", "photos", "--iterations", "4"]
-    run(*options[1:], "--out", "one.safetensors", "--learned", "one.scores.safetensors")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launcher, "-m", "tcc", *options, "--out", "two.safetensors", "--learned", "two.scores.safetensors"],
-        env=environment, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("wrote two.safetensors") == 1
-    one, two = router("one.scores.safetensors").scores, router("two.scores.safetensors").scores
-    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5, equal_nan=True)
+    """By torchrun, a router on pairs and a predictor on runs from noise; the sums are made in another order.
+
+    A mistake is said once, though both make it.
+    """
+    shared = [*SHORT, "--groups", "2", "--iterations", "4"]
+    trainings = {"router": ["router", *shared, "--data", "photos"], "predictor": ["predictor", *shared]}
+    launched = []
+    for name, options in trainings.items():
+        run(*options, "--out", f"{name}1.safetensors", "--learned", f"{name}1.scores.safetensors")
+        launched.append([*options, "--out", f"{name}2.safetensors", "--learned", f"{name}2.scores.safetensors"])
+    done = torchrun(*launched, ["router", *shared, "--lr", "0", "--out", "x.safetensors"])
+    assert done.returncode == 1, done.stderr
+    for name in trainings:
+        assert done.stdout.count(f"wrote {name}2.safetensors") == 1, done.stderr
+        one, two = (load_learned(f"{name}{count}.scores.safetensors").scores for count in (1, 2))  # type: ignore[union-attr]
+        torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert plain(done.stderr).count("error: iterations=4, minutes=None, groups=2, lr=0.0") == 1
 
 
 @pytest.mark.parametrize("form", ["table", "network", "stream"])

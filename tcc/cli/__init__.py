@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
@@ -63,8 +65,21 @@ class Commands(TyperGroup):
         except (TccError, OSError) as error:
             if ctx.params.get("debug"):
                 raise
+            _let_the_first_speak()
             screen.fail(" ".join(str(error).split()))
             raise typer.Exit(1) from None
+        except typer.BadParameter:
+            _let_the_first_speak()
+            raise
+
+
+def _let_the_first_speak() -> None:
+    """Wait, if torchrun has started this process beside a first one: all make the same mistake, and one says so.
+
+    torchrun ends the others when the first one has failed. What goes wrong here alone is said after the wait.
+    """
+    if int(os.environ.get("RANK", "0")) > 0:
+        time.sleep(5)
 
 
 _SETTINGS: dict[str, Any] = {"rich_markup_mode": "rich", "pretty_exceptions_show_locals": False}
