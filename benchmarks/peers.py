@@ -6,9 +6,10 @@ r"""tcc beside other caches, each from its own package: one process, one model, 
     python benchmarks/peers.py --model dit-s --batch 1 2 8 16 --steps 10 --rounds 3
 
 Needs the extra `bench` (diffusers, cache-dit). Rows: the uncached model eager, under `torch.compile` and through tcc;
-fewer steps; tcc's plans; diffusers' FirstBlockCache, TaylorSeer, MagCache, PyramidAttentionBroadcast and FasterCache
-and cache-dit's DBCache with and without TaylorSeer, each eager, under `torch.compile`, and with compiled blocks. A peer
-that cannot be attached to the model, or raises, has a row without numbers, and the reason stands below the table.
+fewer steps; tcc's plans, some of which do just what a peer does (`peers_plans.py`); diffusers' FirstBlockCache,
+TaylorSeer, MagCache, PyramidAttentionBroadcast and FasterCache and cache-dit's DBCache with and without TaylorSeer,
+each eager, under `torch.compile`, and with compiled blocks. A peer that cannot be attached to the model, or raises, has
+a row without numbers, and the reason stands below the table.
 
 `torch.compile` sees the whole model after a cache is attached, and no other row's code (`isolate_recompiles`). With
 compiled blocks, each block is compiled before a cache is attached to it, as in diffusers' regional compilation: a cache
@@ -44,6 +45,7 @@ os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")
 import torch
 from peers_methods import PEERS, Model, NotApplicable, Peer
 from peers_models import SUBJECTS, Subject, target
+from peers_plans import ALIKE
 from peers_probe import Work, eager_work
 from provenance import provenance
 from quality_rows import Missing, comparison
@@ -58,6 +60,7 @@ from tcc.cli.harness import COMPILED, EAGER, TCC, Harness, known_options, run, w
 from tcc.cli.lines import UNCACHED, Line, failures, markdown, plot, table
 from tcc.errors import TccError
 from tcc.metrics import Statistics, feature_network, frechet_distance, real_statistics
+from tcc.plan import CachePlan
 
 BLOCKS = "compiled blocks"
 LIMIT = {"recompile_limit": 64}
@@ -99,18 +102,29 @@ class Bench(Harness):
         """Fewer steps and tcc's plans, with `fold` also where timesteps are known; refused ones have the reason."""
         counts = {max(1, round(share * self.steps)) for share in FEWER} - {self.steps}
         self.add_fewer([count for count in counts if wanted(f"{count} steps")])
-        rows = {row.name: row for row in comparison(self.steps)}
-        for row in (rows[name] for name in PLANS if wanted(name)):
-            family = f"{TCC}: {row.family}"
+        for name, (method, make) in self._plans().items():
+            if not wanted(name):
+                continue
+            family = f"{TCC}: {method}"
             try:
-                plan = row.plan(self.info, self.steps, Path())
-                self.add_plan(row.name, family, plan)
+                plan = make()
+                self.add_plan(name, family, plan)
             except (TccError, Missing) as error:
-                line = Line(method=row.name, family=family, package=TCC, mode=TCC, steps=self.steps)
+                line = Line(method=name, family=family, package=TCC, mode=TCC, steps=self.steps)
                 self.refuse(line, _reason(error))
                 continue
             if fold:
-                self.add_folded(row.name, family, plan)
+                self.add_folded(name, family, plan)
+
+    def _plans(self) -> dict[str, tuple[str, Callable[[], CachePlan]]]:
+        """By name: the method, and what makes the plan."""
+        rows = {row.name: row for row in comparison(self.steps)}
+        plans = {
+            name: (rows[name].family, functools.partial(rows[name].plan, self.info, self.steps, Path()))
+            for name in PLANS
+        }
+        alike = {name: functools.partial(policy, self.info, num_steps=self.steps) for name, policy in ALIKE.items()}
+        return plans | {name: ("TaylorSeer", make) for name, make in alike.items()}
 
     def add_peer(self, peer: Peer) -> None:
         """A peer, eager and compiled both ways, each on a copy of its own. Whatever it raises becomes the reason."""

@@ -14,14 +14,16 @@ from typing import Any
 import pytest
 import torch
 
+import tcc
+from tcc.cli.compare import Method
 from tcc.metrics import psnr
 from tcc.models import DiT
 from tests.scripts import imported
-from tests.tiny_models import fill
+from tests.tiny_models import fill, relative_error
 
 SCRIPTS = (
-    "provenance", "step_speed", "quality_store", "quality_rows", "peers_models", "peers_methods", "peers_probe",
-    "peers",
+    "provenance", "step_speed", "quality_store", "quality_rows", "peers_models", "peers_methods", "peers_plans",
+    "peers_probe", "peers",
 )  # fmt: skip
 Scripts = dict[str, ModuleType]
 needs_diffusers = pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers")
@@ -102,6 +104,30 @@ def test_a_second_run_is_the_first(
     one = draw(attach, steps=6, **settings)
     assert torch.equal(one, draw(attach, steps=6, runs=2, **settings))
     assert not torch.equal(one, draw(steps=6))
+
+
+@needs_diffusers
+@pytest.mark.parametrize(("attention", "interval", "order"), [(True, 3, 2), (False, 5, 1)])
+def test_plans_do_what_diffusers_taylorseer_does(
+    scripts: Scripts, tiny: Any, draw: Callable[..., torch.Tensor], attention: bool, interval: int, order: int
+) -> None:
+    """The same images, of the same MACs: the rows can be compared."""
+    methods, steps = scripts["peers_methods"], 11
+    modules = None if attention else methods.MODULES
+    task = tiny.task(2, seed=0)
+    info = tcc.inspect(tiny.model, *task.first_call()[0])
+    plan = scripts["peers_plans"].taylorseer(info, num_steps=steps, interval=interval, order=order, attention=attention)
+    ours = list(task.denoise(tcc.compile(tiny.model, plan, backend="eager"), steps))[-1]
+    options = {"interval": interval, "order": order, "modules": modules}
+    assert relative_error(ours, draw(methods.taylorseer, steps=steps, **options)) < 1e-5
+    assert relative_error(ours, draw(steps=steps)) > 1e-3
+
+    target = scripts["peers_models"].target(tiny, steps, lambda model: None)
+    attached = methods.taylorseer(target, **options)
+    method = Method("peer", lambda: (attached.reset(), attached.around(target.model))[1], tuple(range(steps)))
+    work = scripts["peers_probe"].eager_work(method, task)
+    assert plan.cost is not None
+    assert work.macs == pytest.approx(sum(plan.cost.step_macs) * info.batch, rel=1e-9)
 
 
 @needs_diffusers
