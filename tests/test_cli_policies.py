@@ -72,6 +72,12 @@ def test_every_policy_explains_its_options(name: str) -> None:
         assert f"{option.name} {option.forms[:8]}" in explained
 
 
+def test_token_plans_say_where_their_defaults_come_from() -> None:
+    """On the command line too."""
+    for name in ("tokencache", "tprr"):
+        assert "benchmarks/results/ablation.md" in plain(run("--policy", name, "--explain").output)
+
+
 def documented(
     info: object,
     *,

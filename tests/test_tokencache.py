@@ -88,12 +88,14 @@ def test_global_selection_takes_the_highest_pairs() -> None:
 
 
 def test_a_block_without_important_tokens_is_reused_and_one_without_others_computed() -> None:
-    """Counts of 0 and of all tokens need no token set."""
+    """Counts of 0 and of all tokens need no token set. Where blocks share one set, each keeps as many."""
     scores = by_block(0.5, 0.1, 0.9, 0.5).scores
     made = plan(importance=Importance(scores), select="global", keep=0.5)
     assert made.action(1, "blocks.1.mlp.out") == made.action(1, "blocks.1.attn.kv") == Reuse()
     assert made.action(1, "blocks.2.mlp.out") == made.action(1, "blocks.2.attn.kv") == Compute()
     assert len(kept(made, 1, 0)) + len(kept(made, 1, 3)) == TOKENS
+    shared = plan(importance=Importance(scores), select="global", keep=0.5, share=True)
+    assert [len(kept(shared, 1, block)) for block in range(BLOCKS)] == [TOKENS // 2] * BLOCKS
 
 
 @pytest.mark.parametrize("scores", ["learned", "random", "uniform"])
