@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 import tcc
 from tcc import plans
+from tcc.cli.policies import options_of
 from tcc.errors import PlanError
 from tcc.plan import CachePlan, Compute, Hold, Reuse, TopK, Update
 from tcc.plans.toca import toca_steps
@@ -356,6 +358,14 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     """The message names the option and its value."""
     with pytest.raises(PlanError, match=re.escape(message)):
         plans.toca(case("dit").info, num_steps=6, **options)
+
+
+def test_toca_and_duca_take_the_same_options() -> None:
+    """What `duca` takes from `toca`'s docstring is about options that it has; two of them have other defaults."""
+    ours, theirs = (inspect.signature(policy).parameters for policy in (plans.duca, plans.toca))
+    assert {name: p.annotation for name, p in ours.items()} == {name: p.annotation for name, p in theirs.items()}
+    assert {name for name, p in ours.items() if p.default != theirs[name].default} == {"ratio", "bonus"}
+    assert all(option.help for option in options_of(plans.duca).values())
 
 
 def test_models_that_cannot_are_refused() -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ __all__ = ["duca", "toca", "toca_steps"]
 Count = Literal["down", "up"]
 Kind = Literal["full", "first", "partial", "aggressive"]
 ScoreKind = Literal["attention", "entropy", "norm", "value", "random"]
+Policy = TypeVar("Policy", bound=Callable[..., CachePlan])
 #: What tokens that are not image tokens score, which are always kept: the terms of a score are of the order of 1.
 ALWAYS = 1e6
 
@@ -159,12 +161,25 @@ def toca(
         PlanError: an option is out of range, or the model has no token grid or a branch that cannot be pruned.
     """
     options = _Options(
-        interval, ratio, score, layer_slope, step_slope, mlp, cross, stale, cell, bonus, quirk, levels, seed,
-        halves, count, interval_slope, sensitive,
+        interval=interval, ratio=ratio, score=score, layer_slope=layer_slope, step_slope=step_slope, mlp=mlp,
+        cross=cross, stale=stale, cell=cell, bonus=bonus, quirk=quirk, levels=levels, seed=seed, halves=halves,
+        count=count, interval_slope=interval_slope, sensitive=sensitive,
     )  # fmt: skip
     return _Table("toca", info, num_steps, options, aggressive=False).plan()
 
 
+def _with_arguments_of(documented: Policy) -> Callable[[Policy], Policy]:
+    """Docstrings get the `Args:` and `Raises:` of a policy that takes the same options."""
+
+    def add(policy: Policy) -> Policy:
+        of = inspect.getdoc(documented) or ""  # python -OO leaves none
+        policy.__doc__ = f"{(inspect.getdoc(policy) or '').rstrip()}\n\nArgs:{of.partition('Args:')[2]}\n"
+        return policy
+
+    return add
+
+
+@_with_arguments_of(toca)
 def duca(
     info: ModelInfo,
     *,
@@ -189,36 +204,14 @@ def duca(
 ) -> CachePlan:
     """DuCa (Zou et al. 2024, arXiv 2412.18911): ToCa's partial steps alternate with aggressive ones.
 
-    An aggressive step holds the stream after the last block and computes only what follows it. All else is as in
-    `toca`, with another ratio and bonus. The revised paper finds `score='random'` no worse than the others.
-
-    Args:
-        info: the model.
-        num_steps: denoising steps.
-        interval: N in the paper, see `toca_steps`.
-        ratio: the share of tokens that is recomputed, before the factors.
-        score: what tokens are chosen by, see `toca`.
-        layer_slope: w of the layer factor, see `toca`.
-        step_slope: w of the step factor, see `toca`.
-        mlp: the factor of the MLPs, and of every branch that is no attention.
-        cross: the factor of cross attention.
-        stale: weight of the steps since the token was recomputed.
-        cell: the side of a grid cell; 0 for a model without a grid.
-        bonus: what the highest token of a cell gets on top, as a share of its score.
-        quirk: some full steps compute only the first block, see `toca_steps`.
-        levels: how many different step factors there may be, see `toca`.
-        seed: seed of `random`.
-        halves: of `entropy`: average the maps of both halves of the batch, see `toca`.
-        count: whether the step i is counted `down` or `up`.
-        interval_slope: w of the intervals, see `toca_steps`.
-        sensitive: whether intervals are 2 in the sensitive window, see `toca_steps`.
-
-    Raises:
-        PlanError: an option is out of range, or the model has no token grid or a branch that cannot be pruned.
+    An aggressive step holds the stream after the last block and computes only what follows it. All options are those of
+    `toca`; the published values of `ratio` and `bonus` are others. The revised paper finds `score='random'` no worse
+    than the others.
     """
     options = _Options(
-        interval, ratio, score, layer_slope, step_slope, mlp, cross, stale, cell, bonus, quirk, levels, seed,
-        halves, count, interval_slope, sensitive,
+        interval=interval, ratio=ratio, score=score, layer_slope=layer_slope, step_slope=step_slope, mlp=mlp,
+        cross=cross, stale=stale, cell=cell, bonus=bonus, quirk=quirk, levels=levels, seed=seed, halves=halves,
+        count=count, interval_slope=interval_slope, sensitive=sensitive,
     )  # fmt: skip
     return _Table("duca", info, num_steps, options, aggressive=True).plan()
 

@@ -12,6 +12,7 @@ from tcc.driver import CompiledModel
 from tcc.errors import PlanError
 from tcc.metrics import psnr
 from tcc.plan import CachePlan
+from tcc.plans.checks import check_i_steps
 from tcc.samplers import sample
 
 __all__ = ["Placement", "image_quality", "search_steps"]
@@ -63,9 +64,7 @@ def search_steps(
     Raises:
         PlanError: the start is no placement, or its quality is not finite.
     """
-    best = tuple(sorted(set(start)))
-    if not best or best[0] != 0 or best[-1] >= num_steps:
-        raise PlanError(f"start={start}: steps are 0..{num_steps - 1}, and the first computes everything")
+    best = check_i_steps("start", start, num_steps)
     first = found = quality(best)
     if found != found:
         raise PlanError("the quality of the first placement is not a number: look at the images it makes")
