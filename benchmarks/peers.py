@@ -35,6 +35,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -77,10 +78,14 @@ class Bench(Harness):
         subject: the model.
         batch: images.
         seed: of the noise.
+        seconds: no further peer is compiled after so many.
         options: those of `Harness`.
     """
 
-    def __init__(self, subject: Subject, *, batch: int, seed: int, **options: Any) -> None:
+    def __init__(
+        self, subject: Subject, *, batch: int, seed: int, seconds: float = float("inf"), **options: Any
+    ) -> None:
+        self.until = time.monotonic() + seconds
         self.subject, self.other = subject, subject.task(batch, seed + 1)
         task = subject.task(batch, seed)
         args, kwargs = task.first_call()
@@ -131,6 +136,9 @@ class Bench(Harness):
         work: Work | None = None
         for mode in (EAGER, COMPILED, BLOCKS):
             line = Line(method=peer.name, family=peer.family, package=peer.package, mode=mode, steps=self.steps)
+            if time.monotonic() > self.until:
+                self.refuse(line, "no time was left (--deadline)")
+                continue
             self.say(line.key)
             try:
                 work = self._add_peer(peer, line, work)
@@ -204,7 +212,7 @@ def measure(args: argparse.Namespace, subject: Subject, batch: int, console: Con
 
     torch.compiler.reset()  # else what was compiled for another batch size makes this one's graph dynamic
     given = {name: getattr(args, name) for name in ("steps", "seed", "backend", "mode", "regional")}
-    bench, wanted = Bench(subject, batch=batch, say=say, **given), chosen(args.only)
+    bench, wanted = Bench(subject, batch=batch, seconds=args.deadline, say=say, **given), chosen(args.only)
     bench.add_uncached()
     bench.add_plans(wanted, fold=args.fold_timesteps)
     for peer in PEERS:
@@ -302,6 +310,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=5, help="how often every method is run")
     parser.add_argument("--seconds", type=float, default=600.0, help="no further round begins after so many")
+    parser.add_argument("--deadline", type=float, default=float("inf"), metavar="SECONDS",
+                        help="peers that would be begun later are left out")  # fmt: skip
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu", help="where the model runs, such as cuda")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")

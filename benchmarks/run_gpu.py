@@ -2,18 +2,23 @@
 
 Not to be called alone: the script puts tcc where Python finds it. Every part writes to a folder of its own, and what an
 earlier run left there is removed before anything runs. `gpu.json` says what ran, for how long, and what was left out
-and why, and `gpu.md` has the tables; both are written after every part.
+and why, `gpu.md` has the tables, and `gpu.tar.gz` has all files; they are written after every part. A part is stopped
+when its seconds and those that earlier parts left over are spent.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
+import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,13 +29,13 @@ from provenance import provenance
 
 from tcc.cli.lines import Line, markdown
 
-LIMIT = 460  # seconds, of all parts
+LIMIT = 460  # seconds: what the parts may take together
 HERE = Path(__file__).parent
 NEEDS = {"diffusers": "FirstBlockCache, TaylorSeer, MagCache, PyramidAttentionBroadcast, FasterCache, PixArt, Flux",
          "cache_dit": "DBCache"}  # fmt: skip
 BENCH = [sys.executable, "-P", "-m", "tcc", "bench"]  # -P: else the checkout's tcc/, which has no passes/, comes first
 TOKENS = "tprr k1=1 k2=1 attention=cached level=out keep"
-FEW = "FORA N=2,forecast 34%,uniform tokens,FirstBlockCache 0.1,TaylorSeer N=3,MagCache 0.06,DBCache F1B0 0.08"
+PEERS = "FORA N=2,FirstBlockCache 0.1,TaylorSeer N=3,DBCache F1B0 0.08"
 SCALING = shlex.split("--tokens 256 1024 4096 --batch 1 16 --blocks 4 --steps 10 250 --variants 2 --width 1152")
 SMALL_SCALING = shlex.split("--tokens 16 --batch 1 --blocks 2 --steps 2 --variants 2 --width 32 --rounds 1")
 
@@ -43,7 +48,7 @@ class Part:
         name: the folder of its files.
         title: what it measures.
         command: what is run; `{out}` stands for its folder.
-        seconds: when it is stopped.
+        seconds: its share of the time.
         needs: packages without which it is left out.
     """
 
@@ -59,26 +64,29 @@ def parts(device: str) -> list[Part]:
     small = device == "cpu"
     common = ["--device", device, *(("--backend", "eager", "--threads", "1") if small else ())]
     fast = ["--rounds", "1"] if small else ["--seconds", "20"]
-    size, batch, steps, dtype = ("DiT-S/8", 4, 3, "float32") if small else ("DiT-XL/2", 32, 20, "bfloat16")
-    plans = ["fora interval=2", f"{TOKENS}=0.5", "fora interval=3", f"{TOKENS}=0.25"]
-    sizes = ["--model", size, "--steps", str(steps), "--dtype", dtype, "--regional", *common, *fast]
-    many = [*BENCH, *plans[: 2 if small else 4], *sizes, "--batch", str(batch), "--json", "{out}/xl.json"]
-    one = [*BENCH, *plans[:2], *sizes, "--batch", "2", "--mode", "reduce-overhead", "--json", "{out}/xl-one.json"]
-    peers = [sys.executable, str(HERE / "peers.py"), *common, *fast, "--results", "{out}"]
-    peers += ["--model", "reference", "--batch", "4", "--steps", str(steps), "--only", "nothing" if small else FEW]
+    size, images, steps, dtype = ("DiT-S/8", 2, 3, "float32") if small else ("DiT-XL/2", 16, 20, "bfloat16")
+    plans = ["fora interval=2", f"{TOKENS}=0.5"]
+    sizes = ["--model", size, "--steps", str(steps), "--dtype", dtype, *common, *fast]
+    many = [*BENCH, *plans, *sizes, "--batch", str(2 * images), "--json", "{out}/xl.json"]
+    one = [*BENCH, *plans, *sizes, "--batch", "2", "--mode", "reduce-overhead", "--json", "{out}/xl-one.json"]
+    peers = [sys.executable, str(HERE / "peers.py"), *common, *fast, "--results", "{out}", "--steps", str(steps)]
+    peers += ["--dtype", dtype, "--batch", str(images), "--deadline", "40"]  # xl has compiled the uncached models
+    peers += ["--model", "reference" if small else "dit-xl", "--only", "nothing" if small else PEERS]
     whole = [sys.executable, str(HERE / "whole_run.py"), *common, "--model", "DiT-S/8" if small else "DiT-S/2"]
     whole += ["--steps", str(steps), "--dtype", dtype, "--regional", "--json", "{out}/whole.json"]
     whole += ["--rounds", "1"] if small else []
-    tests = [sys.executable, "-P", "-m", "pytest", "-q", "-m", "gpu", "-W", "default", *map(str, gpu_tests())]
+    tests = [sys.executable, "-P", "-m", "pytest", "-v", "-m", "gpu", "-W", "default", "-p", "no:cacheprovider"]
+    tests += ["--junitxml", "{out}/tests.xml", *map(str, gpu_tests())]
     scaling = [sys.executable, str(HERE / "scaling.py"), "running", *common, "--results", "{out}", "--models", "dit"]
-    scaling += SMALL_SCALING if small else SCALING
+    scaling += ["--dtype", dtype, *(SMALL_SCALING if small else SCALING)]
+    regional = "tcc's blocks compiled once (compare with uncached tcc)"
     return [
-        Part("xl", f"{size}, {batch // 2} images", tuple(many), 170),
-        Part("xl-one", f"{size}, one image, CUDA graphs", tuple(one), 100),
-        Part("peers", "the reference model beside other caches", tuple(peers), 100),
-        Part("whole", "a run step by step, with CUDA graphs, and as one graph", tuple(whole), 60),
-        Part("tests", "the tests marked gpu", tuple(tests), 60, ("pytest", "hypothesis")),
-        Part("scaling", "time and memory against tokens, batch and steps", tuple(scaling), 90),
+        Part("tests", "the tests marked gpu", tuple(tests), 90, ("pytest", "hypothesis")),
+        Part("xl", f"{size}, {images} images, {dtype}", tuple(many), 140),
+        Part("xl-one", f"{size}, one image, {dtype}, CUDA graphs, {regional}", (*one, "--regional"), 60),
+        Part("whole", "a run step by step, with CUDA graphs, and as one graph", tuple(whole), 40),
+        Part("peers", f"other caches, {images} images, {dtype}", tuple(peers), 80),
+        Part("scaling", f"time and memory against tokens, batch and steps, {dtype}", tuple(scaling), 50),
     ]
 
 
@@ -88,24 +96,32 @@ def gpu_tests() -> list[Path]:
 
 
 def run(part: Part, out: Path, seconds: float) -> dict[str, Any]:
-    """Run a part, its output to `log.txt` in its folder: its entry in `gpu.json`."""
+    """Run a part for so many seconds at most, its output to `log.txt` in its folder: its entry in `gpu.json`."""
     folder = out / part.name
     command = [word.replace("{out}", str(folder)) for word in part.command]
-    entry: dict[str, Any] = {"name": part.name, "title": part.title, "seconds": 0.0, "left out": None}
+    entry: dict[str, Any] = {"name": part.name, "title": part.title, "seconds": 0.0, "left out": None, "said": ""}
     missing = [package for package in part.needs if importlib.util.find_spec(package) is None]
-    if missing or seconds < 5:
-        return entry | {"left out": f"{', '.join(missing)} is not installed" if missing else "no time was left"}
+    if missing:
+        return entry | {"left out": f"{', '.join(missing)} is not installed"}
     folder.mkdir()
     began, said = time.monotonic(), folder / "log.txt"
     with said.open("w") as log:
-        try:
-            done = subprocess.run(
-                command, stdout=log, stderr=subprocess.STDOUT, timeout=min(part.seconds, seconds), check=False
-            )
-            reason = f"exit code {done.returncode}: {last_line(said)}" if done.returncode else None
-        except subprocess.TimeoutExpired as error:
-            reason = f"stopped after {error.timeout:.0f} s"
-    return entry | {"seconds": round(time.monotonic() - began, 1), "left out": reason}
+        code = finish(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True), seconds)
+    took, last = time.monotonic() - began, last_line(said)
+    reason = f"stopped after {took:.0f} s: {last}" if code is None else f"exit code {code}: {last}" if code else None
+    return entry | {"seconds": round(took, 1), "left out": reason, "said": last}
+
+
+def finish(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+    """The exit code; None if it was stopped, with the processes that it started."""
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # all of them have ended
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def last_line(log: Path) -> str:
@@ -126,7 +142,9 @@ def summary(out: Path, record: dict[str, Any]) -> str:
             "",
             f"{entry['seconds']:.0f} s" + (f"; {entry['left out']}" if entry["left out"] else ""),
         ]
-        for path in sorted((out / entry["name"]).glob("*.json")):
+        paths = sorted((out / entry["name"]).glob("*.json"))
+        text += [] if paths or not entry["said"] else ["", f"`{entry['said']}`"]
+        for path in paths:
             rows = json.loads(path.read_text())["rows"]
             lines = [Line.of_dict({k: v for k, v in row.items() if k != "part"}) for row in rows if "method" in row]
             text += ["", markdown(lines) if lines else plain_table(rows)]
@@ -141,6 +159,14 @@ def plain_table(rows: Sequence[dict[str, Any]]) -> str:
         tables.setdefault(tuple(row), []).append(f"| {' | '.join(cells)} |")
     heads = {columns: f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}" for columns in tables}
     return "\n\n".join("\n".join([heads[columns], *lines]) for columns, lines in tables.items())
+
+
+def pack(out: Path, names: Sequence[str]) -> None:
+    """All results in one file."""
+    with tarfile.open(out / "gpu.tar.gz", "w:gz") as archive:
+        for name in ("gpu.json", "gpu.md", *names):
+            if (out / name).exists():
+                archive.add(out / name, f"gpu/{name}")
 
 
 def clear(out: Path, names: Sequence[str]) -> None:
@@ -161,29 +187,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--only", nargs="+", metavar="PART", help="run these parts alone")
-    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds, of all parts")
     args = parser.parse_args(arguments)
     import torch  # late: --help needs none
 
     if args.device != "cpu" and not torch.cuda.is_available():
         print("torch sees no GPU: DEVICE=cpu tries the script without one", file=sys.stderr)
         return 2
-    out, began = args.results.resolve(), time.monotonic()
+    out = args.results.resolve()
     left_out = [
         f"{what}: {name} is not installed" for name, what in NEEDS.items() if importlib.util.find_spec(name) is None
     ]
     record: dict[str, Any] = {**provenance(), "left out": left_out, "parts": []}
     every = parts(args.device)
-    clear(out, [part.name for part in every])
+    names = [part.name for part in every]
+    clear(out, names)
+    spare = 0.0
     for part in every:
         if args.only and part.name not in args.only:
             continue
         print(f"{part.name}: {part.title} ...", flush=True)
-        entry = run(part, out, args.limit - (time.monotonic() - began))
+        entry = run(part, out, part.seconds + spare)
+        spare = max(0.0, spare + part.seconds - entry["seconds"])
         record["parts"].append(entry)
         print(f"  {entry['seconds']:.0f} s{'; ' + entry['left out'] if entry['left out'] else ''}", flush=True)
         (out / "gpu.json").write_text(json.dumps(record, indent=1) + "\n")
         (out / "gpu.md").write_text(summary(out, record))
+        pack(out, names)
     print((out / "gpu.md").read_text())
     return int(any(entry["left out"] for entry in record["parts"]))
 

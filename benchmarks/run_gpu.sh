@@ -23,5 +23,6 @@ cp -R "$root/passes" "$site/tcc/passes"
 cp -R "$root/export" "$site/tcc/export"
 
 cd "$root"
-PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONDONTWRITEBYTECODE=1 TORCHINDUCTOR_CACHE_DIR="$site/inductor" \
+PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
+  TORCHINDUCTOR_CACHE_DIR="$site/inductor" \
   "$python" benchmarks/run_gpu.py --results "$out" --device "${DEVICE:-cuda}" "${@:2}"

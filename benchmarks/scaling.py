@@ -167,15 +167,20 @@ def running(args: argparse.Namespace) -> Iterator[Row]:
     yield from by_variants(dit(base["blocks"], 8, args.width, 1), args)
 
 
-def moved(call: Call, device: str) -> Call:
-    """The model and its inputs on a device."""
+def moved(call: Call, options: argparse.Namespace) -> Call:
+    """The model and its inputs on the device, in the dtype."""
     model, args, kwargs = call
-    return model.to(device), tuple(x.to(device) for x in args), {name: x.to(device) for name, x in kwargs.items()}
+    device, dtype = options.device, getattr(torch, options.dtype)
+
+    def at(x: torch.Tensor) -> torch.Tensor:
+        return x.to(device, dtype if x.is_floating_point() else x.dtype)
+
+    return model.to(device, dtype), tuple(map(at, args)), {name: at(x) for name, x in kwargs.items()}
 
 
 def run(call: Call, options: argparse.Namespace) -> Row:
     """A full step, a step that keeps half of the tokens, and what both kinds of step take together in memory."""
-    model, args, kwargs = moved(call, options.device)
+    model, args, kwargs = moved(call, options)
     policy = functools.partial(
         tcc.plans.tprr, num_steps=2, k1=1, k2=1, keep=0.5, attention="kept", level="block", tokens="uniform"
     )
@@ -208,7 +213,7 @@ def run(call: Call, options: argparse.Namespace) -> Row:
 
 def by_steps(call: Call, options: argparse.Namespace) -> Iterator[Row]:
     """Whole runs of more and more steps, all compiled once: milliseconds of a step, and of opening a session."""
-    model, args, kwargs = moved(call, options.device)
+    model, args, kwargs = moved(call, options)
     compiled = tcc.compile(
         model, functools.partial(tokens, steps=2), example_inputs=(args, kwargs), backend=options.backend
     )
@@ -230,7 +235,7 @@ def by_steps(call: Call, options: argparse.Namespace) -> Iterator[Row]:
 
 def by_variants(call: Call, options: argparse.Namespace) -> Iterator[Row]:
     """Plans of more and more variants, each compiled once: seconds of all that is compiled so far."""
-    model, args, kwargs = moved(call, options.device)
+    model, args, kwargs = moved(call, options)
     compiled: tcc.CompiledModel | None = None
     seconds = 0.0
     for count in options.variants:
@@ -347,6 +352,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7, help="running")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu", help="running: such as cuda")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="running")
     parser.add_argument("--backend", default="inductor", help="running")
     return parser.parse_args(arguments)
 
@@ -355,14 +361,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     args, console, rows = parse(arguments), Console(width=180, highlight=False), []
     torch.set_num_threads(args.threads)
+    path = None if args.results is None else args.results / f"scaling-{args.part}.json"
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
     for row in planning(args.quick) if args.part == "planning" else running(args):
         console.print(f"[dim]{', '.join(f'{name} {value}' for name, value in list(row.items())[:6])}[/]")
         rows.append(row)
+        if path is not None:  # after every row: a run that is stopped leaves what it has
+            path.write_text(json.dumps({**provenance(), "rows": rows}, indent=1) + "\n")
     show(rows, console)
-    if args.results is not None:
-        args.results.mkdir(parents=True, exist_ok=True)
-        path = args.results / f"scaling-{args.part}.json"
-        path.write_text(json.dumps({**provenance(), "rows": rows}, indent=1) + "\n")
+    if path is not None:
         (plot_planning if args.part == "planning" else plot_running)(rows, path.with_suffix(".png"))
     return 0
 

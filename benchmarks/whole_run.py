@@ -9,10 +9,11 @@ speed alone. On a CPU there are no graphs, and only the first column is measured
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from step_speed import build_model
 from torch import Tensor
 
 import tcc
+from tcc.cuda_graphs import Graphs
+from tcc.runtime import Session
 from tcc.samplers import sample
 from tcc.timing import time_calls
 
@@ -36,7 +39,7 @@ PLANS: dict[str, Callable[..., tcc.CachePlan]] = {
 }
 
 
-def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row for every plan."""
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     model = build_model(args.model)[0].to(device, dtype)
@@ -49,24 +52,22 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     def loop(call: Any, start: Tensor, labels: Tensor) -> Tensor:
         return sample(call, start, labels, num_steps=args.steps, cfg_scale=1.5, null_class=1000)
 
-    rows = []
+    given: dict[str, Any] = {"example_inputs": (inputs, {}), "backend": args.backend, "regional": args.regional}
+    first = tcc.compile(model, functools.partial(PLANS["uncached"], num_steps=args.steps), **given)
     for name, policy in PLANS.items():
-        given: dict[str, Any] = {"example_inputs": (inputs, {}), "backend": args.backend, "regional": args.regional}
-        plain, replayed = (
-            tcc.compile(model, functools.partial(policy, num_steps=args.steps), mode=mode, **given)
-            for mode in ("default", "reduce-overhead")
-        )
-        row: dict[str, Any] = {"plan": name, "model": args.model, "batch": args.batch, "bound": plain.plan.bound}
-        ways = {"by steps": functools.partial(loop, plain.new_session(), start, labels)}
+        compiled = first.with_plan(functools.partial(policy, num_steps=args.steps)).prepare(*inputs)
+        executable = compiled.new_session().executable
+        row: dict[str, Any] = {"plan": name, "model": args.model, "batch": args.batch, "bound": compiled.plan.bound}
+        ways = {"by steps": functools.partial(loop, Session(executable), start, labels)}
         if device.type == "cuda":
-            whole = plain.whole_run(loop)
+            replayed = Session(dataclasses.replace(executable, recorder=functools.partial(Graphs, device)))
+            whole = compiled.whole_run(loop)
             whole(start, labels)  # both ways are compared, and the faster one is kept
             row |= {f"{way}, at first": seconds for way, seconds in whole.seconds.items()}
-            ways |= {"graph per variant": functools.partial(loop, replayed.new_session(), start, labels)}
+            ways |= {"graph per variant": functools.partial(loop, replayed, start, labels)}
             ways |= {"whole_run": functools.partial(whole, start, labels)}
         times = time_calls(ways, rounds=args.rounds, warmup=2)
-        rows.append(row | {way: timing.median for way, timing in times.items()})
-    return rows
+        yield row | {way: timing.median for way, timing in times.items()}
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -89,13 +90,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     args = parse(arguments)
     torch.set_num_threads(args.threads)
-    rows = measure(args)
+    rows = []
+    for row in measure(args):
+        rows.append(row)
+        if args.json is not None:  # after every row: a run that is stopped leaves what it has
+            args.json.write_text(json.dumps({**provenance(), "rows": rows}, indent=1) + "\n")
     table = Table(*rows[0], title=f"seconds of a run of {args.steps} steps", box=None)
     for row in rows:
         table.add_row(*(f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row.values()))
     Console(width=160).print(table)
-    if args.json is not None:
-        args.json.write_text(json.dumps({**provenance(), "rows": rows}, indent=1) + "\n")
     return 0
 
 

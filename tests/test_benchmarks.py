@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
+import time
 import venv
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -39,7 +41,9 @@ def scripts() -> Iterator[dict[str, ModuleType]]:
 def test_every_part_is_called_as_its_command_line_is(scripts: dict[str, ModuleType], device: str) -> None:
     """Options that a script does not have would be noticed on the GPU machine only."""
     bench: Any = typer.main.get_command(app).commands["bench"]  # type: ignore[attr-defined]
-    for part in scripts["run_gpu"].parts(device):
+    parts = scripts["run_gpu"].parts(device)
+    assert sum(part.seconds for part in parts) <= scripts["run_gpu"].LIMIT < 8 * 60
+    for part in parts:
         words = [word.replace("{out}", "/tmp") for word in part.command]
         assert words[0] == sys.executable
         if words[1:5] == ["-P", "-m", "tcc", "bench"]:
@@ -57,18 +61,26 @@ def test_parts_that_fail_or_take_too_long_say_so(scripts: dict[str, ModuleType],
     """The others run; tables are of what was measured."""
     gpu = scripts["run_gpu"]
 
-    def left_out(code: str, seconds: int = 60, left: float = 60.0, needs: tuple[str, ...] = ()) -> Any:
-        part = gpu.Part("part", "title", (sys.executable, "-c", code), seconds, needs)
+    def left_out(code: str, seconds: float = 60, needs: tuple[str, ...] = ()) -> Any:
+        part = gpu.Part("part", "title", (sys.executable, "-c", code), 60, needs)
         gpu.clear(tmp_path, ["part"])
         (tmp_path / "gpu.json").touch()
-        return gpu.run(part, tmp_path, left)["left out"]
+        return gpu.run(part, tmp_path, seconds)["left out"]
 
     assert left_out("print('fine')") is None
     assert (tmp_path / "part" / "log.txt").read_text() == "fine\n"
     assert left_out("raise SystemExit('no memory')") == "exit code 1: no memory"
-    assert left_out("import time; time.sleep(30)", seconds=1) == "stopped after 1 s"
-    assert left_out("", left=2.0) == "no time was left"
+    child = (
+        "import subprocess as s, sys; s.Popen([sys.executable, '-c', 'import time; print(1); time.sleep(60)']).wait()"
+    )
+    began = time.monotonic()
+    assert left_out(f"print('test_a', flush=True); {child}", 1.5).startswith("stopped after ")
+    assert time.monotonic() - began < 30
+    assert (tmp_path / "part" / "log.txt").read_text().startswith("test_a\n")
     assert left_out("", needs=("no_such_package",)) == "no_such_package is not installed"
+    gpu.pack(tmp_path, ["part", "other"])
+    with tarfile.open(tmp_path / "gpu.tar.gz") as archive:
+        assert archive.getnames() == ["gpu/gpu.json"]
 
 
 def test_tables_are_of_this_run_alone(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
@@ -78,7 +90,8 @@ def test_tables_are_of_this_run_alone(scripts: dict[str, ModuleType], tmp_path: 
     for name, row in (("xl", line.as_dict()), ("whole", {"plan": "full", "by steps": 0.51239})):
         (tmp_path / name).mkdir()
         (tmp_path / name / f"{name}.json").write_text(json.dumps({"rows": [row]}))
-    parts = [{"name": name, "title": name, "seconds": 3.0, "left out": None} for name in ("xl", "whole")]
+    entry = {"seconds": 3.0, "left out": None, "said": "the last line"}
+    parts = [{"name": name, "title": name, **entry} for name in ("xl", "whole")]
     left = ["DBCache: cache_dit is not installed"]
     record = {"accelerator": "a GPU", "torch": "2", "commit": "abc", "left out": left, "parts": parts}
     text = gpu.summary(tmp_path, record)
@@ -90,8 +103,10 @@ def test_tables_are_of_this_run_alone(scripts: dict[str, ModuleType], tmp_path: 
     assert (tmp_path / "xl").is_dir()
     (tmp_path / "gpu.json").touch()
     gpu.clear(tmp_path, ["xl", "never ran"])
-    assert "fora" not in gpu.summary(tmp_path, record)
-    assert "full" in gpu.summary(tmp_path, record)
+    text = gpu.summary(tmp_path, record)
+    assert "fora" not in text
+    assert "| full |" in text
+    assert text.count("`the last line`") == 1
 
 
 def test_the_script_runs_in_a_bare_checkout(tmp_path: Path) -> None:
@@ -111,6 +126,8 @@ def test_the_script_runs_in_a_bare_checkout(tmp_path: Path) -> None:
     assert record["commit"] == "abc1234"
     assert [(part["name"], part["left out"]) for part in record["parts"]] == [("xl-one", None)]
     assert "| fora interval=2 | tcc |" in (tmp_path / "out" / "gpu.md").read_text()
+    with tarfile.open(tmp_path / "out" / "gpu.tar.gz") as archive:
+        assert {"gpu/gpu.json", "gpu/gpu.md", "gpu/xl-one/xl-one.json", "gpu/xl-one/log.txt"} <= set(archive.getnames())
 
 
 def test_time_and_memory_of_growing_models(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
