@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from typer.testing import CliRunner
 
 from tcc.cli import app
 from tcc.cli.calls import Calls
-from tcc.cli.harness import Harness
+from tcc.cli.harness import COMPILED, ISOLATED, TCC, Harness, known_options, with_compilation
 from tcc.cli.lines import Line, failures, front, markdown, plot, table
 from tcc.models import DiT, save_weights
+from tcc.timing import Compilation
 from tests.tiny_models import case, fill
 
 Invoke = Callable[..., Any]
@@ -153,6 +155,43 @@ def test_plans_of_other_steps_or_batches_are_refused(run: Invoke) -> None:
 
     assert "p: the plan has 5 steps, and 7 are measured: give --steps 5" in plain(steps.stderr)
     assert "the plan is for another batch size" in plain(batch.stderr)
+
+
+class Shifted(torch.nn.Module):
+    """One code for all instances, compiled for each."""
+
+    def __init__(self, shift: int) -> None:
+        super().__init__()
+        self.shift = shift
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Add it."""
+        return x + self.shift
+
+
+def test_rows_that_torch_cannot_isolate_are_all_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in torch 2.11: no row falls back to eager after eight, and recompiles, which are of all, are not told."""
+    count, compile_one, line = [], torch.compile, Line(method="m", family="F", package="p", mode=COMPILED, steps=1)
+    done = Compilation(1.0, 0, 3)
+    assert known_options(ISOLATED) == ISOLATED
+    assert with_compilation(line, done).recompiles == 3
+
+    def of_2_11(model: Any, *, backend: Any) -> Any:
+        return compile_one(model, backend=backend)
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        count.append(gm)
+        return gm.forward
+
+    monkeypatch.setattr(torch, "compile", of_2_11)
+    with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
+        assert known_options(ISOLATED) == {}
+        for shift in range(10):
+            model = torch.compile(Shifted(shift), backend=backend)
+            assert torch.equal(model(torch.zeros(2)), torch.full((2,), float(shift)))
+    assert len(count) == 10
+    assert with_compilation(line, done).recompiles is None
+    assert with_compilation(replace(line, mode=TCC), done).recompiles == 3
 
 
 def test_a_row_without_numbers_is_shown_with_its_reason() -> None:

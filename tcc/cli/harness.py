@@ -29,6 +29,8 @@ __all__ = ["COMPILED", "EAGER", "TCC", "Harness", "known_options", "run"]
 EAGER, COMPILED, TCC = "eager", "torch.compile", "tcc"
 #: Many rows are compiled in one process: none may use up the recompiles of another, or lose its code to a limit.
 ISOLATED: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": 64}
+#: Where rows cannot be isolated: all of them together, so that none falls back to eager.
+TOGETHER = 4096
 
 
 @dataclass(frozen=True)
@@ -252,13 +254,24 @@ def relative_error(result: Tensor, expected: Tensor) -> float:
 
 
 def known_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Those of the options that this version's `torch.compile` has."""
-    return {name: value for name, value in options.items() if name in inspect.signature(torch.compile).parameters}
+    """Those of the options that this version's `torch.compile` has; without a limit of its own, the process's rises."""
+    known = inspect.signature(torch.compile).parameters
+    if "recompile_limit" not in known:  # torch 2.11
+        from torch._dynamo import config  # here: it is slow to import
+
+        config.recompile_limit = max(config.recompile_limit, TOGETHER)
+        config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, TOGETHER)
+    return {name: value for name, value in options.items() if name in known}
 
 
 def with_compilation(line: Line, done: Compilation) -> Line:
-    """The row with what compiling it took."""
-    return replace(line, compile_seconds=done.seconds, graph_breaks=done.graph_breaks, recompiles=done.recompiles)
+    """The row with what compiling it took.
+
+    Where rows cannot be isolated, the first code of a row counts as a recompile of another's: the number says nothing.
+    """
+    isolated = line.mode == TCC or "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    recompiles = done.recompiles if isolated else None
+    return replace(line, compile_seconds=done.seconds, graph_breaks=done.graph_breaks, recompiles=recompiles)
 
 
 @contextlib.contextmanager
