@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, TypeVar
@@ -11,7 +12,7 @@ import torch
 
 from tcc.errors import PlanError
 from tcc.info import ModelInfo
-from tcc.learned import Importance, Probes
+from tcc.learned import Importance, Probes, load_learned
 from tcc.passes.sites import Site
 from tcc.plan import Action, CachePlan, Compute, Reuse, Update
 from tcc.plans.checks import check_i_steps, check_keep, check_number, check_seed, check_whole
@@ -83,7 +84,8 @@ class Options:
 class Draft:
     """What all plans of one call have in common, and the plan for a keep ratio and a number of pruned blocks."""
 
-    def __init__(self, info: ModelInfo, options: Options, learned: object, blocks: Sequence[int] | None) -> None:
+    def __init__(self, info: ModelInfo, options: Options, importance: object, blocks: Sequence[int] | None) -> None:
+        learned = load_learned(importance) if isinstance(importance, (str, os.PathLike)) else importance
         self.info, self.options = info, options
         self.sizes = (options.num_steps, len(info.blocks), info.num_tokens)
         self.image = range(*info.image_tokens)

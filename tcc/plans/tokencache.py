@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from tcc.info import ModelInfo
-from tcc.learned import Importance, Probes, load_learned
+from tcc.learned import Importance, Probes
 from tcc.plan import CachePlan
 from tcc.plans.draft import Draft, Options, Ranks
 from tcc.plans.placement import Cycle
@@ -59,10 +59,9 @@ def tokencache(
     """A token plan from learned importance (TokenCache, Lou et al. 2024, arXiv 2409.18523, and its 2025 revision).
 
     `f^_l = w_l f_l(z_l^t) + (1 - w_l) f_l(z_l^(t+1))`; w is 1, but 0 for the tokens that pruned blocks do not keep. All
-    P-steps share one variant, unless `adapt="step"`: counts are fixed, tokens are inputs.
-
-    The papers leave most options open. The defaults come from the ablation on the reference model, where each was
-    changed alone and the images compared: `benchmarks/results/ablation.md`.
+    P-steps share one variant, unless `adapt="step"`: counts are fixed, tokens are inputs. The papers leave most options
+    open. The defaults come from the ablation on the reference model, where each was changed alone and the images
+    compared: `benchmarks/results/ablation.md`.
 
     Args:
         info: the model.
@@ -86,14 +85,12 @@ def tokencache(
         pruned: how many blocks are pruned, those of least mean importance (adaptive block selection). By default all.
         blocks: the indices of the blocks that may be pruned. By default all whose tokens can be.
         last_full: so many of the last blocks are never pruned (the revision).
-        select: `grid`, the same number in each cell of the grid; `global`, the highest, wherever they are. With
-            `share`, every pruned block keeps as many of them. With sets of their own and an importance, blocks keep as
-            many as they have among the highest of all pairs of block and token (the revision).
+        select: `grid`, the same number in each cell of the grid; `global`, the highest wherever they are: as many in
+            every block, or with `share=False` as many as it has of the highest pairs of block and token (the revision).
         cell: the side of a cell.
         adapt: whether blocks and counts are chosen once for the `run` or at every `step`.
         sets: whether every P-step has its own tokens, or the P-steps of a cycle share them.
-        share: whether all pruned blocks keep the same tokens, those of highest mean importance, and as many of them.
-            With attention `kept`, neighbouring blocks are then merged: one gather, one scatter, one slot.
+        share: whether all pruned blocks keep the same tokens, of highest mean importance; `kept` then merges blocks.
         refresh: whether recomputed tokens replace what is stored.
         rotate: what a token's rank loses each time it is kept; 1 or more lets all tokens take turns. With ranks from
             the graph: what it gains at each step that it waits after an I-step.
@@ -102,14 +99,12 @@ def tokencache(
         seed: seed of `random`.
 
     Raises:
-        PlanError: an option is out of range or lacks what it needs, the importance does not fit, no block can be
-            pruned, steps or tokens rank alike where they are chosen by importance, or the budget cannot be reached; the
-            message then names the nearest bound that can.
+        PlanError: an option is out of range or lacks what it needs, the importance does not fit or ranks all alike, no
+            block can be pruned, or the budget is out of reach; the message then names the nearest bound within reach.
     """
-    learned = load_learned(importance) if isinstance(importance, (str, os.PathLike)) else importance
     options = Options(
         num_steps=num_steps, scores=scores, schedule=schedule, k1=k1, k2=k2, boundary=boundary, cycle=cycle,
         i_steps=i_steps, attention=attention, level=level, last_full=last_full, select=select, cell=cell, adapt=adapt,
         sets=sets, share=share, refresh=refresh, rotate=rotate, seed=seed,
     )  # fmt: skip
-    return Draft(info, options, learned, blocks).solve(budget, keep, pruned)
+    return Draft(info, options, importance, blocks).solve(budget, keep, pruned)
