@@ -23,7 +23,7 @@ counts: rows with "timesteps known" may have a realised share above 1. Peak byte
 at most. Compile seconds are with an empty cache on disk, unless TORCHINDUCTOR_CACHE_DIR is set; what one row compiled,
 later rows with the same code do not compile again. Random weights (dit-*, pixart) are for speed alone, and what a
 threshold decides on them says little. `--with` puts rows of earlier runs, which had their own uncached rows, into one
-table with the new.
+table with the new, and a column says which process measured what.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ from torch import nn
 import tcc
 from tcc import timing
 from tcc.cli.compare import Method
-from tcc.cli.harness import COMPILED, EAGER, TCC, Harness, known_options, run, with_compilation
+from tcc.cli.harness import COMPILED, EAGER, TCC, Harness, device_named, known_options, run, with_compilation
 from tcc.cli.lines import UNCACHED, Line, failures, markdown, plot, table
-from tcc.errors import TccError
+from tcc.errors import CallError, TccError
 from tcc.metrics import Statistics, feature_network, frechet_distance, real_statistics
 from tcc.plan import CachePlan
 
@@ -290,15 +290,23 @@ def joined(earlier: Sequence[Path], lines: Sequence[Line], now: dict[str, Any]) 
     for line in lines:
         found.setdefault(line.key, (len(parts), line))
     rows = [{**line.as_dict(), "part": part} for part, line in found.values()]
-    return {"parts": [*parts, now], "rows": rows}, [line for _, line in found.values()]
+    shown = [replace(line, process=part + 1 if parts else None) for part, line in found.values()]
+    return {"parts": [*parts, now], "rows": rows}, shown
 
 
 def write(args: argparse.Namespace, batch: int, content: dict[str, Any], lines: Sequence[Line], folder: Path) -> None:
     """JSON, table and plot of one batch size."""
     stem = f"peers-{args.model}-{batch}x{args.steps}"
     (folder / f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n")
-    (folder / f"{stem}.md").write_text(f"{markdown(lines)}\n\n{caption(args, batch)}\n")
+    (folder / f"{stem}.md").write_text(f"{markdown(lines)}\n\n{caption(args, batch)}\n{_processes(lines)}")
     plot(lines, caption(args, batch), folder / f"{stem}.png")
+
+
+def _processes(lines: Sequence[Line]) -> str:
+    """What is to be said of a table whose rows were not all measured in one process."""
+    if all(line.process is None for line in lines):
+        return ""
+    return "Seconds compare within a process alone; speedups are over that process's own compiled uncached model.\n"
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -326,6 +334,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--with", dest="earlier", type=Path, nargs="+", default=[], metavar="JSON",
                         help="rows measured before with the same settings: they stand in the same table")  # fmt: skip
     args = parser.parse_args(arguments)
+    try:
+        device_named(args.device)
+    except CallError as error:
+        parser.error(str(error))
+    if args.seconds < 0:
+        parser.error(f"--seconds {args.seconds:g}: give 0 or more")
     if len(args.batch) > 1 and args.earlier:
         parser.error("--with is for one batch size")
     return args
@@ -347,7 +361,7 @@ def report(args: argparse.Namespace, batch: int, measured: Sequence[Line], conso
     """The table and the files of one batch size."""
     content, lines = joined(args.earlier, measured, head(args, batch))
     console.print(table(lines, caption(args, batch)))
-    console.print(escape(failures(lines)))
+    console.print(escape(failures(lines)), _processes(lines))
     if args.results is not None:
         args.results.mkdir(parents=True, exist_ok=True)
         write(args, batch, content, lines, args.results)

@@ -135,6 +135,8 @@ def test_a_plan_whose_timesteps_are_not_known_has_a_row_with_the_reason() -> Non
         (("fora intervals=2",), "policy fora has no option 'intervals'; its options are"),
         (("none.safetensors",), "none.safetensors: cannot be read as a plan"),
         (("fora interval=2", "--batch", "3"), "a batch of 3: guidance takes two rows for an image"),
+        (("fora interval=2", "--device", "foo"), "--device foo: torch knows no such device: give cpu, cuda or cuda:1"),
+        (("fora interval=2", "--device", "cuda:99"), "CUDA devices here: give cpu"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(run: Invoke, arguments: tuple[str, ...], message: str) -> None:
@@ -143,6 +145,11 @@ def test_what_cannot_be_measured_is_one_line(run: Invoke, arguments: tuple[str, 
 
     assert plain(result.stderr).startswith("error: ")
     assert message in plain(result.stderr)
+
+
+def test_no_seconds_are_too_few(run: Invoke) -> None:
+    """A negative limit is a slip."""
+    assert "greater than or equal to 0" in plain(run("full", "--seconds", "-1", exit_code=2).stderr)
 
 
 def test_plans_of_other_steps_or_batches_are_refused(run: Invoke) -> None:

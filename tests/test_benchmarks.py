@@ -24,8 +24,8 @@ from tcc.cli import app
 from tests.scripts import BENCHMARKS, imported
 
 SCRIPTS = (
-    "provenance", "step_speed", "quality_store", "quality_rows", "peers_models", "peers_methods", "peers_probe",
-    "peers", "scaling", "run_gpu", "whole_run",
+    "provenance", "step_speed", "quality_store", "quality_rows", "peers_models", "peers_methods", "peers_plans",
+    "peers_probe", "peers", "scaling", "run_gpu", "whole_run",
 )  # fmt: skip
 needs_diffusers = pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers")
 

@@ -31,7 +31,7 @@ needs_cache_dit = pytest.mark.skipif(find_spec("cache_dit") is None, reason="nee
 KEYS = {
     "method", "family", "package", "mode", "steps", "seconds", "seconds_p90", "speedup", "macs", "bound",
     "realised_share", "psnr", "identical", "error", "fd", "cache_bytes", "peak_bytes", "compile_seconds",
-    "graph_breaks", "recompiles", "rounds", "reason", "part",
+    "graph_breaks", "recompiles", "rounds", "reason", "process", "part",
 }  # fmt: skip
 
 
@@ -189,6 +189,10 @@ def test_the_harness_measures_methods_side_by_side(
     assert joined["rows"][: len(record["rows"])] == record["rows"]
     assert [(row["method"], row["part"]) for row in joined["rows"][len(record["rows"]) :]] == [("FORA N=3", 1)]
     assert [part["settings"]["batch"] for part in joined["parts"]] == [2, 2]
+    rows = (tmp_path / "more" / "peers-tiny-2x4.md").read_text().splitlines()
+    assert [row.split(" | ")[3] for row in rows if row.startswith(("| method", "| FORA N="))] == ["process", "1", "2"]
+    assert "Seconds compare within a process alone" in rows[-1]
+    assert "process" not in (tmp_path / "out" / "peers-tiny-2x4.md").read_text()
     with pytest.raises(SystemExit, match=r"measured with other settings \(steps\)"):
         peers.main([*more, "--only", "nothing", "--steps", "3"])
 

@@ -18,7 +18,7 @@ from tcc.cli import options, record, screen
 from tcc.cli.calls import Calls
 from tcc.cli.compare import Task
 from tcc.cli.demo import make_plans
-from tcc.cli.harness import Harness
+from tcc.cli.harness import Harness, device_named
 from tcc.cli.lines import Line, failures, plot, table
 from tcc.cli.policies import find_policy, parse_options
 from tcc.cli.sample import seeded_noise
@@ -125,7 +125,7 @@ def bench(
     """
     requests = [_request(text) for text in plan or ()]
     count = _steps(requests, steps)
-    subject = _subject(model, batch, input_size, torch.device(device), getattr(torch, dtype))
+    subject = _subject(model, batch, input_size, device_named(device), getattr(torch, dtype))
     task = _task(subject, subject.model, seed, cfg) if isinstance(subject.model, Architecture) else None
     args, kwargs = (subject.args, subject.kwargs) if task is None else task.first_call()
     with torch.no_grad():

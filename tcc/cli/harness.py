@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from tcc import plans
 from tcc.cli.compare import Job, Method, Model, compare, of_executable, warm_up
 from tcc.cli.lines import UNCACHED, Line
-from tcc.errors import PlanError, TccError
+from tcc.errors import CallError, PlanError, TccError
 from tcc.folding import Folding, find_folding
 from tcc.info import ModelInfo
 from tcc.plan import CachePlan
 from tcc.runtime import Compiled, Executable, Known, Session, lower
 from tcc.timing import Compilation, Progress, allocations, watched_compilation
 
-__all__ = ["COMPILED", "EAGER", "TCC", "Harness", "known_options", "run"]
+__all__ = ["COMPILED", "EAGER", "TCC", "Harness", "device_named", "known_options", "run"]
 
 EAGER, COMPILED, TCC = "eager", "torch.compile", "tcc"
 #: Many rows are compiled in one process: none may use up the recompiles of another, or lose its code to a limit.
@@ -239,6 +239,21 @@ class Harness:
 def kept_bytes(model: Model) -> int:
     """What a session of tcc keeps from step to step, in buffers that stay; 0 of other models."""
     return model.slot_bytes + model.folded_bytes if isinstance(model, Session) else 0
+
+
+def device_named(text: str) -> torch.device:
+    """The device of that name, such as `cpu`, `cuda` or `cuda:1`.
+
+    Raises:
+        CallError: there is none, or this torch sees none.
+    """
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise CallError(f"--device {text}: torch knows no such device: give cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise CallError(f"--device {text}: torch sees {torch.cuda.device_count()} CUDA devices here: give cpu")
+    return device
 
 
 def run(method: Method, task: Job) -> Tensor:

@@ -45,6 +45,8 @@ class Line:
         recompiles: of `torch.compile`.
         rounds: how often it was run for its time.
         reason: why it was not measured.
+        process: which one measured it, where a table has rows of several: their seconds do not compare, and speedups
+            are over the uncached model of the same process.
     """
 
     method: str
@@ -67,6 +69,7 @@ class Line:
     recompiles: int | None = None
     rounds: int = 0
     reason: str | None = None
+    process: int | None = None
 
     @property
     def key(self) -> str:
@@ -108,6 +111,7 @@ def _decibels(value: float | None) -> str:
 
 #: The columns after method, mode and steps: heading, attribute, how it is written.
 _COLUMNS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
+    ("process", "process", _number(".0f")),
     ("s per batch", "seconds", _number(".3f")),
     ("p90", "seconds_p90", _number(".3f")),
     ("speedup", "speedup", _number(".2f", unit="x")),

@@ -85,7 +85,7 @@ Classes = Annotated[str, typer.Option(help="Class labels, one image each: [bold]
 Cfg = Annotated[float, typer.Option(min=1.0, help="Guidance scale; above 1 the batch is doubled.")]
 Seed = Annotated[int, typer.Option(help="Seed of the noise: the same seed gives the same noise.")]
 Rounds = Annotated[int, typer.Option(min=1, help="How often every method is run.")]
-Seconds = Annotated[float, typer.Option(help="No further round begins after so many seconds of measuring.")]
+Seconds = Annotated[float, typer.Option(min=0.0, help="No further round begins after so many seconds of measuring.")]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="CPU threads. [dim]default: torch's choice, or 1 on a busy machine[/]")
 ]
