@@ -40,8 +40,8 @@ class Graphs:
 
     def __call__(self, call: Callable[[], Sequence[Any]], warm_ups: int) -> tuple[Callable[[], None], Sequence[Any]]:
         """Capture `call` as a CUDA graph, after so many calls; other threads may use the device meanwhile."""
-        side, graph = _side_stream(self._device), torch.cuda.CUDAGraph()
         with _CAPTURING, torch.cuda.device(self._device):
+            side, graph = _side_stream(self._device), torch.cuda.CUDAGraph()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side), warnings.catch_warnings():
                 for _ in range(warm_ups):

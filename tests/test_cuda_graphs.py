@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +21,7 @@ from tcc.models import DiT
 from tcc.runtime import Executable, Session, _recorder
 from tests import fuzz_plans, running
 from tests.tapes import Tapes
-from tests.tiny_models import Block, Tokens, case, fill, noise
+from tests.tiny_models import Block, Tokens, case, dit, fill, noise
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device: there is none")
 
@@ -81,6 +83,31 @@ def test_variants_share_the_memory_of_their_graphs() -> None:
         torch.cuda.empty_cache()
         taken.append(torch.cuda.memory_reserved())
     assert taken[2] - taken[0] < 2**26 < 64 * 4 * 2**20
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_threads_capture_while_others_run() -> None:
+    """Two sessions on a stream each, at the same time and one after another, give what one alone gives."""
+    model = dit().model.cuda()
+    calls = [[x.cuda() for x in case("dit").inputs(step)[0]] for step in range(4)]
+    policy = functools.partial(tcc.plans.fora, num_steps=4, interval=2)
+    given: dict[str, Any] = {"example_inputs": (tuple(calls[0]), {}), "backend": "eager"}
+    plain, replayed = (tcc.compile(model, policy, mode=mode, **given) for mode in ("default", "reduce-overhead"))
+    alone = plain.new_session()
+    expected = [alone(*call) for call in calls]
+
+    def run(_: int) -> bool:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+            session = replayed.new_session()
+            found = [session(*call) for call in calls]
+            torch.cuda.current_stream().synchronize()
+        return all(map(torch.equal, found, expected))
+
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(run, range(8)))
 
 
 @pytest.mark.parametrize("name", ["dit1", "dit3", "separate", "uvit", "mdtv2", "joint", "rotary", "masked"])
