@@ -389,9 +389,8 @@ def main(argv: list[str] | None = None) -> int:
                 run(count, seed, tuple(options.models), lambda _: progress.advance(task), options.backend)
             except Exception as error:
                 progress.stop()
-                sys.stderr.write(f"mismatch with --seed {seed} --round {options.round}:\n")
-                sys.stderr.write(f"{type(error).__name__}: {error}\n")
-                sys.stderr.writelines(f"{note}\n" for note in getattr(error, "__notes__", ()))
+                lines = (f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ()))
+                sys.stderr.write("\n".join((f"mismatch with --seed {seed} --round {options.round}:", *lines, "")))
                 return 1
     sys.stdout.write(f"{options.examples} plans agree with the reference (seeds {options.seed}..{seed})\n")
     return 0
