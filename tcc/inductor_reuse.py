@@ -24,7 +24,7 @@ def install() -> None:
     """Correct the estimate of the graphs that tcc compiles, and of no others; versions without one need nothing."""
     known = getattr(wrapper, "EfficientPeakEstimate", None)
     if known is not None and not issubclass(known, InPlace):
-        wrapper.EfficientPeakEstimate = type("EfficientPeakEstimate", (InPlace, known), {})  # type: ignore[misc]
+        wrapper.EfficientPeakEstimate = type("EfficientPeakEstimate", (InPlace, known), {})  # type: ignore[assignment, misc]
 
 
 class InPlace:
