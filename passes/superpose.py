@@ -29,6 +29,7 @@ class Superpose(Pass):
 
     1. An `out` is replaced where it stands; for a `delta` or a block's change, the stream after it is added up anew.
     2. The weight has one row or one per sample, and one column or one per token; it is broadcast over the channels.
+       Rows of another stream that are joined to the tokens are computed where it has one column per token.
     3. What `read` sites hold in the rewritten graph is returned too, after the mixed values.
 
     The form is that of TokenCache (Lou et al. 2024, fhat_l^t; one weight per token) and of Learning-to-Cache (Ma et al.
@@ -121,7 +122,9 @@ class _Mixture:
         return total
 
     def _aligned(self, weight: fx.Node, site: Site) -> fx.Node:
-        """The weight `[1 or B, 1 or S]` with its dimensions where the site has samples and tokens."""
+        """The weight `[1 or B, 1 or S]` with its dimensions where the site has samples and tokens; 1 for other rows."""
+        if self.weight[1] > 1 and site.axis.others:
+            weight = self._call(aten.constant_pad_nd.default, weight, [*site.axis.others], 1.0, like=weight)
         if site.axis.dim == 0:  # samples stand after the tokens, or nowhere
             weight = self._call(aten.transpose.int, weight, 0, 1, like=weight)
         for dim in range(1, site.axis.dim):

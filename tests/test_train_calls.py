@@ -32,7 +32,7 @@ from tcc.train import (
     images_with_labels,
     train,
 )
-from tests.joint_models import hf_sd3
+from tests.joint_models import hf_flux, hf_sd3
 from tests.test_train_recipes import images
 from tests.tiny_models import Case, hf_pixart, uvit
 
@@ -105,6 +105,30 @@ def test_branches_of_a_model_of_two_streams_are_learned_from_noise() -> None:
     recipe = Trajectories(Objective(Student(info, names), Budget(price=1e-3)), calls, choices, STEPS, FlowEuler())
     learns(weights, recipe, case.model, iterations=6, lr=0.3)
     assert plans.l2c(info, num_steps=STEPS, router=weights.learned(), theta=1).schedule.letters == "IPIP"  # type: ignore[arg-type]
+
+
+def test_tokens_that_are_joined_by_those_of_a_text_have_weights_of_their_own() -> None:
+    """Flux: single blocks hold text and image in one value; the text is computed, and the image's tokens are learned."""
+    case = hf_flux()
+    info = case.info
+    (site,) = (site for site in info.sites.values() if site.name == "single_transformer_blocks.0.attn.out")
+    assert site.axis.others == (5, 0)
+    student, draw = Student(info, [site.name]), torch.Generator().manual_seed(0)
+    stored, computed = (
+        torch.randn(site.shape, generator=draw),
+        student.compute(*case.args, **case.kwargs).stored[site.name],
+    )
+    weight = torch.rand(1, 12, generator=draw)
+    mixed = student.mix({site.name: stored}, {site.name: weight}, *case.args, **case.kwargs).stored[site.name]
+    assert torch.equal(mixed[:, :5], computed[:, :5])
+    expected = weight[..., None] * computed[:, 5:] + (1 - weight[..., None]) * stored[:, 5:]
+    torch.testing.assert_close(mixed[:, 5:], expected)
+
+    names = outputs(info)
+    choices, calls = dict.fromkeys(CHOICES, names), noise_calls(case, "encoder_hidden_states")
+    weights = TokenWeights(TablePredictor(Sizes.of(info, STEPS), mean=0.5), info, choices)
+    recipe = Trajectories(Objective(Student(info, names), Budget()), calls, choices, STEPS, FlowEuler())
+    learns(weights, recipe, case.model, iterations=12, lr=0.3)
 
 
 def test_a_model_of_any_signature_is_learned_from_latents_in_files(tmp_path: Path) -> None:
