@@ -30,6 +30,7 @@ from quality_rows import (
     PRICED,
     PROBES,
     SHARES,
+    WHOLE_RUN_PROBES,
     WHOLE_RUNS,
     Visits,
     placed_file,
@@ -57,6 +58,7 @@ TRAINED: dict[str, tuple[str, ...]] = {
     NETWORK: ("predictor", "--form", "network", *PREDICTORS),
     PROBES: ("predictor", "--form", "stream", *PREDICTORS),
     COMPARED: ("predictor", "--form", "table", *PREDICTORS, "--compare", "stream"),
+    WHOLE_RUN_PROBES: ("predictor", "--form", "stream", "--target", "0.5", "--iterations", "60"),
     WHOLE_RUNS: ("predictor", "--form", "table", "--target", "0.5", "--iterations", "60"),  # as many calls of the model
     PRICED: ("predictor", "--form", "table", "--recipe", "pairs", "--lambda", "2e-6", "--iterations", "1500"),
 }

@@ -27,7 +27,8 @@ PAIRS_ROUTER = "pairs-router-ddim{steps}.safetensors"
 IMPORTANCE, NETWORK = "importance-ddim{steps}.safetensors", "network-importance-ddim{steps}.safetensors"
 PRICED = "priced-importance-ddim{steps}.safetensors"  # trained with a price instead of a target: its steps differ
 COMPARED, WHOLE_RUNS = "stream-importance-ddim{steps}.safetensors", "runs-importance-ddim{steps}.safetensors"
-PROBES, CALIBRATION = "probes-ddim{steps}.safetensors", "calibration-ddim{steps}.safetensors"
+PROBES, WHOLE_RUN_PROBES = "probes-ddim{steps}.safetensors", "runs-probes-ddim{steps}.safetensors"
+CALIBRATION = "calibration-ddim{steps}.safetensors"
 
 SHARES = (0.5, 0.34, 0.26, 0.2, 0.16)  # of the steps, that a forecast computes
 SHIPPED = Path(data.__file__).parent
@@ -320,6 +321,7 @@ def ablation(steps: int) -> list[Row]:
         "attention: reused, MLP pruned": {"attention": "reused"},
         "predictor: network": {"importance": Learned(NETWORK)},
         "predictor: probes": {"importance": Learned(PROBES)},
+        "predictor: probes, trained on whole runs": {"importance": Learned(WHOLE_RUN_PROBES)},
         "predictor: table with a price": {"importance": Learned(PRICED)},
         "trained on: the stream": {"importance": Learned(COMPARED)},
         "trained on: whole runs": {"importance": Learned(WHOLE_RUNS)},
