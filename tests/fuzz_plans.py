@@ -293,7 +293,7 @@ def examples(draw: Callable[[Any], Any], names: tuple[str, ...] = MODELS) -> Exa
 def worst_error(
     example: Example, runs: int = 2, backend: str = "eager", recorder: Callable[[], Record] | None = None
 ) -> tuple[float, int]:
-    """Run the example's plan and the reference `runs` times; the largest error and its call."""
+    """Run the example's plan, replayed where a recorder is given, and the reference; the largest error and its call."""
     case = model(example.model)
     program = build_program(case.info.captured, case.info.analysis, example.plan, check=example.check)
     executable = lower(program, backend, check=example.check, folding=_folding(case, example))
@@ -319,11 +319,9 @@ def _folding(case: Case, example: Example) -> Folding | None:
     return find_folding(captured, case.info.analysis, example.plan, steps) if same else None
 
 
-def check_example(
-    example: Example, runs: int = 2, backend: str = "eager", recorder: Callable[[], Record] | None = None
-) -> None:
-    """Fail where the compiled plan, replayed if there is a recorder, differs from the reference beyond rounding."""
-    error, call = worst_error(example, runs, backend, recorder)
+def check_example(example: Example, runs: int = 2, backend: str = "eager") -> None:
+    """Fail where the compiled plan differs from the reference by more than rounding."""
+    error, call = worst_error(example, runs, backend)
     assert error <= TOLERANCE, f"relative error {error:.3g} at call {call} (allowed {TOLERANCE}):\n{example!r}"
 
 
