@@ -108,7 +108,7 @@ def test_branches_of_a_model_of_two_streams_are_learned_from_noise() -> None:
 
 
 def test_tokens_that_are_joined_by_those_of_a_text_have_weights_of_their_own() -> None:
-    """Flux: single blocks hold text and image in one value; the text is computed, and the image's tokens are learned."""
+    """Flux: single blocks hold text and image in one value; text is computed, and tokens of the image are learned."""
     case = hf_flux()
     info = case.info
     (site,) = (site for site in info.sites.values() if site.name == "single_transformer_blocks.0.attn.out")
