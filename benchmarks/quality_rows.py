@@ -190,7 +190,7 @@ def control(row: Row, **changed: Any) -> Row:
 UNCACHED = Row("uncached", FEWER, "full")
 #: The rows that the claims rest on, by the beginning of their names: those to run with the most samples.
 CORE = (
-    *(f"{count} steps" for count in (30, 25, 20, 17, 14, 12, 11, 10, 8, 7, 6, 5, 4)),
+    *(f"{count} steps" for count in (40, 30, 25, 20, 17, 14, 12, 11, 10, 8, 7, 6, 5, 4)),
     *("FORA N=2", "FORA N=3", "TaylorSeer N=3 O=2", "TaylorSeer N=6 O=2", "SmoothCache alpha=0.18"),
     *("forecast", "DDIM", MULTISTEP, "TokenCache 1.5x", "uniform tokens 1.5x", "L2C theta=0.1", "ToCa N=3", "DuCa N=3"),
     *("time cut 40%", "time cut 50%"),  # what routers must beat, at bounds around theirs
