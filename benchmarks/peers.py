@@ -334,10 +334,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--with", dest="earlier", type=Path, nargs="+", default=[], metavar="JSON",
                         help="rows measured before with the same settings: they stand in the same table")  # fmt: skip
     args = parser.parse_args(arguments)
-    try:
-        device_named(args.device)
-    except CallError as error:
-        parser.error(str(error))
     if args.seconds < 0:
         parser.error(f"--seconds {args.seconds:g}: give 0 or more")
     if len(args.batch) > 1 and args.earlier:
@@ -348,6 +344,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     args, console = parse(arguments), Console(width=200, highlight=False)
+    try:
+        device_named(args.device)
+    except CallError as error:
+        print(f"peers: {error}", file=sys.stderr)
+        return 2
     torch.set_num_threads(args.threads)
     subject = SUBJECTS[args.model]()
     subject.model.to(device=args.device, dtype=getattr(torch, args.dtype))

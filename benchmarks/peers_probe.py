@@ -51,7 +51,7 @@ def _live_bytes() -> int:
     """The bytes of all storages that Python can reach."""
     found = {}
     for thing in gc.get_objects():
-        if type(thing) in (Tensor, nn.Parameter):
+        if type(thing) in (Tensor, nn.Parameter) and thing.layout is torch.strided:  # others have no storage to ask for
             storage = thing.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
     return sum(found.values())

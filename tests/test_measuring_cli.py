@@ -65,7 +65,7 @@ def test_steps_are_placed_the_same_for_the_same_seed(run: Invoke) -> None:
 def test_more_i_steps_than_steps_are_refused(run: Invoke) -> None:
     """In one line."""
     result = run("train", "steps", *TINY, "--steps", "4", "--i-steps", "9", "--out", "p.safetensors", exit_code=1)
-    assert "a run of 4 steps has 1..4 I-steps" in result.output
+    assert "i_steps=9: expected a whole number, 1..4" in result.output
 
 
 def test_errors_are_measured_for_smoothcache(run: Invoke) -> None:

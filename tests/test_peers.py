@@ -130,6 +130,12 @@ def test_plans_do_what_diffusers_taylorseer_does(
     assert work.macs == pytest.approx(sum(plan.cost.step_macs) * info.batch, rel=1e-9)
 
 
+def test_a_device_that_is_not_there_is_one_line(scripts: Scripts, capsys: pytest.CaptureFixture[str]) -> None:
+    """Told before anything is built."""
+    assert scripts["peers"].main(["--device", "cuda:99"]) == 2
+    assert "--device cuda:99: torch sees" in capsys.readouterr().err
+
+
 @needs_diffusers
 def test_work_is_counted_operator_by_operator(scripts: Scripts, tiny: Any) -> None:
     """A first-block cache that always reuses computes one block of three after the first step, and holds residuals."""
