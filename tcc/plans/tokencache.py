@@ -8,8 +8,9 @@ tokens at every second step): `attention="cached"` over `current` (3.3 dB less),
 (2.9) and of 4 (0.5); `schedule="tprr"` over `even` (0.7); `k1=k2=1` over 2 (2.0), where `refresh=True` (0.2) and
 `sets="step"` (0.3) are ahead by little. Long intervals first, as in the paper, lose 3.3 dB, and nothing with
 `boundary=0.25`; long ones last lose as much, and in Frechet distance too. `cycle` only names intervals: K as `length`
-is K - 1 as `p_steps`. Not compared at these MACs: `pruned`, `last_full`, `adapt` and `schedule="percentile"`. A table trained on pairs of steps is ahead of one trained on whole runs (0.7), a network (1.1), a
-price instead of a mean (1.4), the final stream as the target (1.5) and probes of each sample (2.9).
+is K - 1 as `p_steps`. A table trained on pairs of steps is ahead of one trained on whole runs (0.7), a network (1.1), a
+price instead of a mean (1.4), the final stream as the target (1.5) and probes of each sample (2.9). Not compared at
+these MACs: `pruned`, `last_full`, `adapt` and `schedule="percentile"`.
 """
 
 from __future__ import annotations
