@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -63,21 +65,40 @@ class World:
         return sums.cpu()
 
 
+@functools.cache
+def _rendezvous() -> tuple[dist.Store, int, int]:
+    """Where torchrun's processes find each other, this process's rank, and how many there are."""
+    store, rank, size = next(dist.rendezvous("env://"))
+    return store, rank, size
+
+
+_joined = itertools.count()
+
+
 @contextmanager
 def join_world(device: str = "cpu") -> Iterator[World]:
     """This process's world: that of torchrun where it was started so, else a lone one.
 
+    A process may join as often as it likes, one world after the other, if all processes do so alike. A process group
+    that is there already is used, and left as it is.
+
     Args:
         device: where training runs; processes talk by NCCL on `cuda`, by gloo elsewhere.
     """
+    if dist.is_initialized():
+        yield World(dist.get_rank(), dist.get_world_size())
+        return
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World()
         return
     cuda = device == "cuda"
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if cuda else "gloo")
+    store, rank, size = _rendezvous()
+    # the store outlives a group and keeps its addresses: a group that found those of an earlier one would wait for it
+    place = dist.PrefixStore(f"tcc-{next(_joined)}", store)
+    dist.init_process_group("nccl" if cuda else "gloo", store=place, rank=rank, world_size=size)
     try:
-        yield World(dist.get_rank(), dist.get_world_size())
+        yield World(rank, size)
     finally:
         dist.destroy_process_group()
