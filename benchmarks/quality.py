@@ -5,10 +5,11 @@
     python benchmarks/quality.py report --out RUN --results benchmarks/results
 
 DDIM, or the solver that the row names, with guidance 1.5 as a doubled batch, pixels clipped, in float32 (`--dtype`
-chooses what the model computes in; the solver stays in float32). Every row sees the same noise and the same labels
-(balanced classes). PSNR is counted from the uncached DDIM images in the same noise and dtype: dB of every image, mean
-over images. The Frechet distance is FD (Fashion-MNIST CNN), from the 10,000 test images; see `tcc.metrics`. Seconds
-are those of a row beside the compiled uncached model, their steps interleaved in one process; medians per kind of step.
+chooses what the model computes in, the solver stays in float32; `--freeze` packs the weights, which samples bfloat16
+1.6 times as fast on one core). Every row sees the same noise and the same labels (balanced classes). PSNR is counted
+from the uncached DDIM images in the same noise and dtype: dB of every image, mean over images. The Frechet distance is
+FD (Fashion-MNIST CNN), from the 10,000 test images; see `tcc.metrics`. Seconds are those of a row beside the compiled
+uncached model, their steps interleaved in one process; medians per kind of step.
 
 `run` goes breadth first: all rows at few samples before any row at many. What is measured is kept in RUN, chunk by
 chunk, and never measured again. Several processes may share RUN if each has its own `--seeds`.
@@ -255,7 +256,8 @@ def _method(bench: Bench, entry: Entry, full: Executable) -> Method:
 def settings(args: argparse.Namespace, model: DiT) -> dict[str, Any]:
     """What all numbers in a store depend on."""
     weights = hashlib.sha256(b"".join(t.numpy().tobytes() for t in model.state_dict().values())).hexdigest()[:12]
-    dtype = {} if args.dtype == "float32" else {"dtype": args.dtype}  # first stores were of float32, and do not say so
+    # the first stores were of float32 and do not say so
+    dtype = ({} if args.dtype == "float32" else {"dtype": args.dtype}) | ({"freezing": True} if args.freeze else {})
     features = feature_network().state_dict().values()
     network = hashlib.sha256(b"".join(t.numpy().tobytes() for t in features)).hexdigest()[:12]
     return {"model": weights, "classifier": network, "cfg": CFG, "chunk": args.chunk, "sampler": "ddim", **dtype}
@@ -275,6 +277,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--learned", type=Path, default=Path("learned"), help="folder of trained routers, importances")
     parser.add_argument("--model", help="a weights file [default: the reference model]")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the model")
+    parser.add_argument("--freeze", action="store_true", help="pack the weights (Inductor's freezing): faster sampling")
     parser.add_argument("--batch", type=int, default=50, help="images per call; the model sees twice as many")
     parser.add_argument("--chunk", type=int, default=CHUNK, help="images per file of the store")
     parser.add_argument("--backend", default="inductor")
@@ -297,6 +300,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run, time or report."""
     args, console = parse(arguments), Console(width=170)
     torch.set_num_threads(args.threads)
+    torch._inductor.config.freezing = args.freeze
     model = load_dit(args.model) if args.model else reference_model()
     try:
         if args.chunk % args.batch:

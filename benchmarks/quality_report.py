@@ -194,7 +194,7 @@ def markdown(rows: Sequence[Measured], steps: int) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def notes(rows: Sequence[Measured], dtype: str) -> str:
+def notes(rows: Sequence[Measured], arithmetic: str) -> str:
     """How the numbers came about; below every table."""
     where = timing.machine()
     curve = "in the row’s measured time" if all(m.speedup for m in rows) else "with the row’s MACs"
@@ -205,7 +205,7 @@ def notes(rows: Sequence[Measured], dtype: str) -> str:
         "Milliseconds: the median pace of the uncached runs that rows were measured beside, over a row's speedup. "
         "Front: no cheaper row is as good. DPM-Solver++ converges to other images than DDIM's, so FD tells how "
         "good it is. "
-        f"{dtype}, {where['processor']}, {where['threads']} thread(s), torch {where['torch']}."
+        f"{arithmetic}, {where['processor']}, {where['threads']} thread(s), torch {where['torch']}."
     )
 
 
@@ -249,6 +249,7 @@ def _panel(axes: Axes, rows: Sequence[Measured], field: str) -> None:
 
 def report(entries: Sequence[Any], args: argparse.Namespace, console: Console) -> None:
     """Print the tables; with a folder for results, write tables, plots and numbers there too."""
+    arithmetic = f"{args.dtype}, packed weights" if args.freeze else args.dtype
     wanted = (args.samples, args.seeds) if args.what == "report" else (None, None)
     rows = measured(entries, wanted[0], args.chunk, wanted[1])
     for steps in args.steps:
@@ -257,7 +258,7 @@ def report(entries: Sequence[Any], args: argparse.Namespace, console: Console) -
     if missing:
         names = ", ".join(f"{name} ({steps})" for steps, name in sorted(missing))
         console.print(f"not in the tables, for want of images: {names}")
-    console.print(notes(rows, args.dtype), style="dim")
+    console.print(notes(rows, arithmetic), style="dim")
     if args.results is None:
         return
     args.results.mkdir(parents=True, exist_ok=True)
@@ -266,7 +267,7 @@ def report(entries: Sequence[Any], args: argparse.Namespace, console: Console) -
     for steps in args.steps:
         plot(rows, steps, args.results / f"{stem}-{steps}.png")
     text = "\n\n".join(f"## {steps} steps\n\n{markdown(rows, steps)}" for steps in args.steps)
-    (args.results / f"{stem}.md").write_text(f"{text}\n\n{notes(rows, args.dtype)}\n")
+    (args.results / f"{stem}.md").write_text(f"{text}\n\n{notes(rows, arithmetic)}\n")
     record = {
         **provenance(),
         "settings": json.loads((args.out / "settings.json").read_text()),
