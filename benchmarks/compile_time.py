@@ -8,12 +8,9 @@ call.
 
     python benchmarks/compile_time.py --json benchmarks/results/compile_time.json
 
-What more variants cost, measured once, by processor time (one thread; a DiT of 8 blocks of width 80, regional; every
-variant reuses other branches, as routers choose them): one takes 17.8 seconds, 13.6 of them in the C++ compiler; two
-29.3; five 49.6, 2.8 times one. Ten were not measured so. Nested regions are compiled with the variant that they are in:
-Inductor's cache of graphs missed every variant, and all but the C++ compiler took 2.3 to 3.1 seconds for each again.
-Loops that are the same to the letter are shared by all variants, through Inductor's cache of sources: of 15 runs of the
-C++ compiler for the first variant, 10, 5, 7 and 1 were left for the others.
+Routers make a variant per P-step: an I-step and 1, 4 or 9 P-steps, each of which reuses another half of the branches,
+stand for them. Nested regions are compiled with the variant that they are in: Inductor's cache of graphs misses every
+variant, and shares loops that are the same to the letter, through its cache of sources.
 """
 
 from __future__ import annotations
@@ -26,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +41,12 @@ WHAT = {
     "plan": "I- and P-step",
     "regional plain": "uncached model, regional",
     "regional plan": "I- and P-step, regional",
+    "5 variants": "I-step and 4 P-steps that reuse other branches",
+    "regional 2 variants": "I-step and a P-step that reuses branches, regional",
+    "regional 5 variants": "I-step and 4 P-steps that reuse other branches, regional",
+    "regional 10 variants": "I-step and 9 P-steps that reuse other branches, regional",
 }
+COLUMNS = ("what", "cold s", "warm s", "cold / plain", "cold / one variant so compiled")
 
 
 def build(depth: int, width: int) -> tuple[DiT, tuple[torch.Tensor, ...]]:
@@ -64,13 +67,19 @@ def compile_one(what: str, depth: int, width: int) -> float:
         with torch.no_grad():
             torch.compile(model, fullgraph=True)(*inputs)
         return time.perf_counter() - start
-    policies = {
-        "plan": functools.partial(tcc.plans.tprr, num_steps=2, k1=1, k2=1, keep=0.5, attention="cached", level="block"),
-        "plain": functools.partial(tcc.plans.full, num_steps=1),
-    }
-    compiled = tcc.compile(model, policies[what.split()[-1]], regional=what.startswith("regional"))
+    compiled = tcc.compile(model, policy_of(what.removeprefix("regional ")), regional=what.startswith("regional"))
     compiled.prepare(*inputs)
     return sum(compiled.compile_seconds)
+
+
+def policy_of(name: str) -> Callable[..., tcc.CachePlan]:
+    """What is planned: nothing, tokens, or so many variants."""
+    if name == "plan":
+        return functools.partial(tcc.plans.tprr, num_steps=2, k1=1, k2=1, keep=0.5, attention="cached", level="block")
+    if name == "plain":
+        return functools.partial(tcc.plans.full, num_steps=1)
+    variants = int(name.split()[0])
+    return functools.partial(tcc.plans.random_units, num_steps=variants, interval=variants, share=0.5, sites="delta")
 
 
 def in_process(what: str, cache: Path, args: argparse.Namespace) -> float:
@@ -90,8 +99,10 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
             cold, warm = (in_process(what, Path(folder), args) for _ in range(2))
         rows.append({"what": what, "cold_s": cold, "warm_s": warm})
+    cold = {row["what"]: row["cold_s"] for row in rows}
     for row in rows:
-        row["cold_over_plain"] = row["cold_s"] / rows[0]["cold_s"]
+        one = cold["regional plain" if row["what"].startswith("regional") else "plain"]
+        row |= {"cold_over_plain": row["cold_s"] / cold["plain"], "cold_over_one_variant": row["cold_s"] / one}
     return rows
 
 
@@ -108,11 +119,10 @@ def main() -> None:
         print(compile_one(args.only, args.depth, args.width))
         return
     rows = measure(args)
-    table = Table("what", "cold s", "warm s", "cold / plain", title=f"DiT, {args.depth} blocks of width {args.width}")
+    table = Table(*COLUMNS, title=f"DiT, {args.depth} blocks of width {args.width}")
     for row in rows:
-        table.add_row(
-            WHAT[row["what"]], f"{row['cold_s']:.1f}", f"{row['warm_s']:.1f}", f"{row['cold_over_plain']:.2f}"
-        )
+        over = (f"{row[name]:.2f}" for name in ("cold_over_plain", "cold_over_one_variant"))
+        table.add_row(WHAT[row["what"]], f"{row['cold_s']:.1f}", f"{row['warm_s']:.1f}", *over)
     Console().print(table)
     if args.json:
         args.json.write_text(json.dumps({**provenance(), "depth": args.depth, "rows": rows}, indent=1) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Hashable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-__all__ = ["Memo", "evaluate", "fake_mode_of", "memo_of"]
+__all__ = ["Memo", "evaluate", "fake_mode_of", "memo_of", "refresh_strides"]
 
 
 class _Unknown(Exception):  # noqa: N818 - an answer, not a failure
@@ -106,3 +107,18 @@ def evaluate(node: fx.Node, mode: FakeTensorMode) -> Any:
     if node.op == "call_method":
         target = getattr(torch.Tensor, str(node.target))
     return memo_of(mode).evaluate(target, args, kwargs, mode)
+
+
+def refresh_strides(graph: fx.Graph) -> None:
+    """Note down how values lie in memory now: a view of what a pass has replaced may have the strides of before."""
+    mode = fake_mode_of(graph)
+    for node in graph.nodes:
+        reads = isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.is_mutable
+        if (reads or node.target is operator.getitem) and _is_plain(kept := node.meta["val"]):
+            new = evaluate(node, mode)
+            if _strides(new) != _strides(kept):
+                node.meta["val"] = new
+
+
+def _strides(val: Any) -> list[tuple[int, ...]]:
+    return [each.stride() for each in (val if isinstance(val, (tuple, list)) else [val])]

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from tcc.passes.base import Pass
+from tcc.passes.fake_values import refresh_strides
 from tcc.passes.macs import count
 from tcc.passes.write_slots import is_view
 
@@ -43,6 +44,7 @@ class OutlineRepeats(Pass):
 
     def run(self, gm: fx.GraphModule) -> int:
         """Edit `gm`; see the class."""
+        refresh_strides(gm.graph)  # of copies, all values must lie alike, or no code serves them all
         calls = [n for n in gm.graph.nodes if n.op == "call_function"]
         alike, number = _numbered([_key(n) for n in calls]), 0
         while copies := _best(calls, alike):

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import fx
 
+from tcc.passes.fake_values import evaluate, fake_mode_of
+from tcc.passes.graph import emit
 from tcc.passes.outline_repeats import OutlineRepeats
 from tests.graphs import Sketch, calls, edits, values
 
@@ -108,3 +110,29 @@ def test_what_writes_stays_where_it_is() -> None:
     assert edits(gm, OutlineRepeats()) == 1
     assert outlined(gm) == [3]
     assert calls(gm).count("aten.copy_.default") == 3
+
+
+def test_copies_lie_alike_in_memory() -> None:
+    """A pass that replaces a slice by a product leaves views with the strides of before: they do not mislead."""
+    sketch = Sketch()
+    x, c = sketch.input("x", 2, 16, 64), sketch.input("c", 2, 32)
+    for name in "abcd":
+        wide = sketch.call(aten.linear.default, c, sketch.weight(f"wide_{name}", 128, 32))
+        part = sketch.call(aten.unsqueeze.default, sketch.call(aten.slice.Tensor, wide, 1, 0, 64), 1)
+        x, _ = block(sketch, sketch.call(aten.mul.Tensor, x, part), name)
+    gm = sketch.done(x)
+    slices = [node for node in gm.graph.nodes if node.target is aten.slice.Tensor and node.args[1] == 1]
+    for cut in slices[2:]:
+        wide, (view,) = cut.args[0], cut.users
+        with gm.graph.inserting_before(cut):
+            rows = emit(gm.graph, aten.slice.Tensor, (wide.args[1], 0, 0, 64), like=wide)
+            view.args = (emit(gm.graph, aten.linear.default, (wide.args[0], rows), like=wide), 1)
+    inputs = values(gm)
+    expected = gm(*inputs)[0]
+    edits(gm, OutlineRepeats())
+    for call in (node for node in gm.graph.nodes if node.target is torch.ops.higher_order.invoke_subgraph):
+        inner = getattr(gm, call.args[1]).graph.find_nodes(op="placeholder")
+        given = [evaluate(node, fake_mode_of(gm.graph)).stride() for node in call.args[2:]]
+        assert given == [node.meta["val"].stride() for node in inner]
+    assert outlined(gm)
+    assert torch.equal(gm(*inputs)[0], expected)
