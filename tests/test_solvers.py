@@ -125,7 +125,10 @@ def test_evaluations_know_their_place_in_a_solver_step() -> None:
     assert [e.stage for e in dpm_solver_2s().evaluations(8)] == [0, 1, 0, 1, 0, 1, 0, 0]
     assert [e.stage for e in Scheduled(scheduler=diffusers.HeunDiscreteScheduler()).evaluations(5)] == [0, 1, 0, 1, 0]
     assert timestep_dtype(dpm_solver_2m().evaluations(5)) == torch.int64
-    with pytest.raises(ValueError, match="HeunDiscreteScheduler has no run of 4 evaluations"):
+    pndm = diffusers.PNDMScheduler()  # it begins with twelve evaluations for three steps
+    pndm.set_timesteps(6)
+    assert [e.timestep for e in Scheduled(scheduler=pndm).evaluations(15)] == pndm.timesteps.tolist()
+    with pytest.raises(ValueError, match="HeunDiscreteScheduler has no run of 4 evaluations; the nearest are of 3 and"):
         Scheduled(scheduler=diffusers.HeunDiscreteScheduler()).evaluations(4)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
@@ -39,7 +40,11 @@ class Scheduled(Sampler):
         scheduler = self._started(num_steps)
         orders = getattr(scheduler, "order_list", None)  # of singlestep solvers: 1 at a first evaluation, 2 at a second
         times = scheduler.timesteps.tolist()
-        stages = [order - 1 for order in orders] if orders else [i % scheduler.order for i in range(len(times))]
+        stages = (
+            [order - 1 for order in orders]
+            if orders
+            else [i % getattr(scheduler, "order", 1) for i in range(len(times))]
+        )
         return tuple(Evaluation(timestep, stage) for timestep, stage in zip(times, stages, strict=True))
 
     def run(
@@ -63,20 +68,38 @@ class Scheduled(Sampler):
         Raises:
             ValueError: it has no such run, or refuses the settings.
         """
-        scheduler, count = copy.deepcopy(self.scheduler), int(num_steps)
-        name = type(scheduler).__name__
+        count, order = int(num_steps), getattr(self.scheduler, "order", 1)
+        scheduler = self._set(-(-count // order))
+        if len(scheduler.timesteps) == count:
+            return scheduler
+        others = {len(scheduler.timesteps): scheduler}  # solvers that begin in another way have more or fewer
+        for steps in range(1, count + 1):
+            with contextlib.suppress(ValueError):
+                other = self._set(steps)
+                others[len(other.timesteps)] = other
+        if count in others:
+            return others[count]
+        near = sorted(sorted(others, key=lambda has: abs(has - count))[:2])
+        name, runs = type(scheduler).__name__, " and ".join(map(str, near))
+        raise ValueError(f"{name} has no run of {count} evaluations; the nearest are of {runs}")
+
+    def _set(self, steps: int) -> Any:
+        """A copy of the scheduler at the beginning of so many of its own steps.
+
+        Raises:
+            ValueError: it refuses.
+        """
+        scheduler = copy.deepcopy(self.scheduler)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # numpy's, of how the schedulers make arrays
             try:
-                scheduler.set_timesteps(-(-count // scheduler.order), **self.settings)
+                scheduler.set_timesteps(steps, **self.settings)
             except (TypeError, ValueError) as error:
-                given = ", ".join(self.settings) or "no further settings"
+                name, given = type(scheduler).__name__, ", ".join(self.settings) or "no further settings"
                 raise ValueError(
-                    f"{name}.set_timesteps({count}) with {given}: {error}: give what it asks for as "
+                    f"{name}.set_timesteps({steps}) with {given}: {error}: give what it asks for as "
                     "Scheduled(..., settings={name: value})"
                 ) from error
-        if len(scheduler.timesteps) != count:
-            raise ValueError(f"{name} has no run of {count} evaluations, but one of {len(scheduler.timesteps)}")
         return scheduler
 
 
