@@ -17,6 +17,7 @@ from tcc.passes.attention import Attention
 from tcc.passes.gathers import apart
 from tcc.passes.graph import emit, shape, value
 from tcc.passes.sites import Site
+from tcc.passes.token_axis import argument
 from tcc.passes.tokens import Axis
 from tcc.scores import Attended, Entropy, Fixed, Mapped, Norm, Score, Stale, Term
 
@@ -274,7 +275,7 @@ def _entropies(build: _Build, rows: fx.Node, count: int, halves: bool) -> fx.Nod
 def _map(build: _Build, attention: Attention) -> fx.Node:
     """The softmax map of an attention, in float32, written out beside the fused attention, whose map cannot be had."""
     node, query, key = attention.node, attention.query.node, attention.key.node
-    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    mask = argument(node, 3, "attn_mask")
     if len(shape(query)) > 3 and shape(query)[-3] != shape(key)[-3]:  # several query heads share one key head
         key = build(aten.repeat_interleave.self_int, key, shape(query)[-3] // shape(key)[-3], len(shape(key)) - 3)
     scale = node.kwargs.get("scale") or shape(query)[-1] ** -0.5
@@ -282,6 +283,9 @@ def _map(build: _Build, attention: Attention) -> fx.Node:
     logits = build(aten.mul.Tensor, build(aten._to_copy.default, logits, dtype=torch.float32), scale)
     if isinstance(mask, fx.Node):
         logits = _masked(build, logits, mask)
+    if argument(node, 5, "is_causal", False):
+        ones = build(aten.full.default, list(shape(logits)[-2:]), True, dtype=torch.bool, device=value(logits).device)
+        logits = _masked(build, logits, build(aten.tril.default, ones))
     return build(aten.softmax.int, logits, -1)
 
 

@@ -322,7 +322,10 @@ def _softmax(args: Any, kwargs: Any) -> torch.Tensor:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
     logits = query @ key.transpose(-2, -1) * (kwargs.get("scale") or query.shape[-1] ** -0.5)
     given = args[3] if len(args) > 3 else kwargs.get("attn_mask")
-    weights: torch.Tensor = (logits if given is None else logits + _bias(given, logits)).softmax(-1)
+    logits = logits if given is None else logits + _bias(given, logits)
+    if args[5] if len(args) > 5 else kwargs.get("is_causal"):
+        logits = logits.masked_fill(torch.ones_like(logits).tril() == 0, float("-inf"))
+    weights: torch.Tensor = logits.softmax(-1)
     return weights
 
 

@@ -46,7 +46,7 @@ DITS: tuple[dict[str, Any], ...] = (
 )
 #: Several streams; branches that share a table, read more keys, choose experts, or cannot be pruned.
 JOINT = ("joint", "joint, then single", "audio", "hf_sd3")
-ODD = ("more keys", "experts", "linear attention", "windows", "bias of the query, by pair")
+ODD = ("causal", "more keys", "experts", "linear attention", "windows", "bias of the query, by pair")
 STYLES: dict[str, Callable[[], Case]] = {
     **{
         name: functools.partial(tiny_models.case, name)

@@ -15,6 +15,7 @@ from tcc.program import build_program
 from tcc.runtime import Session, lower
 from tcc.scores import Attended, Entropy, Fixed, Norm, Score, Stale
 from tests.dynamic_plans import SCORES, STEPS, dynamic_plan
+from tests.odd_styles import ODD
 from tests.running import CLOSE, call, session
 from tests.tiny_models import Case, case, dit, relative_error, tensor_of
 
@@ -167,6 +168,27 @@ def test_an_attention_map_is_the_softmax_of_the_model() -> None:
     handle.remove()
     call(reference, which, 0)
     torch.testing.assert_close(reference._maps[Attended("blocks.0.attn")], found[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_causal_map_is_that_of_the_tokens_so_far() -> None:
+    """No token is attended to by an earlier one: by hand from keys and queries."""
+    which, term = ODD["causal"].case(), Attended("blocks.0.attn")
+    plan = dynamic_plan(which, Score(((1.0, term),)), only="mlp")
+    reference, compiled = tcc.Reference(which.model, plan, which.info), session(which, plan)
+    attention = which.model.blocks[0].attn  # type: ignore[union-attr,index]
+    seen: list[torch.Tensor] = []
+    handle = attention.register_forward_hook(lambda module, given, _: seen.extend(module.split(module.qkv(given[0]))))
+    args, kwargs = which.inputs(0)
+    with torch.no_grad():
+        which.model(*args, **kwargs)
+    handle.remove()
+    scores = seen[0] @ seen[1].transpose(2, 3) / seen[0].shape[-1] ** 0.5
+    later = torch.ones_like(scores).triu(1) > 0
+    expected = scores.masked_fill(later, float("-inf")).softmax(-1).mean(1).sum(1)
+    for step in range(STEPS):
+        assert relative_error(call(compiled, which, step), call(reference, which, step)) <= CLOSE
+        if step == 0:
+            torch.testing.assert_close(reference._maps[term], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("halves", [False, True])
