@@ -27,7 +27,7 @@ from torch import Tensor
 import tcc
 from tcc.cuda_graphs import Graphs
 from tcc.runtime import Session
-from tcc.samplers import sample
+from tcc.samplers import DDIM, sample
 from tcc.timing import time_calls
 
 PLANS: dict[str, Callable[..., tcc.CachePlan]] = {
@@ -53,6 +53,8 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         return sample(call, start, labels, num_steps=args.steps, cfg_scale=1.5, null_class=1000)
 
     given: dict[str, Any] = {"example_inputs": (inputs, {}), "backend": args.backend, "regional": args.regional}
+    if args.fold_timesteps:
+        given["timesteps"] = [evaluation.timestep for evaluation in DDIM().evaluations(args.steps)]
     first = tcc.compile(model, functools.partial(PLANS["uncached"], num_steps=args.steps), **given)
     for name, policy in PLANS.items():
         compiled = first.with_plan(functools.partial(policy, num_steps=args.steps)).prepare(*inputs)
@@ -82,6 +84,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--backend", default="inductor")
     parser.add_argument("--regional", action="store_true", help="compile a block once for all of its copies")
+    parser.add_argument("--fold-timesteps", action="store_true", help="compute once what depends on timesteps alone")
     parser.add_argument("--json", type=Path, help="write the rows and the machine here")
     return parser.parse_args(arguments)
 
