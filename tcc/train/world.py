@@ -8,10 +8,12 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 __all__ = ["World", "join_world"]
 
@@ -66,9 +68,9 @@ class World:
 
 
 @functools.cache
-def _rendezvous() -> tuple[dist.Store, int, int]:
+def _rendezvous() -> tuple[Any, int, int]:
     """Where torchrun's processes find each other, this process's rank, and how many there are."""
-    store, rank, size = next(dist.rendezvous("env://"))
+    store, rank, size = next(rendezvous("env://"))
     return store, rank, size
 
 
@@ -96,7 +98,7 @@ def join_world(device: str = "cpu") -> Iterator[World]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     store, rank, size = _rendezvous()
     # the store outlives a group and keeps its addresses: a group that found those of an earlier one would wait for it
-    place = dist.PrefixStore(f"tcc-{next(_joined)}", store)
+    place = dist.PrefixStore(f"tcc-{next(_joined)}", store)  # type: ignore[attr-defined] - public, not exported
     dist.init_process_group("nccl" if cuda else "gloo", store=place, rank=rank, world_size=size)
     try:
         yield World(rank, size)
