@@ -98,7 +98,7 @@ def join_world(device: str = "cpu") -> Iterator[World]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     store, rank, size = _rendezvous()
     # the store outlives a group and keeps its addresses: a group that found those of an earlier one would wait for it
-    place = dist.PrefixStore(f"tcc-{next(_joined)}", store)  # type: ignore[attr-defined] - public, not exported
+    place = dist.PrefixStore(f"tcc-{next(_joined)}", store)  # type: ignore[attr-defined]
     dist.init_process_group("nccl" if cuda else "gloo", store=place, rank=rank, world_size=size)
     try:
         yield World(rank, size)
