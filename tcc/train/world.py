@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.rendezvous import rendezvous
 
 __all__ = ["World", "join_world"]
 
@@ -70,6 +69,8 @@ class World:
 @functools.cache
 def _rendezvous() -> tuple[Any, int, int]:
     """Where torchrun's processes find each other, this process's rank, and how many there are."""
+    from torch.distributed.rendezvous import rendezvous  # imported here: not in every build of torch
+
     store, rank, size = next(rendezvous("env://"))
     return store, rank, size
 
@@ -87,7 +88,7 @@ def join_world(device: str = "cpu") -> Iterator[World]:
     Args:
         device: where training runs; processes talk by NCCL on `cuda`, by gloo elsewhere.
     """
-    if dist.is_initialized():
+    if dist.is_available() and dist.is_initialized():
         yield World(dist.get_rank(), dist.get_world_size())
         return
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
