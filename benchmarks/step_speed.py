@@ -6,9 +6,10 @@ interleaved, medians. The models have random weights: this is about speed alone.
     python benchmarks/step_speed.py --models DiT-S/2 DiT-B/2 --json benchmarks/results/step_speed.json
 
 Columns: the milliseconds of both steps; of the P-step alone and of the whole plan `bound`, the ratio of MACs,
-`speedup`, that of times, and `realised`, speedup / bound. Each plan is compared with the uncached model compiled with
-the *same* options. `--freeze` adds Inductor's `freezing`, which packs the weights of matrix products once (a copy of
-the weights per variant). The profile below the table says where the time of each step goes.
+`speedup`, that of times, and `realised`, speedup / bound; the last also with 2 and 3 P-steps after each I-step. Each
+plan is compared with the uncached model compiled with the *same* options. `--freeze` adds Inductor's `freezing`, which
+packs the weights of matrix products once (a copy of the weights per variant). The profile below the table says where
+the time of each step goes.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from tcc.timing import time_calls
 KEPT = functools.partial(tcc.plans.tprr, num_steps=2, k1=1, k2=1, attention="kept", level="block")
 PLANS: dict[str, Any] = {
     "FORA": functools.partial(tcc.plans.fora, num_steps=4, interval=2),
+    "FORA, after the gate": functools.partial(tcc.plans.fora, num_steps=4, interval=2, sites="delta"),
     "half of the branches": functools.partial(tcc.plans.random_units, num_steps=2),
     "forecast": functools.partial(tcc.plans.forecast, num_steps=3, i_steps=[0, 1]),
     "keep 0.5": functools.partial(KEPT, keep=0.5),
@@ -129,10 +131,14 @@ def measure(of: str, label: str, options: Options, rounds: int, only: list[str])
         cost, first, last = compiled.plan.cost, times[f"{name}: I"], times[f"{name}: P"]
         macs = cost.step_macs[p_step(compiled)]
         step = ratios(full, last, cost.full_macs, macs)
-        whole = ratios(2 * full, first + last, 2 * cost.full_macs, cost.step_macs[0] + macs)
+        whole, *more = (
+            ratios((1 + n) * full, first + n * last, (1 + n) * cost.full_macs, cost.step_macs[0] + n * macs)
+            for n in (1, 2, 3)
+        )
         rows.append({
             **head, "plan": name, "I": first * 1e3, "P": last * 1e3,
             **{f"P {k}": v for k, v in step.items()}, **{f"plan {k}": v for k, v in whole.items()},
+            **{f"plan realised, {n} P": each["realised"] for n, each in enumerate(more, start=2)},
             "error": error(model, compiled, inputs), "slot_bytes": cost.slot_bytes, "profile": profiles[f"{name}: P"],
         })  # fmt: skip
     return rows
@@ -148,6 +154,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
     """The table, and the profile below it."""
     table = Table(title=f"256 tokens, batch 2, fp32, {torch.get_num_threads()} threads; medians, interleaved")
     numbers = [f"{of} {what}" for of in ("P", "plan") for what in ("bound", "speedup", "realised")]
+    numbers += [f"plan realised, {n} P" for n in (2, 3)]
     for column in (*NAMES, "I ms", "P ms", *numbers, "error", "slot KiB"):
         table.add_column(column, justify="left" if column in NAMES else "right")
     for row in rows:
