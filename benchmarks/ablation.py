@@ -20,10 +20,10 @@ literature have no pass here:
   computes once for 50 steps takes 20 ms. Of a step that reuses all branches, the dead parts are 2.7 ms of 6.7 ms.
 - Of PixArt-XL/2 with 120 text tokens, the keys and values of the prompt and its projection are 9.7 of the 149 GMAC of a
   step, and of the 43.7 GMAC of a P-step that recomputes a quarter of the tokens: folding saves 22 % of that one.
-- Gathers in the first normalisation, scatters in what follows the last product, a contiguous token order: Inductor makes
-  one loop of each gather and scatter and its neighbours already, and slices would cost as much (`token_order.py`). What
-  is stored in part was a full copy: keys and values of 12 blocks took 3.7 ms of a P-step of 96 ms, and take 1.7 ms by
-  rows (`WriteRows`).
+- Gathers in the first normalisation, scatters in what follows the last product, a contiguous token order: Inductor
+  makes one loop of each gather and scatter and its neighbours already, and slices would cost as much
+  (`token_order.py`). What is stored in part was a full copy: keys and values of 12 blocks took 3.7 ms of a P-step of
+  96 ms, and take 1.7 ms by rows (`WriteRows`).
 - Sums of a run added block by block in place of at its end: the I-step takes as long, and as much memory, since
   Inductor moves the additions to the end again.
 """
