@@ -11,8 +11,8 @@ after which the whole stream is normalised. Three ways to do each, on the stream
     python benchmarks/token_order.py --threads 1 --json benchmarks/results/token_order.json
 
 Medians of interleaved rounds in milliseconds, beside a compiled P-step of DiT-S/2 that recomputes as many tokens in
-every block (attention `kept`, one merged run: one gather and one scatter). `share` is what fused gathers and scatters
-are of that step, and `slices` would save the difference to theirs.
+every block (attention `kept`, one merged run: one gather and one scatter). `share` is what both ends, with
+their norms, are of that step; a contiguous order would save the difference of `fused` and `slices`.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows, table = [measure(keep, args.rounds, 50) for keep in args.tokens], Table()
-    for name in ("tokens", "what", "apart", "fused", "slices"):
+    for name in ("tokens", "what", *WAYS):
         table.add_column(name, justify="left" if name == "what" else "right")
     for row in rows:
         for what in ("gather", "scatter"):

@@ -40,11 +40,7 @@ class Scheduled(Sampler):
         scheduler = self._started(num_steps)
         orders = getattr(scheduler, "order_list", None)  # of singlestep solvers: 1 at a first evaluation, 2 at a second
         times = scheduler.timesteps.tolist()
-        stages = (
-            [order - 1 for order in orders]
-            if orders
-            else [i % getattr(scheduler, "order", 1) for i in range(len(times))]
-        )
+        stages = [order - 1 for order in orders] if orders else [i % self._order for i in range(len(times))]
         return tuple(Evaluation(timestep, stage) for timestep, stage in zip(times, stages, strict=True))
 
     def run(
@@ -62,14 +58,19 @@ class Scheduled(Sampler):
             x = scheduler.step(output[:, : noise.shape[1]], timestep, x, return_dict=False, **random)[0]
         return x
 
+    @property
+    def _order(self) -> int:
+        """Evaluations of one of its steps; some schedulers of one do not say."""
+        return int(getattr(self.scheduler, "order", 1))
+
     def _started(self, num_steps: int | str) -> Any:
         """A copy of the scheduler, at the beginning of a run of so many evaluations.
 
         Raises:
             ValueError: it has no such run, or refuses the settings.
         """
-        count, order = int(num_steps), getattr(self.scheduler, "order", 1)
-        scheduler = self._set(-(-count // order))
+        count = int(num_steps)
+        scheduler = self._set(-(-count // self._order))
         if len(scheduler.timesteps) == count:
             return scheduler
         others = {len(scheduler.timesteps): scheduler}  # solvers that begin in another way have more or fewer
