@@ -11,6 +11,9 @@ from the uncached DDIM images in the same noise and dtype: dB of every image, me
 FD (Fashion-MNIST CNN), from the 10,000 test images; see `tcc.metrics`. Seconds are those of a row beside the compiled
 uncached model, their steps interleaved in one process; medians per kind of step.
 
+`report --earlier FILE` counts rows and seeds of an earlier results file too: a seed can be sampled on any machine, and
+its numbers are all that is left of it.
+
 `run` goes breadth first: all rows at few samples before any row at many. What is measured is kept in RUN, chunk by
 chunk, and never measured again. Several processes may share RUN if each has its own `--seeds`.
 """
@@ -30,7 +33,7 @@ from typing import Any
 import quality_report
 import torch
 from provenance import commit
-from quality_rows import CORE, UNCACHED, Missing, Row, ablation, comparison
+from quality_rows import CORE, UNCACHED, Missing, Row, Visits, ablation, comparison
 from quality_store import Store, digest
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -46,7 +49,7 @@ from tcc.passes.pipeline import StepKind
 from tcc.plan import CachePlan
 from tcc.program import Variant, build_program
 from tcc.runtime import Compiled, Executable, Known, Session, lower
-from tcc.samplers import Sampler
+from tcc.samplers import DDIM, Sampler
 
 CHUNK, CFG = 250, 1.5
 LEVELS = (250, 500, 1000, 2000, 5000)  # samples of all rows before any row has more
@@ -66,6 +69,12 @@ class Entry:
     def work(self) -> float:
         """MACs of an image over those of one uncached step."""
         return self.plan.num_steps / self.plan.bound
+
+    @property
+    def visited(self) -> tuple[int, ...] | None:
+        """The steps of the longer run that it visits, where those are not spread evenly."""
+        places = self.sampler.diffusion if isinstance(self.sampler, DDIM) else None
+        return places.visited if isinstance(places, Visits) else None
 
 
 class Bench:
@@ -285,6 +294,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--hours", type=float, default=float("inf"), help="run: begin nothing after so many hours")
     parser.add_argument("--rounds", type=int, default=3, help="time: runs of every row")
     parser.add_argument("--seconds", type=float, default=60.0, help="time: no further round of a row after so many")
+    parser.add_argument("--earlier", type=Path, nargs="+", default=[], help="report: results to count too (JSON)")
     parser.add_argument("--results", type=Path, help="report: also write the table, the plots and the numbers here")
     return parser.parse_args(arguments)
 
@@ -322,7 +332,11 @@ def main(arguments: list[str] | None = None) -> int:
             console.print(f"{entry.steps} {entry.row.name}: bound {entry.steps / entry.work:.2f}x")
         console.print(f"work: {sum(entry.work for entry in found):.0f} uncached steps per image, {len(found)} rows")
         return 0
-    quality_report.report(found, args, console)
+    try:
+        quality_report.report(found, args, console)
+    except ValueError as error:
+        print(f"quality: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

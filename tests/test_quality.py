@@ -18,7 +18,7 @@ from tcc.plan import CachePlan, Compute, Reuse
 from tcc.samplers import Diffusion
 from tests.scripts import imported
 
-SCRIPTS = ("quality_rows", "quality_store", "quality_report", "quality", "quality_learn")
+SCRIPTS = ("quality_rows", "quality_store", "quality_measured", "quality_report", "quality", "quality_learn")
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +188,61 @@ def test_rows_of_a_table_are_of_the_same_seeds(
     assert "for want of images: FORA N=3 (4)" in capsys.readouterr().out
 
 
+def test_a_seed_of_an_earlier_report_counts(scripts: dict[str, ModuleType], weights: str, tmp_path: Path) -> None:
+    """Two seeds sampled apart and reported one after the other: the rows of one report of both."""
+    only = ("--samples", "4", "--only", "FORA N=2", "DDIM 50%", "--learned", str(tmp_path))
+    (tmp_path / scripts["quality_rows"].visited_file(0.5).format(steps=4)).write_text("[0, 2]")
+    first, second, both = (tmp_path / name for name in ("first", "second", "both"))
+    assert run(scripts, weights, first, *only, "--seeds", "0", "--results", str(first)) == 0
+    earlier = ("--earlier", str(first / "quality.json"))
+    assert run(scripts, weights, second, *only, "--seeds", "1", *earlier, "--results", str(second)) == 0
+    assert run(scripts, weights, both, *only, "--seeds", "0", "1", "--results", str(both)) == 0
+
+    assert rows(second) == rows(both)
+    assert rows(both)["DDIM 50%, steps searched"]["visited"] == [0, 2]
+    assert rows(both)["FORA N=2"]["fd"].keys() == rows(both)["FORA N=2"]["sampled"].keys() == {"0", "1"}  # type: ignore[attr-defined]
+
+
+def test_a_row_of_an_earlier_report_alone_is_in_the_table(
+    scripts: dict[str, ModuleType], weights: str, tmp_path: Path
+) -> None:
+    """With its seeds and its times; and times count only where all rows have one."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    of_first = ("--samples", "4", "--seeds", "0", "--only", "FORA N=2", "--results", str(first))
+    assert run(scripts, weights, first, *of_first) == 0
+    assert run(scripts, weights, first, *of_first, "--rounds", "1", what="time") == 0
+    assert rows(first)["FORA N=2"]["speedup"] is not None
+    of_second = ("--samples", "4", "--seeds", "0", "--only", "FORA N=3", "--earlier", str(first / "quality.json"))
+    assert run(scripts, weights, second, *of_second, "--results", str(second)) == 0
+
+    found = rows(second)
+    assert found.keys() == {"uncached", "FORA N=2", "FORA N=3"}
+    assert found["FORA N=2"] == {**rows(first)["FORA N=2"], "speedup": None, "seconds_per_image": None}
+    assert found["uncached"]["timing"] == rows(first)["uncached"]["timing"]
+
+
+def test_earlier_results_that_do_not_fit_are_refused(
+    scripts: dict[str, ModuleType], weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of other settings, of another plan, of another number of images, and none at all."""
+    out, results = tmp_path / "out", tmp_path / "results"
+    options = ("--seeds", "0", "--samples", "4", "--only", "FORA N=2")
+    assert run(scripts, weights, out, *options, "--results", str(results)) == 0
+    record = json.loads((results / "quality.json").read_text())
+    row = next(row for row in record["rows"] if row["row"] == "FORA N=2")
+    changed = {
+        "is of other settings": {**record, "settings": {**record["settings"], "cfg": 3.0}},
+        "has another plan in the earlier results": {**record, "rows": [{**row, "plan": "0123456789"}]},
+        "pass --samples 8": {**record, "rows": [{**row, "samples": 8}]},
+    }
+    for message, content in changed.items():
+        (tmp_path / "changed.json").write_text(json.dumps(content))
+        assert run(scripts, weights, out, *options, "--earlier", str(tmp_path / "changed.json"), what="report") == 2
+        assert message in capsys.readouterr().err
+    assert run(scripts, weights, out, *options, "--earlier", str(tmp_path / "none.json"), what="report") == 2
+    assert "there is no" in capsys.readouterr().err
+
+
 def test_the_curve_of_fewer_steps_and_the_front(scripts: dict[str, ModuleType]) -> None:
     """At a cost halfway between two counts the value is the mean of theirs; outside the curve there is none.
 
@@ -196,10 +251,9 @@ def test_the_curve_of_fewer_steps_and_the_front(scripts: dict[str, ModuleType]) 
     report, quality_rows = scripts["quality_report"], scripts["quality_rows"]
 
     def at(cost: float, distance: float, family: str) -> object:
-        row = quality_rows.Row(f"{cost}", family, "full")
-        speedup = 1 / cost
-        plan = CachePlan(num_steps=1, actions={})
-        return report.Measured(row, 4, plan, 4, {0: 30.0}, {0: distance}, None, speedup, None)
+        names = {"row": f"{cost}", "family": family, "steps": 4, "run_steps": 4}
+        numbers = {"macs": 1, "bound": 9.0, "samples": 4, "psnr": {"0": 30.0}, "fd": {"0": distance}, "sampled": {}}
+        return report.Measured(**names, **numbers, speedup=1 / cost)
 
     curve = [at(0.2, 10.0, quality_rows.FEWER), at(0.4, 6.0, quality_rows.FEWER)]
     assert report.at_equal_cost(curve, at(0.3, 5.0, "FORA"), "mean_fd") == pytest.approx(8.0)
