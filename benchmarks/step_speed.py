@@ -1,15 +1,16 @@
 """How much of the saved arithmetic becomes saved time, for layer plans and token plans.
 
-DiT, 256 tokens, batch 2, float32: plans of one I-step and one P-step against the compiled uncached model, one process,
-interleaved, medians. The models have random weights: this is about speed alone.
+DiT, 256 tokens, batch 2, float32: plans of one I-step and one, two or three P-steps against the compiled uncached
+model, one process, runs from their first step to their last, their steps interleaved, medians per step. The models
+have random weights: this is about speed alone.
 
     python benchmarks/step_speed.py --models DiT-S/2 DiT-B/2 --json benchmarks/results/step_speed.json
 
-Columns: the milliseconds of both steps; of the P-step alone and of the whole plan `bound`, the ratio of MACs,
-`speedup`, that of times, and `realised`, speedup / bound; the last also with 2 and 3 P-steps after each I-step. Each
-plan is compared with the uncached model compiled with the *same* options. `--freeze` adds Inductor's `freezing`, which
-packs the weights of matrix products once (a copy of the weights per variant). The profile below the table says where
-the time of each step goes.
+Columns: the milliseconds of an I-step and of the P-step after it; of that P-step and of the whole plan `bound`, the
+ratio of MACs, `speedup`, that of times, and `realised`, speedup / bound; the last also of plans with 2 and 3 P-steps
+after an I-step, which are runs of their own. Each plan is compared with the uncached model compiled with the *same*
+options. `--freeze` adds Inductor's `freezing`, which packs the weights of matrix products once (a copy of the weights
+per variant). The profile below the table says where the time of each step goes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +33,27 @@ from torch.profiler import ProfilerActivity, profile
 import tcc
 from tcc.models import DiT
 from tcc.reference import Reference
-from tcc.timing import time_calls
+from tcc.timing import Run, RunTiming, time_runs
 
-KEPT = functools.partial(tcc.plans.tprr, num_steps=2, k1=1, k2=1, attention="kept", level="block")
-PLANS: dict[str, Any] = {
-    "FORA": functools.partial(tcc.plans.fora, num_steps=4, interval=2),
-    "FORA, after the gate": functools.partial(tcc.plans.fora, num_steps=4, interval=2, sites="delta"),
-    "half of the branches": functools.partial(tcc.plans.random_units, num_steps=2),
-    "forecast": functools.partial(tcc.plans.forecast, num_steps=3, i_steps=[0, 1]),
-    "keep 0.5": functools.partial(KEPT, keep=0.5),
-    "keep 0.25": functools.partial(KEPT, keep=0.25),
-    "keep 0.5, cached": functools.partial(
-        tcc.plans.tprr, num_steps=2, k1=1, k2=1, keep=0.5, attention="cached", level="out"
-    ),
+TPRR, RANDOM = tcc.plans.tprr, tcc.plans.random_units
+P_STEPS = (1, 2, 3)
+Policy = functools.partial[tcc.CachePlan]
+
+
+def tokens(after: int, keep: float, **options: Any) -> Policy:
+    """The same tokens at each of so many P-steps."""
+    return functools.partial(TPRR, num_steps=1 + after, k1=after, k2=after, keep=keep, **options)
+
+
+#: Plans with so many P-steps after an I-step; some have I-steps before or after, which are not counted.
+PLANS: dict[str, Callable[[int], Policy]] = {
+    "FORA": lambda p: functools.partial(tcc.plans.fora, num_steps=2 + p, interval=1 + p),
+    "FORA, after the gate": lambda p: functools.partial(tcc.plans.fora, num_steps=2 + p, interval=1 + p, sites="delta"),
+    "half of the branches": lambda p: functools.partial(RANDOM, num_steps=1 + p, interval=1 + p),
+    "forecast": lambda p: functools.partial(tcc.plans.forecast, num_steps=2 + p, i_steps=[0, 1]),
+    "keep 0.5": lambda p: tokens(p, 0.5, attention="kept", level="block"),
+    "keep 0.25": lambda p: tokens(p, 0.25, attention="kept", level="block"),
+    "keep 0.5, cached": lambda p: tokens(p, 0.5, attention="cached", level="out"),
 }
 GROUPS = {
     "matrix products": ("mm", "linear"),
@@ -72,10 +82,29 @@ def compile_plain(model: DiT, inputs: tuple[torch.Tensor, ...], options: Options
     return compiled
 
 
-def step_of(compiled: tcc.CompiledModel, inputs: tuple[torch.Tensor, ...], step: int) -> Any:
-    """A call that runs that step again and again, as a sampling loop would: through the session."""
-    session = compiled.new_session()
-    for _ in range(compiled.plan.num_steps):
+def whole_run(compiled: tcc.CompiledModel, inputs: tuple[torch.Tensor, ...]) -> Run:
+    """A run of the plan as a sampling loop would make it: through the session; every step is of a kind of its own."""
+
+    def start() -> Iterator[torch.Tensor]:
+        session = compiled.new_session()
+        return (session(*inputs) for _ in range(compiled.plan.num_steps))
+
+    return Run(range(compiled.plan.num_steps), start)
+
+
+def counted(plan: tcc.CachePlan) -> range:
+    """The last I-step before a P-step, and the P-steps after it."""
+    assert plan.cost is not None
+    full = [macs == plan.cost.full_macs for macs in plan.cost.step_macs]
+    first = max(step for step in range(len(full) - 1) if full[step] and not full[step + 1])
+    end = next((step for step in range(first + 1, len(full)) if full[step]), len(full))
+    return range(first, end)
+
+
+def p_step(compiled: tcc.CompiledModel, inputs: tuple[torch.Tensor, ...]) -> Any:
+    """A call that runs the first P-step again and again."""
+    session, step = compiled.new_session(), counted(compiled.plan)[1]
+    for _ in range(step + 1):
         session(*inputs)
 
     def call() -> Any:
@@ -85,16 +114,10 @@ def step_of(compiled: tcc.CompiledModel, inputs: tuple[torch.Tensor, ...], step:
     return call
 
 
-def p_step(compiled: tcc.CompiledModel) -> int:
-    """The step with the fewest MACs."""
-    macs = compiled.plan.cost.step_macs
-    return macs.index(min(macs))
-
-
 def error(model: DiT, compiled: tcc.CompiledModel, inputs: tuple[torch.Tensor, ...]) -> float:
-    """Largest relative difference of the P-step from the reference interpreter."""
+    """Largest relative difference of the first P-step from the reference interpreter."""
     reference, session = Reference(model, compiled.plan), compiled.new_session()
-    for _ in range(p_step(compiled) + 1):
+    for _ in range(counted(compiled.plan)[1] + 1):
         wanted, got = reference(*inputs), session(*inputs)
     return float((wanted - got).abs().max() / wanted.abs().max())
 
@@ -116,32 +139,45 @@ def measure(of: str, label: str, options: Options, rounds: int, only: list[str])
     model, inputs = build_model(of)
     plain = compile_plain(build_model(of)[0], inputs, options)
     names = [name for name in PLANS if not only or name in only]
-    plans = {n: tcc.compile(model, PLANS[n], example_inputs=(inputs, {}), options=options) for n in track(names)}
-    calls: dict[str, Any] = {"full": lambda: plain(*inputs)}
-    for name, compiled in plans.items():
-        calls[f"{name}: I"] = step_of(compiled, inputs, 0)
-        calls[f"{name}: P"] = step_of(compiled, inputs, p_step(compiled))
+    plans = {name: compile_plans(model, PLANS[name], inputs, options) for name in track(names, "compiling")}
+    runs = {"uncached": Run(("full",) * max(P_STEPS), lambda: (plain(*inputs) for _ in P_STEPS))}
+    runs |= {f"{name} {n}": whole_run(each, inputs) for name, by in plans.items() for n, each in by.items()}
     with torch.no_grad():
-        times = {name: taken.median for name, taken in time_calls(calls, rounds=rounds, warmup=3).items()}
-        profiles = {name: breakdown(call) for name, call in calls.items() if not name.endswith(": I")}
-    full = times["full"]
+        time_runs(runs, rounds=2)  # warms up
+        timed = time_runs(runs, rounds=rounds)
+        profiles = {name: breakdown(p_step(by[1], inputs)) for name, by in plans.items()}
+        profiles["uncached"] = breakdown(lambda: plain(*inputs))
+    full = timed["uncached"].by_kind["full"].median
     head = {"model": of, "options": label}
-    rows: list[dict[str, Any]] = [{**head, "plan": "uncached", "I": full * 1e3, "profile": profiles["full"]}]
-    for name, compiled in plans.items():
-        cost, first, last = compiled.plan.cost, times[f"{name}: I"], times[f"{name}: P"]
-        macs = cost.step_macs[p_step(compiled)]
-        step = ratios(full, last, cost.full_macs, macs)
-        whole, *more = (
-            ratios((1 + n) * full, first + n * last, (1 + n) * cost.full_macs, cost.step_macs[0] + n * macs)
-            for n in (1, 2, 3)
-        )
+    rows = [{**head, "plan": "uncached", "I": full * 1e3, "profile": profiles["uncached"]}]
+    for name, by in plans.items():
+        found = {n: whole_plan(full, timed[f"{name} {n}"], each.plan) for n, each in by.items()}
         rows.append({
-            **head, "plan": name, "I": first * 1e3, "P": last * 1e3,
-            **{f"P {k}": v for k, v in step.items()}, **{f"plan {k}": v for k, v in whole.items()},
-            **{f"plan realised, {n} P": each["realised"] for n, each in enumerate(more, start=2)},
-            "error": error(model, compiled, inputs), "slot_bytes": cost.slot_bytes, "profile": profiles[f"{name}: P"],
+            **head, "plan": name, **found[1], **{f"plan realised, {n} P": found[n]["plan realised"] for n in (2, 3)},
+            "error": error(model, by[1], inputs), "slot_bytes": by[1].plan.cost.slot_bytes, "profile": profiles[name],
         })  # fmt: skip
     return rows
+
+
+def compile_plans(
+    model: DiT, plan: Callable[[int], Policy], inputs: tuple[torch.Tensor, ...], options: Options
+) -> dict[int, tcc.CompiledModel]:
+    """The plan by its number of P-steps; variants that are alike are compiled once."""
+    first = tcc.compile(model, plan(P_STEPS[0]), example_inputs=(inputs, {}), options=options)
+    return {n: first if n == P_STEPS[0] else first.with_plan(plan(n)).prepare(*inputs) for n in P_STEPS}
+
+
+def whole_plan(full: float, timing: RunTiming, plan: tcc.CachePlan) -> dict[str, float]:
+    """What an I-step and the P-steps after it take, all together and the first P-step alone."""
+    assert plan.cost is not None
+    seconds = [timing.by_kind[step].median for step in counted(plan)]
+    macs, full_macs = [plan.cost.step_macs[step] for step in counted(plan)], plan.cost.full_macs
+    whole = ratios(full * len(macs), sum(seconds), full_macs * len(macs), sum(macs))
+    step = ratios(full, seconds[1], full_macs, macs[1])
+    return {
+        "I": seconds[0] * 1e3, "P": seconds[1] * 1e3,
+        **{f"P {k}": v for k, v in step.items()}, **{f"plan {k}": v for k, v in whole.items()},
+    }  # fmt: skip
 
 
 def ratios(full_seconds: float, seconds: float, full_macs: int, macs: int) -> dict[str, float]:
@@ -189,7 +225,7 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["DiT-S/2"], help="names that tcc.models knows, such as DiT-B/2")
-    parser.add_argument("--rounds", type=int, default=21, help="samples per step")
+    parser.add_argument("--rounds", type=int, default=21, help="runs of every plan")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="+", default=[], choices=list(PLANS), help="these plans")
     parser.add_argument("--freeze", action="store_true", help="also measure with Inductor's freezing")

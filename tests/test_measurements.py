@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -44,3 +45,33 @@ def test_plans_have_the_variants_of_their_names(scripts: dict[str, ModuleType], 
     info = tcc.inspect(model, *inputs)
     program = info.program(scripts["compile_time"].policy_of(name)(info))
     assert len(program.variants) == variants
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_so_many_p_steps_are_counted(scripts: dict[str, ModuleType], after: int) -> None:
+    """In every plan of `step_speed`: one full step, and the cheaper ones after it."""
+    step_speed, (model, inputs) = scripts["step_speed"], scripts["compile_time"].build(3, 32)
+    info = tcc.inspect(model, *inputs)
+    for policy in step_speed.PLANS.values():
+        plan = policy(after)(info)
+        first, *others = (plan.cost.step_macs[step] for step in step_speed.counted(plan))
+        assert first == plan.cost.full_macs
+        assert len(others) == after
+        assert max(others) < 0.9 * first
+
+
+def test_a_plan_is_measured_by_whole_runs(scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The seconds of a plan are those of its own steps: I-step and every P-step after it."""
+    step_speed, compile_time = scripts["step_speed"], scripts["compile_time"]
+    model, inputs = compile_time.build(3, 32)
+    eager = functools.partial(tcc.compile, backend="eager")
+    monkeypatch.setattr(step_speed.tcc, "compile", eager)
+    plans = step_speed.compile_plans(model, step_speed.PLANS["forecast"], inputs, {})
+    assert [compiled.plan.num_steps for compiled in plans.values()] == [3, 4, 5]
+
+    cost = plans[3].plan.cost
+    timing = tcc.timing.RunTiming(range(5), ((9.0, 4.0, 1.0, 2.0, 3.0),), None)
+    found = step_speed.whole_plan(5.0, timing, plans[3].plan)
+    assert (found["I"], found["P"]) == (4000.0, 1000.0)
+    assert found["plan speedup"] == 2.0  # 4 steps of 5 s in 4 + 1 + 2 + 3
+    assert found["plan bound"] == 4 * cost.full_macs / sum(cost.step_macs[1:])
