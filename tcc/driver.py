@@ -322,7 +322,8 @@ def compile(
             graph (`tcc.passes.noise_level`); without one, steps are counted and callers that make too many or too few
             calls are not noticed. `tcc.inspect(...).table()` says so.
         max_slot_bytes: the most bytes that one session may allocate for slots (one session per image and guidance
-            branch); a plan that needs more is refused. `plan.memory(info)` says what it needs.
+            branch) and for what `timesteps` has it compute once; a plan that needs more is refused.
+            `plan.memory(info)` says what its slots need.
         calls_per_step: how many calls, of one guidance branch each, a loop makes at a step outside of `cache_context`.
             Pipelines that use no contexts make two. They are told apart by their order and the noise level.
         slot_dtype: keep wider values in this dtype, such as `torch.bfloat16`: half the bytes, and an error that you

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from torch import fx
 
 from tcc.capture import Captured
 from tcc.errors import CallError, PlanError
+from tcc.memory import in_units
 from tcc.passes.fold_timesteps import Fold, find_folds, fold_graph
 from tcc.passes.sites import Analysis
 from tcc.plan import CachePlan
@@ -38,6 +40,38 @@ class Folding:
     level: int
     fixed: tuple[int, ...]
     names: tuple[str, ...]
+
+    @property
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype, torch.device]]:
+        """Of every value, by the name of the input that variants read it from: with a row per step, or one for all."""
+        vals = [node.meta["val"] for node in self.gm.graph.output_node().all_input_nodes]
+        rows = [(len(self.levels),) if fold.per_step else () for fold in self.folds]
+        return {
+            fold.input: ((*row, *val.shape), val.dtype, val.device)
+            for fold, row, val in zip(self.folds, rows, vals, strict=True)
+        }
+
+    @property
+    def bytes(self) -> int:
+        """What every session keeps of them."""
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype, _ in self.shapes.values())
+
+    def check(self, slot_bytes: int, max_slot_bytes: int | None) -> None:
+        """Hold them and a plan's slots against a budget.
+
+        Args:
+            slot_bytes: what the plan's slots take.
+            max_slot_bytes: the most bytes that one session may keep; None is no limit.
+
+        Raises:
+            PlanError: together they take more.
+        """
+        if max_slot_bytes is not None and slot_bytes + self.bytes > max_slot_bytes:
+            raise PlanError(
+                f"the plan's slots take {in_units(slot_bytes)} and what timesteps= computes once per run "
+                f"{in_units(self.bytes)} for the captured batch, and max_slot_bytes allows {in_units(max_slot_bytes)}: "
+                "compile without timesteps, or allow more"
+            )
 
 
 def find_folding(
@@ -93,11 +127,10 @@ class Folded:
 
     def __init__(self, folding: Folding) -> None:
         self._folding = folding
-        output = folding.gm.graph.output_node()
-        self.tensors: dict[str, torch.Tensor] = {}
-        for fold, node in zip(folding.folds, output.all_input_nodes, strict=True):
-            val, rows = node.meta["val"], [len(folding.levels)] if fold.per_step else []
-            self.tensors[fold.input] = torch.zeros([*rows, *val.shape], dtype=val.dtype, device=val.device)
+        self.tensors = {
+            name: torch.zeros(shape, dtype=dtype, device=device)
+            for name, (shape, dtype, device) in folding.shapes.items()
+        }
         self._given: list[tuple[torch.Tensor, int | None]] = []
         self._known: list[torch.Tensor] = []
         self._differs: dict[int, torch.Tensor] = {}

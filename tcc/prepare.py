@@ -82,12 +82,14 @@ class Ready:
         """The program of the runs that start at step `start`, compiled.
 
         Raises:
-            PlanError: the plan has no such step.
+            PlanError: the plan has no such step, or a session would keep more than `max_slot_bytes`.
         """
         if start not in self.executables:
             plan, shape, options = start_at(self.plan, start), self.shape, self.options
             progress = options.progress
             program = shape.info.program(plan, progress=progress, max_slot_bytes=options.max_slot_bytes)
+            if self.folding is not None:
+                self.folding.check(program.slot_bytes, options.max_slot_bytes)
             self.executables[start] = lower(
                 program, options.backend, options.options, progress, mode=options.mode, regional=options.regional,
                 folding=self.folding, known=shape.runners,

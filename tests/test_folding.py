@@ -50,8 +50,9 @@ def compiled(which: Case, plan: CachePlan, **options: Any) -> tcc.CompiledModel:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("dit", "full"), ("dit", "branches"), ("hf_dit", "tokens"), ("hf_pixart", "branches"), ("hf_pixart", "tokens")],
-)
+    [("dit", "full"), ("dit", "branches"), ("hf_dit", "tokens"), ("hf_pixart", "branches"), ("hf_pixart", "tokens"),
+     ("hf_wan", "full"), ("hf_wan", "branches")],
+)  # fmt: skip
 def test_it_computes_what_the_reference_does(name: str, kind: str) -> None:
     """Over two runs."""
     which = case(name)
@@ -65,7 +66,7 @@ def test_it_computes_what_the_reference_does(name: str, kind: str) -> None:
     assert model.session.folded_bytes > 0
 
 
-@pytest.mark.parametrize(("name", "folded"), [("dit", 5), ("hf_dit", 9), ("hf_pixart", 9)])
+@pytest.mark.parametrize(("name", "folded"), [("dit", 5), ("hf_dit", 9), ("hf_pixart", 9), ("hf_wan", 9)])
 def test_modulations_and_keys_of_prompts_are_computed_once(name: str, folded: int) -> None:
     """The products that are no longer in the steps are as many as those that are computed apart."""
     which = case(name)
@@ -82,6 +83,23 @@ def test_modulations_and_keys_of_prompts_are_computed_once(name: str, folded: in
     assert info.macs * info.batch - count(graphs[0].graph.nodes) == count(found.gm.graph.nodes) > 0
     products = [node for node in found.gm.graph.nodes if node.target is torch.ops.aten.linear.default]
     assert len(products) == folded
+
+
+def test_what_is_computed_once_counts_in_the_budget() -> None:
+    """It is known before a run, and what a session keeps; one byte less is refused with both amounts."""
+    which = case("dit")
+    plan = plans(which)["branches"]
+    slots = plan.memory(which.info).total
+    session = compiled(which, plan).new_session()
+    needed = slots + session.folded_bytes
+    found = find_folding(which.info.captured, which.info.analysis, plan, TIMESTEPS)
+    assert found is not None
+    assert (session.slot_bytes, session.folded_bytes) == (slots, found.bytes)
+
+    compiled(which, plan, max_slot_bytes=needed)
+    with pytest.raises(PlanError, match=r"slots take .* and what timesteps= computes once per run .* allows"):
+        compiled(which, plan, max_slot_bytes=needed - 1)
+    compiled(which, plan, max_slot_bytes=needed - 1, timesteps=None)
 
 
 def test_what_a_plan_keeps_is_left_to_it() -> None:

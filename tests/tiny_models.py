@@ -113,6 +113,28 @@ def hf_dit() -> Case:
     return Case(fill(model), (noise(2, 4, 8, 8),), kwargs)
 
 
+def hf_wan() -> Case:
+    """Diffusers' `WanTransformer3DModel`, small: a video, cross attention to text, modulated by the timestep alone."""
+    from diffusers import WanTransformer3DModel
+
+    model = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        text_dim=24,
+        freq_dim=16,
+        ffn_dim=64,
+        num_layers=2,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+    )
+    kwargs = {"timestep": torch.tensor([5, 5]), "encoder_hidden_states": noise(2, 7, 24, seed=8)}
+    return Case(fill(model), (noise(2, 4, 3, 8, 8),), kwargs)
+
+
 def hf_pixart() -> Case:
     """Diffusers' `PixArtTransformer2DModel`, small: text by cross attention, with a mask."""
     from diffusers import PixArtTransformer2DModel
@@ -290,6 +312,7 @@ BUILDERS: dict[str, Callable[[], Case]] = {
     "mdtv2": mdt,
     "hf_dit": hf_dit,
     "hf_pixart": hf_pixart,
+    "hf_wan": hf_wan,
     "separate": lambda: tokens_case(Tokens(_blocks())),
     "parallel": lambda: tokens_case(Tokens(_blocks(parallel=True))),
     "flat": lambda: tokens_case(Tokens(_blocks(flat=True))),
