@@ -6,10 +6,10 @@ r"""tcc beside other caches, each from its own package: one process, one model, 
     python benchmarks/peers.py --model dit-s --batch 1 2 8 16 --steps 10 --rounds 3
 
 Needs the extra `bench` (diffusers, cache-dit). Rows: the uncached model eager, under `torch.compile` and through tcc;
-fewer steps; tcc's plans, some of which do just what a peer does (`peers_plans.py`); diffusers' FirstBlockCache,
-TaylorSeer, MagCache, PyramidAttentionBroadcast and FasterCache and cache-dit's DBCache with and without TaylorSeer,
-each eager, under `torch.compile`, and with compiled blocks. A peer that cannot be attached to the model, or raises, has
-a row without numbers, and the reason stands below the table.
+fewer steps; tcc's plans; diffusers' FirstBlockCache, TaylorSeer, MagCache, PyramidAttentionBroadcast and FasterCache
+and cache-dit's DBCache with and without TaylorSeer, each eager, under `torch.compile`, and with compiled blocks; and of
+each peer, what it decided in its eager run as a plan of tcc's ("diffusers' steps": `peers_plans.py`). A peer that
+cannot be attached to the model, or raises, has a row without numbers, and the reason stands below the table.
 
 `torch.compile` sees the whole model after a cache is attached, and no other row's code (`isolate_recompiles`). With
 compiled blocks, each block is compiled before a cache is attached to it, as in diffusers' regional compilation: a cache
@@ -46,7 +46,7 @@ os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")
 import torch
 from peers_methods import PEERS, Model, NotApplicable, Peer
 from peers_models import SUBJECTS, Subject, target
-from peers_plans import ALIKE
+from peers_plans import Twin
 from peers_probe import Work, eager_work
 from provenance import provenance
 from quality_rows import Missing, comparison
@@ -64,6 +64,7 @@ from tcc.metrics import Statistics, feature_network, frechet_distance, real_stat
 from tcc.plan import CachePlan
 
 BLOCKS = "compiled blocks"
+OWNERS = {"diffusers": "diffusers'", "cache_dit": "cache-dit's"}
 LIMIT = {"recompile_limit": 64}
 FEWER = (0.7, 0.5, 0.35, 0.25)  # of the steps
 #: Rows of `quality_rows.py`.
@@ -124,12 +125,10 @@ class Bench(Harness):
     def _plans(self) -> dict[str, tuple[str, Callable[[], CachePlan]]]:
         """By name: the method, and what makes the plan."""
         rows = {row.name: row for row in comparison(self.steps)}
-        plans = {
+        return {
             name: (rows[name].family, functools.partial(rows[name].plan, self.info, self.steps, Path()))
             for name in PLANS
         }
-        alike = {name: functools.partial(policy, self.info, num_steps=self.steps) for name, policy in ALIKE.items()}
-        return plans | {name: ("TaylorSeer", make) for name, make in alike.items()}
 
     def add_peer(self, peer: Peer) -> None:
         """A peer, eager and compiled both ways, each on a copy of its own. Whatever it raises becomes the reason."""
@@ -144,6 +143,17 @@ class Bench(Harness):
                 work = self._add_peer(peer, line, work)
             except Exception as error:  # of another package: it is the result
                 self.refuse(line, _reason(error))
+        if work is not None and peer.twin is not None:
+            self._add_twin(peer, peer.twin, work)
+
+    def _add_twin(self, peer: Peer, twin: Twin, work: Work) -> None:
+        """The plan that repeats what a peer decided."""
+        timesteps = self.task.timesteps(self.steps)
+        name, family = f"{peer.name}, {OWNERS[peer.package]} steps", f"{TCC}: {peer.family}"
+        try:
+            self.add_plan(name, family, twin(self.info, work.step_macs, timesteps))
+        except TccError as error:
+            self.refuse(Line(method=name, family=family, package=TCC, mode=TCC, steps=self.steps), _reason(error))
 
     def fd(self, images: int) -> Callable[[Method], float] | None:
         """Measures the Frechet distance of so many images to the test images; it is biased upwards, the more the fewer.

@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import peers_plans
 import torch
 from peers_models import HiddenStates, Target
+from peers_plans import Twin
 from torch import Tensor, nn
 
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -49,6 +51,7 @@ class Peer:
         package: whose it is, as it is imported.
         attach: puts it on a copy of the model; raises `NotApplicable` or what the package raises.
         settings: the compiler settings that its documentation asks for, in force while it is compiled.
+        twin: the plan of tcc that repeats its decisions, where there is one.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Peer:
     package: str
     attach: Callable[[Target], Attached]
     settings: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    twin: Twin | None = None
 
 
 class Clock:
@@ -228,38 +232,47 @@ def _swapped(tensor: Tensor) -> Tensor:
     return torch.cat(tensor.chunk(2)[::-1])
 
 
-def _peer(name: str, family: str, package: str, attach: Callable[..., Attached], **options: Any) -> Peer:
+def _peer(
+    name: str, family: str, package: str, attach: Callable[..., Attached], *, twin: Twin | None = None, **options: Any
+) -> Peer:
     settings = {"settings": cache_dit_settings} if package == "cache_dit" else {}
-    return Peer(name, family, package, functools.partial(attach, **options), **settings)
+    return Peer(name, family, package, functools.partial(attach, **options), **settings, twin=twin)
 
 
 #: Every peer with its settings: the package's defaults or its documentation's, and a cheaper one.
 PEERS: tuple[Peer, ...] = (
     *(
-        _peer(f"FirstBlockCache {threshold:g}", "FirstBlockCache", "diffusers", first_block, threshold=threshold)
+        _peer(f"FirstBlockCache {threshold:g}", "FirstBlockCache", "diffusers", first_block, threshold=threshold,
+              twin=functools.partial(peers_plans.blocks, first=1))
         for threshold in (0.05, 0.1, 0.2)
     ),
     *(
         _peer(f"TaylorSeer{what} N={interval} O={order}", "TaylorSeer (diffusers)", "diffusers", taylorseer,
-              interval=interval, order=order, modules=modules)
+              interval=interval, order=order, modules=modules,
+              twin=functools.partial(peers_plans.taylorseer, order=order, attention=modules is None))
         for what, modules in ((" attention", None), ("", MODULES))
         for interval, order in ((5, 1), (3, 2))
     ),
     *(
-        _peer(f"MagCache {threshold:g} K={skip}", "MagCache", "diffusers", mag, threshold=threshold, max_skip=skip)
+        _peer(f"MagCache {threshold:g} K={skip}", "MagCache", "diffusers", mag, threshold=threshold, max_skip=skip,
+              twin=functools.partial(peers_plans.blocks, first=0))
         for threshold, skip in ((0.06, 3), (0.24, 5))
     ),
-    _peer("PyramidAttentionBroadcast N=2", "PyramidAttentionBroadcast", "diffusers", pyramid, interval=2),
-    _peer("PyramidAttentionBroadcast N=4, cross 6", "PyramidAttentionBroadcast", "diffusers", pyramid,
-          interval=4, cross=6),
+    *(
+        _peer(f"PyramidAttentionBroadcast N={interval}{f', cross {cross}' if cross else ''}",
+              "PyramidAttentionBroadcast", "diffusers", pyramid, interval=interval, cross=cross,
+              twin=functools.partial(peers_plans.broadcast, interval=interval, cross=cross))
+        for interval, cross in ((2, None), (4, 6))
+    ),
     _peer("FasterCache", "FasterCache", "diffusers", faster),
     *(
-        _peer(f"DBCache F1B0 {threshold:g}", "DBCache", "cache_dit", dual_block, threshold=threshold)
+        _peer(f"DBCache F1B0 {threshold:g}", "DBCache", "cache_dit", dual_block, threshold=threshold,
+              twin=functools.partial(peers_plans.blocks, first=1))
         for threshold in (0.08, 0.24)
     ),
     *(
         _peer(f"DBCache F1B0 {threshold:g} + TaylorSeer O=1", "DBCache + TaylorSeer", "cache_dit", dual_block,
-              threshold=threshold, order=1)
+              threshold=threshold, order=1, twin=functools.partial(peers_plans.blocks, first=1, order=1))
         for threshold in (0.08, 0.24)
     ),
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +22,17 @@ class Work:
     """What an eager run did.
 
     Attributes:
-        macs: multiply-accumulates of matrix products, attention and convolutions, for the whole batch.
+        step_macs: multiply-accumulates of matrix products, attention and convolutions, for the whole batch, by step.
         live_bytes: the most bytes of tensors that were alive between two steps, beyond those before the run.
     """
 
-    macs: float
+    step_macs: tuple[float, ...]
     live_bytes: int
+
+    @property
+    def macs(self) -> float:
+        """Of the run."""
+        return sum(self.step_macs)
 
 
 def eager_work(method: Method, task: Task) -> Work:
@@ -36,7 +42,7 @@ def eager_work(method: Method, task: Task) -> Work:
     """
     model = method.open()
     gc.collect()
-    before, most = _live_bytes(), 0
+    before, most, flops = _live_bytes(), 0, [0]
 
     def count(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:  # shapes
         return int(sdpa_flop_count(query, key, value))
@@ -44,7 +50,8 @@ def eager_work(method: Method, task: Task) -> Work:
     with FlopCounterMode(display=False, custom_mapping={CPU_ATTENTION: count}) as counter:
         for _ in task.denoise(model, method.num_steps, method.sampler):
             most = max(most, _live_bytes() - before)
-    return Work(counter.get_total_flops() / 2, most)
+            flops.append(counter.get_total_flops())
+    return Work(tuple((after - so_far) / 2 for so_far, after in itertools.pairwise(flops)), most)
 
 
 def _live_bytes() -> int:

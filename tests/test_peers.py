@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +18,7 @@ import torch
 
 import tcc
 from tcc.cli.compare import Method
+from tcc.errors import PlanError
 from tcc.metrics import psnr
 from tcc.models import DiT
 from tests.scripts import imported
@@ -106,28 +109,63 @@ def test_a_second_run_is_the_first(
     assert not torch.equal(one, draw(steps=6))
 
 
+def pixart(scripts: Scripts) -> Any:
+    """The PixArt of the comparison, of 2 blocks and 16 tokens; its gates do not vanish."""
+    subject = scripts["peers_models"].pixart(layers=2, heads=2, size=8, tokens=5)
+    return dataclasses.replace(subject, model=fill(subject.model))
+
+
 @needs_diffusers
-@pytest.mark.parametrize(("attention", "interval", "order"), [(True, 3, 2), (False, 5, 1)])
-def test_plans_do_what_diffusers_taylorseer_does(
-    scripts: Scripts, tiny: Any, draw: Callable[..., torch.Tensor], attention: bool, interval: int, order: int
+@pytest.mark.parametrize(
+    ("peer", "settings", "twin", "options"),
+    [
+        ("taylorseer", {"interval": 3, "order": 2, "modules": None}, "taylorseer", {"order": 2, "attention": True}),
+        ("taylorseer", {"interval": 5, "order": 1, "modules": "all"}, "taylorseer", {"order": 1, "attention": False}),
+        ("first_block", {"threshold": 0.5}, "blocks", {"first": 1}),
+        ("mag", {"threshold": 0.5, "max_skip": 2}, "blocks", {"first": 0}),
+        ("pyramid", {"interval": 2}, "broadcast", {"interval": 2}),
+        ("pyramid", {"interval": 2, "cross": 3}, "broadcast", {"interval": 2, "cross": 3}),
+        pytest.param("dual_block", {"threshold": 0.9, "warmup": 2}, "blocks", {"first": 1}, marks=needs_cache_dit),
+        pytest.param(
+            "dual_block", {"threshold": 0.9, "warmup": 4, "order": 1}, "blocks", {"first": 1, "order": 1},
+            marks=needs_cache_dit,
+        ),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("default")  # of the packages
+def test_a_plan_repeats_what_a_peer_decided(
+    scripts: Scripts, tiny: Any, peer: str, settings: dict[str, Any], twin: str, options: dict[str, Any]
 ) -> None:
     """The same images, of the same MACs: the rows can be compared."""
     methods, steps = scripts["peers_methods"], 11
-    modules = None if attention else methods.MODULES
-    task = tiny.task(2, seed=0)
-    info = tcc.inspect(tiny.model, *task.first_call()[0])
-    plan = scripts["peers_plans"].taylorseer(info, num_steps=steps, interval=interval, order=order, attention=attention)
-    ours = list(task.denoise(tcc.compile(tiny.model, plan, backend="eager"), steps))[-1]
-    options = {"interval": interval, "order": order, "modules": modules}
-    assert relative_error(ours, draw(methods.taylorseer, steps=steps, **options)) < 1e-5
-    assert relative_error(ours, draw(steps=steps)) > 1e-3
-
-    target = scripts["peers_models"].target(tiny, steps, lambda model: None)
-    attached = methods.taylorseer(target, **options)
+    if settings.get("modules"):
+        settings = {**settings, "modules": methods.MODULES}
+    subject = pixart(scripts) if peer == "pyramid" else tiny
+    task = subject.task(2, seed=0)
+    target = scripts["peers_models"].target(subject, steps, lambda model: list(task.denoise(model, steps)))
+    attached = getattr(methods, peer)(target, **settings)
     method = Method("peer", lambda: (attached.reset(), attached.around(target.model))[1], tuple(range(steps)))
-    work = scripts["peers_probe"].eager_work(method, task)
+    with torch.no_grad():
+        work = scripts["peers_probe"].eager_work(method, task)
+        *_, theirs = task.denoise(method.open(), steps)
+        *_, uncached = task.denoise(subject.model, steps)
+
+    info = tcc.inspect(subject.model, *task.first_call()[0])
+    plan = getattr(scripts["peers_plans"], twin)(info, work.step_macs, task.timesteps(steps), **options)
+    *_, ours = task.denoise(tcc.compile(subject.model, plan, backend="eager"), steps)
+    assert relative_error(ours, theirs) < 1e-5
+    assert relative_error(ours, uncached) > 1e-4
     assert plan.cost is not None
-    assert work.macs == pytest.approx(sum(plan.cost.step_macs) * info.batch, rel=1e-9)
+    saved = [had - macs * info.batch for had, macs in zip(work.step_macs, plan.cost.step_macs, strict=True)]
+    embedded = 4 * 5 * 2 * 128**2  # prompts, in vain where no attention to them is left: a dead part of tcc's graph
+    assert set(saved) <= ({0, embedded} if "cross" in options else {0})
+
+
+def test_a_peer_that_computes_every_step_has_no_plan_of_its_own(scripts: Scripts, tiny: Any) -> None:
+    """What it adds to a step by itself is no decision."""
+    info = tcc.inspect(tiny.model, *tiny.task(2, seed=0).first_call()[0])
+    with pytest.raises(PlanError, match="it computed every step: there is no decision to repeat"):
+        scripts["peers_plans"].blocks(info, [1000.0, 1002.0, 1000.0], [3.0, 2.0, 1.0], first=1)
 
 
 def test_a_device_that_is_not_there_is_one_line(scripts: Scripts, capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,12 +181,15 @@ def test_work_is_counted_operator_by_operator(scripts: Scripts, tiny: Any) -> No
     bench = scripts["peers"].Bench(tiny, steps=4, batch=2, seed=0, backend="eager")
     bench.add_uncached()
     methods = scripts["peers_methods"]
-    bench.add_peer(methods._peer("FBC", "FBC", "diffusers", methods.first_block, threshold=1e9))
-    eager, compiled, own, peer, peer_compiled, peer_blocks = [entry.line for entry in bench.entries]
+    always = functools.partial(scripts["peers_plans"].blocks, first=1)
+    bench.add_peer(methods._peer("FBC", "FBC", "diffusers", methods.first_block, threshold=1e9, twin=always))
+    eager, compiled, own, peer, peer_compiled, peer_blocks, twin = [entry.line for entry in bench.entries]
     assert eager.macs == pytest.approx(bench.uncached_work.macs / 2, rel=1e-9)  # tcc counts what the operators do
     assert compiled.macs == own.macs == eager.macs
     block = 2 * _block_macs(tiny.model)
     assert eager.macs - peer.macs == pytest.approx(3 * 2 * block, rel=1e-9)
+    assert (twin.method, twin.package) == ("FBC, diffusers' steps", "tcc")
+    assert twin.macs == pytest.approx(peer.macs, rel=1e-9)
     residuals = 3 * 4 * 16 * 32 * 4  # the head's residual and output, and the tail's residual: [4, 16, 32] float32
     assert peer.cache_bytes == pytest.approx(residuals, rel=0.1)
     assert peer_compiled.graph_breaks > 0
