@@ -203,11 +203,13 @@ def run(call: Call, options: argparse.Namespace) -> Row:
     times = time_calls({"full": lambda: plain(*args, **kwargs), "half": half}, rounds=options.rounds, warmup=2)
     speedup = times["full"].median / times["half"].median
     bound = cost.full_macs / cost.step_macs[1]
+    full_peak = allocations(lambda: plain(*args, **kwargs), options.device).peak
+    run_peak = allocations(whole, options.device).peak
     return {
         "full ms": times["full"].median * 1e3, "half ms": times["half"].median * 1e3, "bound": bound,
         "speedup": speedup, "realised share": speedup / bound, "slot bytes": session.slot_bytes,
-        "full peak": allocations(lambda: plain(*args, **kwargs), options.device).peak,
-        "run peak": allocations(whole, options.device).peak, "compile s": sum(compiled.compile_seconds),
+        "full peak": full_peak, "run peak": run_peak, "peak ratio": run_peak / (full_peak + session.slot_bytes),
+        "compile s": sum(compiled.compile_seconds),
     }  # fmt: skip
 
 
@@ -219,22 +221,30 @@ def by_steps(call: Call, options: argparse.Namespace) -> Iterator[Row]:
     )
     for steps in options.steps:
         longer = compiled.with_plan(functools.partial(tokens, steps=steps)).prepare(*args, **kwargs)
+        assert longer.program is not None
+        variants = len(longer.program.variants)
+        yield {"by": "steps", "model": "dit", "steps": steps, "variants": variants, **whole_run(longer, call, options)}
 
-        def run_all(longer: tcc.CompiledModel = longer, steps: int = steps) -> None:
-            session = longer.new_session()
-            for step in range(steps):
-                session.run_step(step, *args, **kwargs)
 
-        times = time_calls({"run": run_all, "open": longer.new_session}, rounds=options.rounds)
-        yield {
-            "by": "steps", "model": "dit", "steps": steps, "variants": len(longer.program.variants),  # type: ignore[union-attr]
-            "ms per step": times["run"].median * 1e3 / steps, "open ms": times["open"].median * 1e3,
-            "slot bytes": longer.new_session().slot_bytes, "run peak": allocations(run_all, options.device).peak,
-        }  # fmt: skip
+def whole_run(compiled: tcc.CompiledModel, call: Call, options: argparse.Namespace) -> Row:
+    """Milliseconds of a step within a run, and of opening a session; what a session keeps, and what a run takes."""
+    _, args, kwargs = moved(call, options)
+
+    def run_all() -> None:
+        session = compiled.new_session()
+        for step in range(compiled.plan.num_steps):
+            session.run_step(step, *args, **kwargs)
+
+    run_all()
+    times = time_calls({"run": run_all, "open": compiled.new_session}, rounds=options.rounds)
+    return {
+        "ms per step": times["run"].median * 1e3 / compiled.plan.num_steps, "open ms": times["open"].median * 1e3,
+        "slot bytes": compiled.new_session().slot_bytes, "run peak": allocations(run_all, options.device).peak,
+    }  # fmt: skip
 
 
 def by_variants(call: Call, options: argparse.Namespace) -> Iterator[Row]:
-    """Plans of more and more variants, each compiled once: seconds of all that is compiled so far."""
+    """Plans of more and more variants, each compiled once: seconds of all that is compiled so far; as `by_steps`."""
     model, args, kwargs = moved(call, options)
     compiled: tcc.CompiledModel | None = None
     seconds = 0.0
@@ -248,7 +258,7 @@ def by_variants(call: Call, options: argparse.Namespace) -> Iterator[Row]:
         assert compiled.program is not None
         yield {
             "by": "variants", "model": "dit", "variants": len(compiled.program.variants), "compile s": seconds,
-            "resident bytes": resident_bytes(), "slot bytes": compiled.program.slot_bytes,
+            "resident bytes": resident_bytes(), **whole_run(compiled, call, options),
         }  # fmt: skip
 
 
@@ -320,19 +330,20 @@ def plot_planning(rows: Sequence[Row], path: Path) -> None:
 
 
 def plot_running(rows: Sequence[Row], path: Path) -> None:
-    """Time and memory of a step against tokens, batch and blocks; steps of long runs; compiling."""
-    figure = Figure(figsize=(13, 7.5), layout="constrained")
-    panels = figure.subplots(2, 4)
-    for (above, below), factor in zip(panels.T, ("tokens", "batch", "blocks"), strict=False):
+    """Time above and memory below, of a step against tokens, batch and blocks, of a run against steps and variants."""
+    figure = Figure(figsize=(16, 7.5), layout="constrained")
+    ms, memory = {"full ms": "-", "half ms": "--"}, {"full peak": "-", "run peak": "--", "slot bytes": ":"}
+    run_ms, run_memory = {"ms per step": "-", "open ms": ":"}, {"run peak": "--", "slot bytes": ":"}
+    shown = {
+        "tokens": (ms, memory), "batch": (ms, memory), "blocks": (ms, memory), "steps": (run_ms, run_memory),
+        "variants": ({"compile s": "-", "ms per step": "--"}, run_memory),
+    }  # fmt: skip
+    for (above, below), (factor, (times, sizes)) in zip(figure.subplots(2, 5).T, shown.items(), strict=True):
         mine = [row for row in rows if row["by"] == factor]
-        draw(above, mine, factor, {"full ms": "-", "half ms": "--"}, ("model",))
-        draw(below, mine, factor, {"full peak": "-", "run peak": "--", "slot bytes": ":"}, ("model",))
-        above.set_ylabel("ms per step")
+        draw(above, mine, factor, times, ("model",))
+        draw(below, mine, factor, sizes, ("model",))
+        above.set_ylabel("ms per step" if factor != "variants" else "s, and ms per step")
         below.set_ylabel("bytes")
-    draw(
-        panels[0, 3], [r for r in rows if r["by"] == "steps"], "steps", {"ms per step": "-", "open ms": ":"}, ("model",)
-    )
-    draw(panels[1, 3], [r for r in rows if r["by"] == "variants"], "variants", {"compile s": "-"}, ("model",), "")
     figure.savefig(path, dpi=120)
 
 

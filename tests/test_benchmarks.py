@@ -148,7 +148,9 @@ def test_time_and_memory_of_growing_models(scripts: dict[str, ModuleType], tmp_p
     small_row, large = rows["tokens"]
     assert large["slot bytes"] == 4 * small_row["slot bytes"] > 0
     assert all(row["run peak"] >= row["full peak"] + row["slot bytes"] for row in rows["tokens"])
+    assert all(1.0 <= row["peak ratio"] <= 1.05 for row in rows["tokens"])
     assert [row["variants"] for row in rows["variants"]] == [2, 3]
+    assert all(row["run peak"] > row["slot bytes"] > 0 for row in (*rows["steps"], *rows["variants"]))
     assert [row["variants"] for row in rows["steps"]] == [2, 2]
     assert {"command", "commit", "processor", "torch"} <= set(content)
     assert (tmp_path / "scaling-running.png").read_bytes().startswith(b"\x89PNG")
