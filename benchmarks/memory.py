@@ -1,14 +1,16 @@
 """Peak memory of plans beside the uncached model and the slots that they declare, and what a step leaves behind.
 
-A DiT and a model of two streams (diffusers' Flux) with random weights, of 64 and of 1024 tokens; all plans on the small
-DiT, three on the others. The allocator's events of every step, so a busy machine changes nothing. All weights and the
-slots are there before; `peak` is the most that a step takes beyond them, `uncached` the same of the uncached model
-through tcc, and `without tcc` that of the model itself, under `torch.compile` where the backend is Inductor.
+A DiT and a model of two streams (diffusers' Flux) with random weights, of 64 to 1024 tokens, one or 8 images in two
+guidance branches; all plans on the small DiT, some on the others; and a run of 50 steps whose timesteps are known. The
+allocator's events of every step, so a busy machine changes nothing. All weights and what the plan declares are there
+before; `peak` is the most that a step takes beyond them, `uncached` the same of the uncached model through tcc, and
+`without tcc` that of the model itself, under `torch.compile` where the backend is Inductor.
 
     python benchmarks/memory.py --json benchmarks/results/memory.json
 
-`ratio` is (peak + slots) / (uncached + slots) and must be 1.05 at most; `left` are the bytes that a run leaves behind,
-its outputs aside.
+`ratio` is (peak + kept) / (uncached + kept) and must be 1.05 at most, where `kept` is what the plan declares: its
+slots, and what is computed once where timesteps are known; `left` are the bytes that a run leaves behind, its outputs
+aside.
 """
 
 from __future__ import annotations
@@ -41,10 +43,13 @@ PLANS: dict[str, Any] = {
     "tokens, keys stored": functools.partial(TOKENS, attention="cached", rotate=True),
     "tokens, before the gate": functools.partial(TOKENS, attention="cached", level="out"),
 }
-THREE = ("FORA", "tokens, keys kept", "tokens, keys stored")
-#: Model, side of the grid of tokens, plans.
-CASES: tuple[tuple[str, int, tuple[str, ...]], ...] = (
-    ("dit", 8, tuple(PLANS)), ("dit", 32, THREE), ("two streams", 8, THREE), ("two streams", 32, THREE),
+KNOWN = "FORA, timesteps known"
+PLANS[KNOWN] = functools.partial(tcc.plans.fora, num_steps=50, interval=2)
+SOME = ("FORA", KNOWN, "tokens, keys kept", "tokens, keys stored")
+#: Model, side of the grid of tokens, images, plans.
+CASES: tuple[tuple[str, int, int, tuple[str, ...]], ...] = (
+    ("dit", 8, 1, tuple(PLANS)), ("dit", 32, 1, SOME), ("dit", 16, 8, SOME),
+    ("two streams", 8, 1, SOME), ("two streams", 32, 1, SOME), ("two streams", 16, 8, SOME),
 )  # fmt: skip
 
 
@@ -79,20 +84,39 @@ def without_tcc(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 
 def rows(backend: str, depth: int, width: int) -> Iterator[dict[str, Any]]:
     """One row per case and plan."""
-    for name, side, plans in CASES:
-        model, args, kwargs = BUILDERS[name](depth, side, width, 2)
+    for name, side, images, plans in CASES:
+        model, args, kwargs = one_level(*BUILDERS[name](depth, side, width, 2 * images))
         policy = functools.partial(tcc.plans.full, num_steps=1)
         plain = tcc.compile(model, policy, example_inputs=(args, kwargs), backend=backend)
         uncached, _ = measure(plain, args, kwargs)
         alone = without_tcc(model, args, kwargs, backend)
         for plan in track(plans, description=f"{backend}, {name}, {side**2} tokens"):
-            compiled = plain.with_plan(PLANS[plan]).prepare(*args, **kwargs)
-            assert compiled.info is not None
-            slots = compiled.plan.memory(compiled.info).total
+            if plan == KNOWN:
+                levels = [level_of(args, kwargs).flatten()[0].item()] * PLANS[plan].keywords["num_steps"]
+                given: dict[str, Any] = {"example_inputs": (args, kwargs), "backend": backend, "timesteps": levels}
+                compiled = tcc.compile(model, PLANS[plan], **given)
+            else:
+                compiled = plain.with_plan(PLANS[plan]).prepare(*args, **kwargs)
+            session = compiled.new_session()
+            kept = session.slot_bytes + session.folded_bytes
             peak, left = measure(compiled, args, kwargs)
-            ratio = (peak + slots) / (uncached + slots)
-            row = {"backend": backend, "model": name, "tokens": side**2, "plan": plan, "peak": peak}
-            yield row | {"uncached": uncached, "without tcc": alone, "slots": slots, "ratio": ratio, "left": left}
+            ratio = (peak + kept) / (uncached + kept)
+            row = {"backend": backend, "model": name, "tokens": side**2, "images": images, "plan": plan, "peak": peak}
+            yield row | {"uncached": uncached, "without tcc": alone, "kept": kept, "ratio": ratio, "left": left}
+
+
+def level_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The timesteps `[B]` among a call's inputs."""
+    found: torch.Tensor = kwargs["timestep"] if "timestep" in kwargs else args[1]
+    return found
+
+
+def one_level(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """The call with the timestep of its first sample for all of them, as in a run."""
+    level_of(args, kwargs).fill_(level_of(args, kwargs)[0])
+    return model, args, kwargs
 
 
 def main() -> None:

@@ -20,6 +20,9 @@ from tcc.watch import is_readable, version_of
 
 __all__ = ["Folded", "Folding", "find_folding"]
 
+#: What is computed stands beside what is kept for a moment: of so many steps, less than a step's own activations.
+STEPS_AT_ONCE = 8
+
 
 @dataclass(frozen=True, eq=False)
 class Folding:
@@ -146,12 +149,20 @@ class Folded:
         self._known, self._differs = [inputs[n].clone() for n in folding.fixed], {}
         self.check(inputs, step)
         positions = [0 if n == folding.level else None for n in range(len(inputs))]
-        given = [folding.levels if n == folding.level else tensor for n, tensor in enumerate(inputs)]
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
-            values = torch.func.vmap(folding.gm, in_dims=tuple(positions))(*given)
-        for fold, val in zip(folding.folds, values, strict=True):
-            self.tensors[fold.input].copy_(val if fold.per_step else val[0])
+        compute = torch.func.vmap(folding.gm, in_dims=tuple(positions))
+        for first in range(0, len(folding.levels), STEPS_AT_ONCE):
+            part = slice(first, first + STEPS_AT_ONCE)
+            given = [folding.levels[part] if n == folding.level else tensor for n, tensor in enumerate(inputs)]
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
+                values = compute(*given)
+            for fold, val in zip(folding.folds, values, strict=True):
+                kept = self.tensors[fold.input]
+                if fold.per_step:
+                    kept[part].copy_(val)
+                elif first == 0:
+                    kept.copy_(val[0])
+            del values, val  # before the next are computed
 
     def check(self, inputs: list[torch.Tensor], step: int, *, last: bool = False) -> None:
         """Compare a call with what the values were computed for.

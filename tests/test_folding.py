@@ -13,6 +13,7 @@ from tcc.errors import CallError, PlanError
 from tcc.folding import find_folding
 from tcc.passes.macs import count
 from tcc.plan import CachePlan, Compute, Reuse
+from tcc.timing import allocations
 from tests.running import CLOSE
 from tests.tiny_models import Case, case, relative_error, tensor_of
 
@@ -100,6 +101,20 @@ def test_what_is_computed_once_counts_in_the_budget() -> None:
     with pytest.raises(PlanError, match=r"slots take .* and what timesteps= computes once per run .* allows"):
         compiled(which, plan, max_slot_bytes=needed - 1)
     compiled(which, plan, max_slot_bytes=needed - 1, timesteps=None)
+
+
+def test_computing_once_takes_no_more_memory_than_a_step() -> None:
+    """The values of 50 steps are more than twice what a step takes: they are computed a few steps at a time."""
+    which, steps = case("dit"), 50
+    args, kwargs = inputs(which, 0)
+    plan = tcc.plans.fora(which.info, num_steps=steps, interval=2)
+    session = compiled(which, plan, timesteps=[TIMESTEPS[0]] * steps).new_session()
+    for _ in range(steps):
+        session(*args, **kwargs)
+    first, *others = (allocations(lambda: session(*args, **kwargs)).peak for _ in range(steps))
+    kept = session.slot_bytes + session.folded_bytes
+    assert session.folded_bytes > 2 * max(others)
+    assert first + kept <= 1.05 * (max(others) + kept)
 
 
 def test_what_a_plan_keeps_is_left_to_it() -> None:
