@@ -1,0 +1,112 @@
+"""The tables of the README say what the results files say, to the digits that they show."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def table(head: str) -> list[list[str]]:
+    """The cells of the README's table whose header begins so, without the header."""
+    lines = README[README.index(f"| {head} |") :].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def results(name: str) -> list[dict[str, Any]]:
+    """The rows of a results file."""
+    rows: list[dict[str, Any]] = json.loads((ROOT / "benchmarks" / "results" / name).read_text())["rows"]
+    return rows
+
+
+def says(cell: str, value: float | None) -> bool:
+    """Whether a cell is the value, rounded to the digits that it shows; `reference` where there is none."""
+    if value is None:
+        return cell == "reference"
+    text = cell.removesuffix("x")
+    return text == f"{value:.{len(text.partition('.')[2])}f}"
+
+
+def unmatched(rows: Iterable[Sequence[str]], known: Sequence[Sequence[Any]]) -> list[Sequence[str]]:
+    """The rows of which no known row has all numbers."""
+    return [
+        row for row in rows if not any(all(says(cell, v) for cell, v in zip(row, one, strict=True)) for one in known)
+    ]
+
+
+def mean(by_seed: dict[str, float | None]) -> float | None:
+    """Over the seeds; None for the uncached run, which is the reference."""
+    found = [value for value in by_seed.values() if value is not None]
+    return statistics.fmean(found) if found else None
+
+
+def test_a_cell_is_compared_to_its_digits() -> None:
+    """Rounded, not cut off; and what does not match is found."""
+    assert says("1.27x", 1.2651)
+    assert not says("1.26x", 1.2651)
+    assert says("303", 302.9)
+    assert not says("reference", 1.0)
+    assert says("reference", None)
+    assert unmatched([["1.0", "2.0"], ["1.0", "3.0"]], [[1.0, 2.0]]) == [["1.0", "3.0"]]
+
+
+def test_fifty_steps() -> None:
+    """Milliseconds, speedup, bound, PSNR and FD of policies at 50 steps."""
+    known = [
+        [row["seconds_per_image"] * 1e3, row["speedup"], row["bound"], mean(row["psnr"]), mean(row["fd"])]
+        for row in results("quality-core.json")
+        if row["steps"] == 50
+    ]
+    found = table("plan, of 50 steps")
+    assert len(found) > 15
+    assert not unmatched([row[1:6] for row in found], known)
+
+
+def test_twenty_steps() -> None:
+    """Speedup, measured in float32; bound, PSNR, FD and its range over the seeds, of bfloat16."""
+    timed = {row["row"]: row["speedup"] for row in results("quality-core.json") if row["steps"] == 20}
+    known = [
+        [timed[row["row"]], row["bound"], mean(row["psnr"]), mean(row["fd"]), *ends(row["fd"])]
+        for row in results("quality-core-bfloat16.json")
+        if row["steps"] == 20 and row["row"] in timed
+    ]
+    found = table("plan, of 20 steps")
+    assert len(found) > 20
+    assert not unmatched([[*row[1:5], *row[5].split("..")] for row in found], known)
+
+
+def ends(by_seed: dict[str, float]) -> tuple[float, float]:
+    """The least and the most."""
+    return min(by_seed.values()), max(by_seed.values())
+
+
+@pytest.mark.parametrize("name", ["ablation.json"])
+def test_the_ablation(name: str) -> None:
+    """PSNR and FD of every option."""
+    known = [[mean(row["psnr"]), mean(row["fd"])] for row in results(name)]
+    found = table("option")
+    assert len(found) > 20
+    assert not unmatched([row[1:3] for row in found], known)
+
+
+def test_from_the_bound_to_the_clock() -> None:
+    """Milliseconds, bounds, speedups and realised shares of `step_speed.py`."""
+    known = [
+        [
+            row["I"], row["P"], row["P bound"], row["P speedup"], row["plan bound"], row["plan speedup"],
+            row["plan realised"], row["plan realised, 2 P"], row["plan realised, 3 P"],
+        ]
+        for row in results("step_speed.json")
+        if "P" in row
+    ]  # fmt: skip
+    found = [row for row in table("model | plan") if row[1] != "uncached"]
+    assert len(found) > 10
+    numbers = [[*row[2:4], *row[4].split(", ")[:2], row[5], row[6], *row[7].split(" / ")] for row in found]
+    assert not unmatched(numbers, known)
