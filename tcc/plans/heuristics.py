@@ -141,8 +141,8 @@ def metric(
 def time_cut(info: ModelInfo, *, num_steps: int, cut: float = 0.5, interval: int = 2, sites: Kept = "out") -> CachePlan:
     """One cutoff in time: before it P-steps reuse all branches, after it every step computes everything.
 
-    Of no paper, tcc's own: a rule with two parameters that mimics Learning-to-Cache's trained routers, which reuse nearly
-    everything in the noisy half of the steps and nearly nothing in the other.
+    Of no paper, tcc's own: a rule with two parameters that mimics Learning-to-Cache's trained routers, which reuse
+    nearly everything in the noisy half of the steps and nearly nothing in the other.
 
     Args:
         info: the model.

@@ -131,10 +131,10 @@ def faster_diffusion(
 ) -> CachePlan:
     """Faster Diffusion (Li et al. 2024, arXiv 2312.09608): the encoder runs at key steps only (encoder propagation).
 
-    `E(x_t) = E(x_(t+k))`: at the other steps, the decoder gets the stream and the long skips of the last key step t + k.
-    The paper's noise injection belongs to the sampler and is not part of the plan. Its decoder has the current time
-    embedding. A U-ViT has none beside its stream, where time is a token: held with the rest, it makes the output that
-    of the key step.
+    `E(x_t) = E(x_(t+k))`: at the other steps, the decoder gets the stream and the long skips of the last key step,
+    t + k. The paper's noise injection belongs to the sampler and is not part of the plan. Its decoder has the current
+    time embedding. A U-ViT has none beside its stream, where time is a token: held with the rest, it makes the output
+    that of the key step.
 
     Args:
         info: the model.
