@@ -1,14 +1,15 @@
-"""The published models whose cost the papers state, and FLOPs as some of them count."""
+"""The published models whose cost the papers state, and tokens and FLOPs as some of them count."""
 
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 
 import tcc
 from tcc.models import DiT, UViT
-from tcc.plan import CachePlan
+from tcc.plan import CachePlan, TopK, Update
 
 
 @functools.cache
@@ -30,3 +31,14 @@ def uvit_h2() -> tcc.ModelInfo:
 def tera_flops(plan: CachePlan) -> float:
     """Of one guided image, as ToCa, DuCa, FORA and TaylorSeer state it: 2 FLOPs per MAC, two guidance branches."""
     return plan.macs * 2 * 2 / 1e12
+
+
+def toca_tokens(block: int, i: int, ratio: float = 0.07) -> int:
+    """Tokens of ToCa's schedule for 50 DDIM steps: `floor(256 ratio 2.5 (0.8 + 0.4 l / 27) (3 - 4 i / 50))`."""
+    return math.floor(256 * (ratio * (0.8 + 0.4 * block / 27) * max(0.0, 3 - 4 * i / 50) * 2.5))
+
+
+def updated_tokens(plan: CachePlan) -> list[int]:
+    """The number of tokens of every update."""
+    updates = [action.tokens for action in plan.actions.values() if isinstance(action, Update)]
+    return [t.count if isinstance(t, TopK) else plan.tokens[t].numel() for t in updates]

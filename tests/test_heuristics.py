@@ -21,6 +21,8 @@ from tests.tiny_models import case, relative_error
 
 BRANCHES = [f"blocks.{b}.{branch}" for b in (0, 1) for branch in ("attn", "mlp")]
 OUT = [f"{branch}.out" for branch in BRANCHES]
+#: MACs of the branches of the tiny DiT, S = 16 tokens of width D = 32: 4 D^2 S + 2 S^2 D, and 8 D^2 S.
+ATTENTION, MLP = 4 * 32 * 32 * 16 + 2 * 16 * 16 * 32, 8 * 32 * 32 * 16
 
 
 def chosen(plan: CachePlan, action: Any = Reuse()) -> dict[int, list[str]]:  # noqa: B008
@@ -37,6 +39,12 @@ def chosen(plan: CachePlan, action: Any = Reuse()) -> dict[int, list[str]]:  # n
 def branch_macs(info: ModelInfo, sites: Iterable[str]) -> int:
     """MACs of branches, per image."""
     return sum(info.sites[site].macs // info.batch for site in sites)
+
+
+def saved(plan: CachePlan) -> list[int]:
+    """MACs that every step saves, per image."""
+    assert plan.cost is not None
+    return [plan.cost.full_macs - macs for macs in plan.cost.step_macs]
 
 
 def dropped_macs(info: ModelInfo, dropped: dict[int, list[str]]) -> int:
@@ -66,6 +74,18 @@ def test_random_units_are_as_many_and_the_seeds() -> None:
     assert first.actions == again.actions != other.actions
     assert [(step, len(set(units))) for step, units in chosen(first).items()] == [(s, 2) for s in range(1, 40, 2)]
     assert len({tuple(units) for units in chosen(first).values()}) == math.comb(4, 2)
+
+
+def test_the_random_units_of_a_seed() -> None:
+    """A seed's draw stays what it is, so that its results can be had again; and a P-step lacks what it reuses."""
+    info = case("dit").info
+    plan = plans.random_units(info, num_steps=8)
+    other = [OUT[1], OUT[2]]
+    assert chosen(plan) == {1: [OUT[0], OUT[3]], 3: other, 5: [OUT[0], OUT[3]], 7: [OUT[0], OUT[3]]}
+    assert saved(plan) == [0, ATTENTION + MLP] * 4
+    plan = plans.random_units(info, num_steps=7, interval=3, share=0.25, seed=3)
+    assert chosen(plan) == {1: [OUT[0]], 2: [OUT[0]], 4: [OUT[2]], 5: [OUT[0]]}
+    assert saved(plan) == [0, ATTENTION, ATTENTION, 0, ATTENTION, ATTENTION, 0]
 
 
 def test_one_cutoff_in_time() -> None:
@@ -121,6 +141,18 @@ def test_the_metric_looks_back_to_the_computed_step() -> None:
     assert chosen(plan) == {1: attention, 4: attention}
     plan = plans.metric(info, num_steps=6, errors=errors(), share=6 / 16, interval=3)
     assert chosen(plan) == {1: attention, 2: attention, 4: attention}
+
+
+def test_the_cost_of_the_metric() -> None:
+    """A P-step lacks the branches that it reuses: one block's attention, both blocks', or with their MLPs."""
+    info = case("dit").info
+    for share, first, second in ((0.125, 1, 0), (0.5, 2, 2)):
+        plan = plans.metric(info, num_steps=4, errors=errors(4), share=share)
+        assert saved(plan) == [0, first * ATTENTION, 0, second * ATTENTION]
+    plan = plans.metric(info, num_steps=4, errors=errors(4), share=0.75)
+    assert saved(plan) == [0, 2 * ATTENTION + 2 * MLP, 0, 2 * ATTENTION]
+    plan = plans.metric(info, num_steps=6, errors=errors(), share=6 / 16, interval=3)
+    assert saved(plan) == [0, 2 * ATTENTION, 2 * ATTENTION, 0, 2 * ATTENTION, 0]
 
 
 # --- drops

@@ -244,6 +244,9 @@ class Bomb:
         return os.mkdir, ("executed",)
 
 
+#: What is said of a file with one in it, wherever it stands.
+UNPICKLED = f"it holds objects other than tensors, which are not executed (it names {os.name}.mkdir)"
+
 BAD_FILES: dict[str, tuple[Any, str]] = {
     "deeper model": (logits(units=6), "router 0 has 6 units, and the model has 4 branches in 2 blocks"),
     "one short row": (logits() | {"3.prob": torch.zeros(3)}, "router 3 has 3 units, and the model has 4 branches"),
@@ -273,8 +276,13 @@ BAD_FILES: dict[str, tuple[Any, str]] = {
     "a list": ({"routers": [torch.zeros(4)]}, "expected a router's vectors '0.prob', '1.prob', ..., found list"),
     "an object": (
         training_checkpoint(logits()) | {"args": Bomb()},
-        f"it holds objects other than tensors, which are not executed (it names {os.name}.mkdir)",
+        UNPICKLED,
     ),
+    "an object alone": (Bomb(), UNPICKLED),
+    "an object beside the vectors": (logits() | {"6.prob": Bomb()}, UNPICKLED),
+    "an object for a vector": (logits() | {"0.prob": Bomb()}, UNPICKLED),
+    "an object for the routers": (training_checkpoint(Bomb()), UNPICKLED),
+    "an object in the routers": (training_checkpoint(logits() | {"0.prob": Bomb()}), UNPICKLED),
 }
 
 
@@ -286,6 +294,14 @@ def test_a_file_that_is_no_router_is_refused(kind: str, tmp_path: Path, monkeypa
     with pytest.raises(PlanError, match=re.escape(message)):
         read(tmp_path, content)
     assert not Path("executed").exists()
+
+
+def test_the_object_would_run_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read as torch reads files that are trusted, it does: what the refusals above are worth."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(training_checkpoint(Bomb()), "router.pt")
+    torch.load("router.pt", weights_only=False)
+    assert Path("executed").is_dir()
 
 
 @pytest.mark.parametrize("size", [0, 100, 1000])

@@ -90,7 +90,7 @@ KEPT_BLOCKS: dict[str, Any] = {"attention": "kept", "level": "block"}
 def test_tprr_has_the_ablated_defaults() -> None:
     """Where `tprr` and `tokencache` have an option in common, and the plan of `tcc plan` is what it says."""
     ours, ablated = (inspect.signature(policy).parameters for policy in (plans.tprr, plans.tokencache))
-    for name in ("k1", "k2", "boundary", "cycle", "attention", "level", "cell"):
+    for name in ("k1", "k2", "boundary", "cycle", "attention", "level"):
         assert ours[name].default == ablated[name].default, name
     plan = plans.tprr(case("dit").info, num_steps=4)
     assert str(plan.schedule) == "IPIP"

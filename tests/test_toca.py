@@ -1,4 +1,4 @@
-"""ToCa and DuCa: schedules, tokens, scores, published FLOPs, and programs."""
+"""ToCa and DuCa: schedules, tokens, scores, and programs. Their cost: `test_published_costs.py`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import tcc
 from tcc import plans
 from tcc.cli.policies import options_of
 from tcc.errors import PlanError
-from tcc.plan import CachePlan, Compute, Hold, Reuse, TopK, Update
+from tcc.plan import Compute, Hold, Reuse, TopK, Update
 from tcc.plans.toca import toca_steps
 from tcc.scores import Attended, Entropy, Norm, Score, Stale
-from tests.published import dit_xl2, tera_flops
+from tests.published import dit_xl2, toca_tokens, updated_tokens
 from tests.running import CLOSE, call, session
 from tests.tiny_models import case, relative_error
 
@@ -87,12 +87,7 @@ def test_what_toca_does_at_every_kind_of_step() -> None:
     assert isinstance(plan.action(first, "blocks.1.mlp.out"), Update)
     assert set(plan.at(early).values()) == {Reuse()}  # the step factor is 0: no tokens
     assert {plan.action(late, f"blocks.{b}.attn.out") for b in range(28)} == {Reuse()}
-    assert plan.action(late, "blocks.27.mlp.out") == Update(TopK("blocks.27.mlp.out", counted(27, 31)))
-
-
-def counted(block: int, i: int, ratio: float = 0.07) -> int:
-    """Tokens of the published schedule for 50 DDIM steps: `floor(256 ratio 2.5 (0.8 + 0.4 l / 27) (3 - 4 i / 50))`."""
-    return math.floor(256 * (ratio * (0.8 + 0.4 * block / 27) * max(0.0, 3 - 4 * i / 50) * 2.5))
+    assert plan.action(late, "blocks.27.mlp.out") == Update(TopK("blocks.27.mlp.out", toca_tokens(27, 31)))
 
 
 @pytest.mark.usefixtures("uncounted")
@@ -104,7 +99,7 @@ def test_as_many_tokens_as_published() -> None:
             if kind == "partial":
                 action = plan.action(step, f"blocks.{block}.mlp.out")
                 kept = plan.tokens[str(action.tokens)].numel() if isinstance(action, Update) else 0
-                assert kept == counted(block, 49 - step)
+                assert kept == toca_tokens(block, 49 - step)
 
 
 @pytest.mark.usefixtures("uncounted")
@@ -168,13 +163,7 @@ def test_levels_bound_the_variants(levels: int) -> None:
         if kind != "full"
     }
     assert len(rows - {(0,) * 27}) == levels
-    assert sum(sizes(few)) == pytest.approx(sum(sizes(exact)), rel=0.02)
-
-
-def sizes(plan: CachePlan) -> list[int]:
-    """The number of tokens of every update."""
-    updates = [action.tokens for action in plan.actions.values() if isinstance(action, Update)]
-    return [t.count if isinstance(t, TopK) else plan.tokens[t].numel() for t in updates]
+    assert sum(updated_tokens(few)) == pytest.approx(sum(updated_tokens(exact)), rel=0.02)
 
 
 # --- random tokens
@@ -210,52 +199,6 @@ def test_the_bonus_spreads_tokens_over_the_cells() -> None:
         assert sorted((token // 4 // 2, token % 4 // 2) for token in kept) == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
-# --- cost
-
-
-def by_hand(plan: CachePlan) -> float:
-    """TFLOPs as published: full blocks, the MLP of as many tokens as the plan updates, and what is not in a block."""
-    info, n, d = dit_xl2(), 256, 1152
-    branch = {name: site.macs // info.batch for name, site in info.sites.items() if site.kind == "out"}
-    modulation = 28 * 6 * d * d
-    rest = info.macs - sum(branch.values()) - modulation
-    total = 0
-    for step in range(plan.num_steps):
-        actions = plan.at(step)
-        total += rest if actions.get("out.stream") != Hold() else 2 * d * d + 32 * d * n + conditioning(d)
-        total += modulation if actions.get("out.stream") != Hold() else 0
-        total += sum(branch[site] for site, action in actions.items() if action == Compute() and site in branch)
-    return (total + sum(sizes(plan)) * 8 * d * d) * 4 / 1e12
-
-
-def conditioning(d: int) -> int:
-    """MACs of the timestep's embedding."""
-    return 256 * d + d * d
-
-
-@pytest.mark.usefixtures("uncounted")
-@pytest.mark.parametrize(
-    ("policy", "options", "published"),
-    [
-        ("toca", {"num_steps": 50}, 10.23),
-        ("toca", {"num_steps": 50, "quirk": False}, 11.13),
-        ("toca", {"num_steps": 250, "interval": 4, "layer_slope": 0.8, "step_slope": 0.4}, 43.42),
-        ("duca", {"num_steps": 50}, 9.58),
-    ],
-)
-def test_published_flops(policy: str, options: dict[str, Any], published: float) -> None:
-    """DiT-XL/2, 256 tokens. The published numbers leave out the modulation of partial steps, 0.2 % of a full step."""
-    assert by_hand(plans.POLICIES[policy](dit_xl2(), **options)) == pytest.approx(published, rel=3e-3)
-
-
-@pytest.mark.parametrize("policy", ["toca", "duca"])
-def test_the_counted_cost_is_that(policy: str) -> None:
-    """Exactly, on the rewritten graphs."""
-    plan = plans.POLICIES[policy](dit_xl2(), num_steps=50, score="random", levels=1)
-    assert tera_flops(plan) == pytest.approx(by_hand(plan), rel=1e-9)
-    assert plan.bound == pytest.approx({"toca": 2.32, "duca": 2.48}[policy], rel=5e-3)
-
-
 # --- programs
 
 
@@ -281,7 +224,7 @@ def test_tokens_that_are_no_image_tokens_are_recomputed_too(score: Any) -> None:
     assert which.info.image_tokens == (2, 18)
     options: dict[str, Any] = {"interval": 20, "ratio": 0.1, "step_slope": 0.0, "layer_slope": 0.0, "cell": 0}
     plan = plans.toca(which.info, num_steps=4, score=score, **options)
-    assert set(sizes(plan)) == {2 + 4}
+    assert set(updated_tokens(plan)) == {2 + 4}
     for kept in plan.tokens.values():
         assert kept[:2].tolist() == [0, 1]
     for table in plan.tables.values():

@@ -6,6 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from tcc.errors import PlanError
 from tcc.learned import Importance, Probes, load_learned, save_learned
 from tcc.plan import CachePlan, Compute, Reuse, Update
 from tcc.train.predictors import FORMS, Sizes, StreamPredictor
-from tests.tiny_models import case
+from tests.tiny_models import case, dit
 from tests.token_plans import BLOCKS, P_STEPS, STEPS, TOKENS, by_block, deep, importance, plan
 
 
@@ -47,6 +48,22 @@ def test_every_cell_keeps_its_most_important_tokens(cell: int, keep: float, each
                 inside = [token for token in range(TOKENS) if cell_of(token, cell) == place]
                 best = sorted(inside, key=lambda token, rank=rank: -float(rank[token]))[:each]
                 assert sorted(best) == [token for token in chosen if token in inside]
+
+
+@pytest.mark.parametrize(
+    ("size", "cell"), [((16, 16), 4), ((8, 24), 4), ((8, 8), 2), ((12, 12), 2), ((4, 16), 2)], ids=str
+)
+def test_cells_are_of_4_where_there_are_several(size: tuple[int, int], cell: int) -> None:
+    """Else of 2: in a grid of 4 x 4 (tokens are patches of 2 x 2), and in one whose sides 4 does not divide."""
+    info = dit(input_size=size).info
+    options: dict[str, Any] = {"num_steps": 2, "scores": "random", "select": "grid", "share": False}
+    made, same = plans.tokencache(info, **options), plans.tokencache(info, **options, cell=cell)
+    assert made.policy["cell"] == cell
+    assert all(torch.equal(made.tokens[name], kept) for name, kept in same.tokens.items())
+    cells, halves = (plans.tokens.grid_cells(info, side) for side in (cell, cell // 2))
+    for kept in made.tokens.values():
+        assert np.isin(cells, kept.numpy()).sum(1).tolist() == [cell * cell // 2] * len(cells)
+        assert len(set(np.isin(halves, kept.numpy()).sum(1))) > 1, "at random inside a cell"
 
 
 @pytest.mark.parametrize("select", ["grid", "global"])

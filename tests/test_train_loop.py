@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tcc.errors import TrainError
@@ -22,6 +27,7 @@ from tcc.train.predictors import NetworkPredictor, Sizes
 from tcc.train.student import Student
 from tcc.train.weights import Budget, RouterWeights, TokenWeights, Weights, choices_of_pairs
 from tcc.train.world import World
+from tests import killed_training
 from tests.test_train_recipes import pairs, sites, student, tiny, trajectories
 
 
@@ -147,6 +153,26 @@ def test_an_interruption_keeps_the_last_whole_iteration(tmp_path: Path, where: s
     numbers, report = ended(9, state)
     assert report.resumed == 5
     assert same(numbers, ended(9)[0])
+
+
+@pytest.mark.parametrize("moment", ["update", "saving"])
+def test_a_killed_process_is_resumed_to_the_same_result(tmp_path: Path, moment: str) -> None:
+    """By SIGKILL, in the middle of an iteration or of a save: bit for bit, the optimiser's moments too."""
+    state, whole, script = tmp_path / "state", tmp_path / "whole", str(Path(killed_training.__file__))
+    killed = subprocess.run(
+        [sys.executable, script, str(state), moment],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert state.with_name("state.partial").exists() == (moment == "saving")
+    left = load_file(state)
+    (_, report), (_, expected) = (killed_training.train_router(path, 8) for path in (state, whole))
+    assert (report.resumed, expected.resumed) == (killed_training.LAST - 1, None)
+    assert (report.error, report.cost) == (expected.error, expected.cost)
+    ends, wanted = load_file(state), load_file(whole)
+    assert ends.keys() == wanted.keys() == left.keys()
+    assert same(ends.values(), (wanted[name] for name in ends))
+    assert not same(left.values(), (wanted[name] for name in left))
 
 
 @pytest.mark.parametrize("what", [math.nan, math.inf])

@@ -27,7 +27,15 @@ from tcc.plans.ranking import (
     check_importance,
     spread_evenly,
 )
-from tcc.plans.tokens import Level, TokenAttention, choose_blocks, keep_per_cell, pruned_sites, token_actions
+from tcc.plans.tokens import (
+    Level,
+    TokenAttention,
+    choose_blocks,
+    default_cell,
+    keep_per_cell,
+    pruned_sites,
+    token_actions,
+)
 
 __all__ = ["Draft", "Options", "Ranks"]
 
@@ -51,7 +59,7 @@ class Options:
     level: Level
     last_full: int
     select: str
-    cell: int
+    cell: int | None
     adapt: str
     sets: str
     share: bool
@@ -72,7 +80,8 @@ class Options:
                 raise PlanError(f"{name}={getattr(self, name)!r}: use one of {', '.join(values)}")
         check_whole("num_steps", self.num_steps, 1)
         check_number("rotate", self.rotate, 0)
-        check_whole("cell", self.cell, 1)
+        if self.cell is not None:
+            check_whole("cell", self.cell, 1)
         check_seed(self.seed)
         if self.i_steps is not None and not isinstance(self.i_steps, Iterable) and self.schedule == "tprr":
             raise PlanError(
@@ -87,6 +96,7 @@ class Draft:
     def __init__(self, info: ModelInfo, options: Options, importance: object, blocks: Sequence[int] | None) -> None:
         learned = load_learned(importance) if isinstance(importance, (str, os.PathLike)) else importance
         self.info, self.options = info, options
+        self.cell = (options.cell or default_cell(info)) if options.select == "grid" else 0  # 0: the grid is no matter
         self.sizes = (options.num_steps, len(info.blocks), info.num_tokens)
         self.image = range(*info.image_tokens)
         self.probes = learned if isinstance(learned, Probes) else None
@@ -138,7 +148,7 @@ class Draft:
 
     def keeps(self) -> list[float]:
         """All keep ratios that differ, from 1 down."""
-        count = self.options.cell**2 if self.options.select == "grid" else len(self.image)
+        count = self.cell**2 or len(self.image)
         return [k / count for k in range(count, 0, -1)]
 
     def _read(self, learned: object) -> torch.Tensor | None:
@@ -228,9 +238,8 @@ class Draft:
     def _counts(self, keep: float, among: dict[int, list[int]]) -> dict[tuple[int, int], int]:
         """How many image tokens each pruned block keeps at every P-step."""
         n, o = len(self.image), self.options
-        by_cell = o.select == "grid"
-        each = keep_per_cell(keep, o.cell) * (n // o.cell**2) if by_cell else max(1, round(keep * n))
-        if by_cell or o.share or self.importance is None:
+        each = keep_per_cell(keep, self.cell) * (n // self.cell**2) if self.cell else max(1, round(keep * n))
+        if self.cell or o.share or self.importance is None:
             return {(step, block): each for step, at in among.items() for block in at}
         counts: dict[tuple[int, int], int] = {}
         for step, at in among.items():
@@ -243,7 +252,7 @@ class Draft:
 
     def _ranking(self, sites: Sequence[Site]) -> Ranking:
         o, (steps, blocks, n) = self.options, self.sizes
-        grain = Grain(o.cell if o.select == "grid" else 0, o.share, o.rotate)
+        grain = Grain(self.cell, o.share, o.rotate)
         by_block = {site.block: [s for s in sites if s.block == site.block] for site in sites}
         dynamic = o.scores == "norm" or (o.scores == "learned" and self.probes is not None)
         if dynamic and o.sets == "cycle":
@@ -272,6 +281,7 @@ class Draft:
 
     def _policy(self, keep: float, pruned: int | None, chosen: list[int]) -> dict[str, object]:
         options = asdict(self.options) | {"i_steps": list(self.i_steps), "keep": keep, "pruned": pruned}
+        options["cell"] = self.cell or self.options.cell
         learned = "none" if self.importance is None else "importance" if self.probes is None else "probes"
         return {"name": "tokencache", "importance": learned, **options, "blocks": chosen}
 

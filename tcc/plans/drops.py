@@ -17,7 +17,9 @@ __all__ = ["learning_to_drop", "random_drop"]
 
 
 def random_drop(info: ModelInfo, *, num_steps: int, share: float = 0.1, interval: int = 2, seed: int = 0) -> CachePlan:
-    """Drop random branches of the P-steps: nothing is added to the stream there (Ma et al. 2024, Tables 5 and 7).
+    """Drop random branches of the P-steps: nothing is added to the stream there.
+
+    A control of Learning-to-Cache (Ma et al., NeurIPS 2024, arXiv 2406.01733, Tables 5 and 7).
 
     Args:
         info: the model.
@@ -46,9 +48,10 @@ def learning_to_drop(
     theta: float = 0.1,
     shifted: bool = False,
 ) -> CachePlan:
-    """Learning-to-Cache's training with the reused branch replaced by nothing (Ma et al. 2024, Tables 5 and 7).
+    """Learning-to-Cache's training with the reused branch replaced by nothing.
 
-    Where the router's score is at most `theta`, nothing is added to the stream.
+    A control of Learning-to-Cache (Ma et al., NeurIPS 2024, arXiv 2406.01733, Tables 5 and 7). Where the router's score
+    is at most `theta`, nothing is added to the stream.
 
     Args:
         info: the model.

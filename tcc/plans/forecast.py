@@ -51,7 +51,8 @@ def forecast(
 ) -> CachePlan:
     """Forecast between freely placed I-steps, by a polynomial in the step number.
 
-    TaylorSeer (Liu et al. 2025, arXiv 2503.06923) with three changes: the extrapolation is exact for polynomials (see
+    `f(s) = sum_j f(j) prod_(b != j) (s - b) / (j - b)`, j and b the last `order + 1` I-steps. It is TaylorSeer (Liu et
+    al. 2025, arXiv 2503.06923) with three changes of tcc's own: the extrapolation is exact for polynomials (see
     `polynomial_weights`), the I-steps may stand anywhere (`tcc train steps` searches where), and by default the value
     that is forecast is the change of the whole stream, one slot and one history for all blocks together: a P-step then
     costs what stands before and after the blocks. Forecasting that change is close to what a multistep solver does with

@@ -24,7 +24,9 @@ __all__ = ["bottom_up", "metric", "random_units", "time_cut", "top_down"]
 def bottom_up(
     info: ModelInfo, *, num_steps: int, share: float = 0.5, interval: int = 2, sites: Kept = "out"
 ) -> CachePlan:
-    """Reuse the first branches of the model at every P-step, compute the others (Ma et al. 2024, Fig. 4).
+    """Reuse the first branches of the model at every P-step, compute the others.
+
+    A baseline of Learning-to-Cache (Ma et al., NeurIPS 2024, arXiv 2406.01733, Fig. 4).
 
     Args:
         info: the model.
@@ -45,7 +47,9 @@ def bottom_up(
 def top_down(
     info: ModelInfo, *, num_steps: int, share: float = 0.5, interval: int = 2, sites: Kept = "out"
 ) -> CachePlan:
-    """Reuse the last branches of the model at every P-step, compute the others (Ma et al. 2024, Fig. 4).
+    """Reuse the last branches of the model at every P-step, compute the others.
+
+    A baseline of Learning-to-Cache (Ma et al., NeurIPS 2024, arXiv 2406.01733, Fig. 4).
 
     Args:
         info: the model.
@@ -66,7 +70,9 @@ def top_down(
 def random_units(
     info: ModelInfo, *, num_steps: int, share: float = 0.5, interval: int = 2, seed: int = 0, sites: Kept = "out"
 ) -> CachePlan:
-    """Reuse random branches, as many at every P-step and others at each (Ma et al. 2024, Fig. 4).
+    """Reuse random branches, as many at every P-step and others at each.
+
+    A baseline of Learning-to-Cache (Ma et al., NeurIPS 2024, arXiv 2406.01733, Fig. 4).
 
     Args:
         info: the model.
@@ -98,11 +104,12 @@ def metric(
     share: float = 0.5,
     interval: int = 2,
 ) -> CachePlan:
-    """Reuse the branches that change least, over all P-steps (Ma et al. 2024, Fig. 4): lowest `|g| * ||f_m - f_s||^2`.
+    """Reuse the branches that change least, over all P-steps: those of lowest `|g| * ||f_m - f_s||^2`.
 
-    f is the branch's output before its gate g, m the P-step and s the last step that computed everything. Both factors
-    are measured on the uncached model: ||f_m - f_s||^2 as a mean over the batch, |g| as the ratio of the L2 norms after
-    and before the gate. The paper does not say how it forms them.
+    A baseline of Learning-to-Cache (Ma et al., NeurIPS 2024, arXiv 2406.01733, Fig. 4). f is the branch's output before
+    its gate g, m the P-step and s the last step that computed everything. Both factors are measured on the uncached
+    model: ||f_m - f_s||^2 as a mean over the batch, |g| as the ratio of the L2 norms after and before the gate. The
+    paper does not say how it forms them.
 
     Args:
         info: the model.
@@ -134,8 +141,8 @@ def metric(
 def time_cut(info: ModelInfo, *, num_steps: int, cut: float = 0.5, interval: int = 2, sites: Kept = "out") -> CachePlan:
     """One cutoff in time: before it P-steps reuse all branches, after it every step computes everything.
 
-    tcc's own: a rule with two parameters that mimics Learning-to-Cache's trained routers, which reuse nearly
-    everything in the noisy half of the steps and nearly nothing in the other.
+    Of no paper, tcc's own: a rule with two parameters that mimics Learning-to-Cache's trained routers, which reuse
+    nearly everything in the noisy half of the steps and nearly nothing in the other.
 
     Args:
         info: the model.

@@ -104,6 +104,7 @@ def deepcache(
 ) -> CachePlan:
     """DeepCache (Ma et al. 2024, arXiv 2312.00858): the stream that enters the last blocks is held between full steps.
 
+    `u(t) = u(t + k)`, u that stream, t + k the last full step; section 3.4 says where those are (`deepcache_steps`).
     What only fed the held stream is not computed. In a U-shaped model the last blocks also take long skips, so the
     blocks that those come from are computed at every step, as in the paper; in others all blocks before are left out.
     Where `rear` reaches beyond the blocks that take skips, a skip that is the held stream is held for all its readers.
@@ -130,9 +131,10 @@ def faster_diffusion(
 ) -> CachePlan:
     """Faster Diffusion (Li et al. 2024, arXiv 2312.09608): the encoder runs at key steps only (encoder propagation).
 
-    At the other steps, the decoder gets the stream and the long skips of the last key step. The paper's noise injection
-    belongs to the sampler and is not part of the plan. The paper's decoder has the current time embedding. A U-ViT has
-    none beside its stream, where time is a token: held with the rest, it makes the output that of the key step.
+    `E(x_t) = E(x_(t+k))`: at the other steps, the decoder gets the stream and the long skips of the last key step,
+    t + k. The paper's noise injection belongs to the sampler and is not part of the plan. Its decoder has the current
+    time embedding. A U-ViT has none beside its stream, where time is a token: held with the rest, it makes the output
+    that of the key step.
 
     Args:
         info: the model.

@@ -57,9 +57,10 @@ def taylorseer(
 ) -> CachePlan:
     """TaylorSeer (Liu et al. 2025, arXiv 2503.06923): branch outputs are forecast between computed steps.
 
-    The forecast is a Taylor series in the step number (see `forecast_weights`). Before `order + 1` steps have been
-    computed, its order is the highest that the computed values allow, as in the published code. Its weights are known
-    when the plan is made and are inputs of the graph: steps forecast with one order share a variant.
+    The forecast is a Taylor series in the step number, `F(x_(t-k)) = sum_i D^i F(x_t) (-k)^i / (i! N^i)` with i = 0..O
+    and the finite differences D^i F of the last computed values (see `forecast_weights`). Before `order + 1` steps have
+    been computed, its order is the highest that the computed values allow, as in the published code. Its weights are
+    known when the plan is made and are inputs of the graph: steps forecast with one order share a variant.
 
     Args:
         info: the model.

@@ -204,9 +204,9 @@ def duca(
 ) -> CachePlan:
     """DuCa (Zou et al. 2024, arXiv 2412.18911): ToCa's partial steps alternate with aggressive ones.
 
-    An aggressive step holds the stream after the last block and computes only what follows it. All options are those of
-    `toca`; the published values of `ratio` and `bonus` are others. The revised paper finds `score='random'` no worse
-    than the others.
+    An aggressive step holds the stream x after the last block, `x(t) = x(t + 1)`, and computes only what follows it.
+    All options are those of `toca`; the published values of `ratio` and `bonus` are others. The revised paper finds
+    `score='random'` no worse than the others.
     """
     options = _Options(
         interval=interval, ratio=ratio, score=score, layer_slope=layer_slope, step_slope=step_slope, mlp=mlp,

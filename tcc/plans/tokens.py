@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -23,6 +24,7 @@ __all__ = [
     "checkerboard",
     "choose_blocks",
     "choose_tokens",
+    "default_cell",
     "grid_cells",
     "keep_per_cell",
     "pruned_sites",
@@ -125,6 +127,11 @@ def with_others(info: ModelInfo, kept: np.ndarray[Any, Any]) -> torch.Tensor:
     """The kept image tokens, and all tokens that are not image tokens, `[k]` int64, sorted."""
     others = np.setdiff1d(np.arange(info.num_tokens), np.arange(*info.image_tokens))
     return torch.from_numpy(np.sort(np.concatenate([others, kept])))
+
+
+def default_cell(info: ModelInfo) -> int:
+    """The side of a grid cell where none is given: 4 where the grid has several such cells, else 2."""
+    return 4 if math.prod(info.grid) > 4 * 4 and not any(side % 4 for side in info.grid[-2:]) else 2
 
 
 def grid_cells(info: ModelInfo, cell: int) -> np.ndarray[Any, Any]:

@@ -45,9 +45,10 @@ def tprr(
 
     The superposition `w f(z_t) + (1 - w) f(z_(t+1))` with weights 0 and 1, and the schedule of section TPRR.
     I-steps compute and store everything; P-steps recompute the kept tokens of the chosen blocks, and reuse what is
-    stored for the others. The defaults are what the ablation gave `tokencache` (benchmarks/results/ablation.md). What
-    the paper describes, long intervals first and one delta per block, from tokens that only see each other, is
-    `k1=3, k2=1, attention="kept", level="block"`; its values of k1 and k2 are not known.
+    stored for the others. The defaults of the schedule, `attention` and `level` are what the ablation gave `tokencache`
+    (benchmarks/results/ablation.md); `tokens="checkerboard"`, its `cell` and `rotate` were not compared. What the paper
+    describes, long intervals first and one delta per block, from tokens that only see each other, is `k1=3, k2=1,
+    attention="kept", level="block"`; its values of k1 and k2 are not known.
 
     Args:
         info: the model.

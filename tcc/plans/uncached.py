@@ -12,6 +12,8 @@ __all__ = ["full"]
 def full(info: ModelInfo, *, num_steps: int) -> CachePlan:
     """Compute everything at every step: the uncached model, as a plan.
 
+    Of no paper: what all methods are compared with.
+
     Args:
         info: the model.
         num_steps: denoising steps.

@@ -21,7 +21,17 @@ class Pairs:
     One group of samples shares one pair. Images are noised to the solver's step before the P-step, the model runs there
     and its sites are stored, the solver leads to the P-step without guidance, and there the student learns from the
     teacher. Of a solver with two evaluations per step both run, and the second one's sites are stored (the paper's code
-    for U-ViT). Its code also flips the images at random; this does not.
+    for U-ViT).
+
+    What differs from the paper's training (its Table 8, and its code):
+
+    - The learning rate of `tcc train router` is 0.2, and it ends after ten minutes unless told otherwise; the paper's
+      is 1e-3 (1e-2 for DiT-L/2 with 20 steps), over 20,000 iterations and more. `Settings` has 1e-3.
+    - AdamW's eps is 1e-15, not its usual 1e-8: the loss of an early step is about 1e-6, and gradients are smaller.
+    - By default 4 images in one group, not 64 in 8 groups, and lambda is 2e-6; the paper's is 1e-6 or 5e-6 for DiT.
+    - Images are not flipped; the paper's code flips them at random.
+    - Of U-ViT, too, logits are clamped and the loss is a mean of squares. The paper's code for it does not clamp, and
+      takes their sum: its lambda of 0.1 is 2.4e-5 for a mean over latents of 4 x 32 x 32.
 
     Attributes:
         objective: teacher, student and budget.

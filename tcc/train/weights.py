@@ -136,7 +136,8 @@ class RouterWeights(Weights):
     """One logit per step and site (Learning-to-Cache, Ma et al. 2024).
 
     Each step has a parameter of its own: a step that an iteration leaves out has no gradient, and the optimiser does
-    not move it, as in the paper's code.
+    not move it, as in the paper's code. That code clamps logits for DiT only; here they always are. What else differs
+    from the paper's training: `Pairs`.
 
     Args:
         num_steps: denoising steps of a run.
