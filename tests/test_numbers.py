@@ -96,6 +96,20 @@ def test_the_ablation(name: str) -> None:
     assert not unmatched([row[1:3] for row in found], known)
 
 
+def test_what_peers_decided() -> None:
+    """Of every peer the error and the bound, its fastest mode, and the plan that repeats its decisions."""
+    rows = [row for row in results("peers-pixart-1x10-alike.json") if row["seconds"]]
+    found = table("cache | error, both")
+    assert len(found) > 5
+    for name, error, bound, fastest, plan in found:
+        own = [row for row in rows if row["method"] == name and row["package"] != "tcc"]
+        (twin,) = (row for row in rows if row["method"].startswith(f"{name}, ") and row["method"].endswith(" steps"))
+        assert says(fastest, max(row["speedup"] for row in own))
+        assert says(plan, twin["speedup"])
+        assert all(says(bound, row["bound"]) for row in own)
+        assert {error} == {f"{row['error']:.1e}" for row in (*own, twin)}
+
+
 def test_from_the_bound_to_the_clock() -> None:
     """Milliseconds, bounds, speedups and realised shares of `step_speed.py`."""
     known = [
