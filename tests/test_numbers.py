@@ -82,6 +82,17 @@ def test_twenty_steps() -> None:
     assert not unmatched([[*row[1:5], *row[5].split("..")] for row in found], known)
 
 
+def test_fifty_steps_of_more_images() -> None:
+    """Speedup, measured in float32; bound, PSNR and FD, of bfloat16."""
+    timed = {row["row"]: row["speedup"] for row in results("quality-core.json") if row["steps"] == 50}
+    rows = [row for row in results("quality-core-bfloat16.json") if row["steps"] == 50]
+    known = [[timed[row["row"]], row["bound"], mean(row["psnr"]), mean(row["fd"])] for row in rows]
+    found = table("plan, of 50 steps, 5,000 images")
+    assert len(found) == len(rows)
+    assert {row["samples"] for row in rows} == {5000}
+    assert not unmatched([row[1:5] for row in found], known)
+
+
 def ends(by_seed: dict[str, float]) -> tuple[float, float]:
     """The least and the most."""
     return min(by_seed.values()), max(by_seed.values())
