@@ -107,7 +107,11 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         opened(tmp_path).take(torch.tensor([0]))
 
 
-@pytest.mark.parametrize("damage", [b"no IDX file", bytes([0, 0, 8, 9, 0]), gzip.compress(b"short")[:-9]])
+@pytest.mark.parametrize(
+    "damage",
+    # The cut archive has the time in it: named, so that two processes that share the tests name it alike.
+    [b"no IDX file", bytes([0, 0, 8, 9, 0]), pytest.param(gzip.compress(b"short", mtime=0)[:-9], id="cut")],
+)
 def test_damaged_idx_files_are_named(tmp_path: Path, damage: bytes) -> None:
     """Whatever the reader stumbles on."""
     for name in ("images-idx3", "labels-idx1"):

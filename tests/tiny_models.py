@@ -113,8 +113,8 @@ def hf_dit() -> Case:
     return Case(fill(model), (noise(2, 4, 8, 8),), kwargs)
 
 
-def hf_wan() -> Case:
-    """Diffusers' `WanTransformer3DModel`, small: a video, cross attention to text, modulated by the timestep alone."""
+def wan_model() -> nn.Module:
+    """Diffusers' `WanTransformer3DModel`, small."""
     from diffusers import WanTransformer3DModel
 
     model = WanTransformer3DModel(
@@ -131,8 +131,13 @@ def hf_wan() -> Case:
         qk_norm="rms_norm_across_heads",
         rope_max_seq_len=32,
     )
+    return fill(model)
+
+
+def hf_wan() -> Case:
+    """A video, cross attention to text, modulated by the timestep alone."""
     kwargs = {"timestep": torch.tensor([5, 5]), "encoder_hidden_states": noise(2, 7, 24, seed=8)}
-    return Case(fill(model), (noise(2, 4, 3, 8, 8),), kwargs)
+    return Case(wan_model(), (noise(2, 4, 3, 8, 8),), kwargs)
 
 
 def hf_pixart() -> Case:

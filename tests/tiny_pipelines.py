@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import tcc
 from tcc.stand_in import StandIn
-from tests.tiny_models import fill, noise
+from tests.tiny_models import fill, noise, wan_model
 
 
 def _image_vae(channels: int) -> nn.Module:
@@ -114,22 +114,8 @@ def flux() -> Any:
 
 def wan() -> Any:
     """A video, guidance under `cache_context`, UniPC."""
-    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 
-    model = WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        text_dim=24,
-        freq_dim=16,
-        ffn_dim=64,
-        num_layers=2,
-        cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads",
-        rope_max_seq_len=32,
-    )
     torch.manual_seed(0)
     vae = AutoencoderKLWan(
         base_dim=4,
@@ -141,7 +127,7 @@ def wan() -> Any:
         latents_std=[1.0] * 4,
     ).eval()
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    return WanPipeline(None, None, vae, scheduler, fill(model))
+    return WanPipeline(None, None, vae, scheduler, wan_model())
 
 
 BUILDERS: dict[str, Callable[[], Any]] = {"dit": dit, "pixart": pixart, "sd3": sd3, "flux": flux, "wan": wan}
