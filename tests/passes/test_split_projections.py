@@ -11,6 +11,7 @@ from torch import fx
 
 from tcc.passes.split_projections import SplitProjections
 from tests.graphs import Sketch, calls, edits, text, values
+from tests.tiny_models import relative_error
 
 aten = torch.ops.aten
 KEPT = [0, 2, 5]
@@ -120,8 +121,8 @@ def test_every_form_of_a_fused_projection_is_split(form: str, bias: bool) -> Non
     assert calls(gm).count("aten.linear.default") == 3
     assert not {"aten.unbind.int", "aten.chunk.default", "aten.split_with_sizes.default"} & set(calls(gm))
     assert {node.meta["val"].shape[-1] for node in gm.graph.nodes if node.target is aten.linear.default} == {H * D}
-    # the same rows of the same product: only the order inside a dot product of 8 may differ
-    torch.testing.assert_close(gm(*inputs)[0], before, rtol=1e-6, atol=1e-6)
+    # the same rows of the same product: only the order inside a dot product may differ, by some roundings of 6e-8
+    assert relative_error(gm(*inputs)[0], before) <= 2e-6
 
 
 def test_keys_of_the_kept_tokens_need_no_split() -> None:
