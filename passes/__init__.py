@@ -8,8 +8,8 @@ operator.
 from tcc.passes import shape_rules as _shape_rules  # noqa: F401 - registers its rules, as does the next
 from tcc.passes import token_rules as _token_rules  # noqa: F401
 from tcc.passes.base import Pass, PassRecord, run_passes, verify
+from tcc.passes.entries import Entry
 from tcc.passes.graph import emit, graph_text
-from tcc.passes.insert_slots import Entry
 from tcc.passes.pipeline import StepKind, variant_passes
 from tcc.passes.sites import Analysis, Site, analyse
 from tcc.passes.token_axis import Narrowing, NotTokenLocal, narrowing, rule

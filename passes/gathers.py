@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from tcc.passes.graph import emit, shape
+from tcc.passes.graph import emit, shape, value
 from tcc.passes.tokens import Axis, gather_tokens, scatter_tokens
 
-__all__ = ["apart", "gather", "own_sets", "scatter"]
+__all__ = ["apart", "clear", "gather", "own_sets", "scatter"]
 
 aten = torch.ops.aten
 
@@ -55,6 +55,17 @@ def gather(graph: fx.Graph, x: fx.Node, kept: fx.Node, axis: Axis, batch: Axis |
     fewer = list(shape(x))
     fewer[axis.dim] = axis.size(shape(kept)[-1])
     return _view(graph, emit(graph, gather_tokens, args, like=like), fewer, like)
+
+
+def clear(
+    graph: fx.Graph, x: fx.Node, tokens: tuple[fx.Node, fx.Node], axis: Axis, batch: Axis | None, like: fx.Node
+) -> fx.Node:
+    """`x` with zeros in place of the kept tokens; arguments as of `scatter`."""
+    fewer, val = list(shape(x)), value(x)
+    fewer[axis.dim] = axis.size(shape(tokens[0])[-1])
+    fill = {"dtype": val.dtype, "device": val.device}
+    zeros = emit(graph, aten.full.default, (fewer, 0), fill, like=like)
+    return scatter(graph, x, zeros, tokens, axis, batch, like)
 
 
 def scatter(

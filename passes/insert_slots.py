@@ -16,70 +16,17 @@ from torch import fx
 from tcc.passes.attention import Attention, find_attention
 from tcc.passes.base import Pass
 from tcc.passes.choose_tokens import Choice, age_slot, choose, map_slot, older, read_map
-from tcc.passes.gathers import gather, scatter
+from tcc.passes.entries import NO_RECORDS, Entry, Records, history
+from tcc.passes.gathers import clear, gather, scatter
 from tcc.passes.graph import emit, fake_mode_of, output_values, value
-from tcc.passes.keys import Cross
 from tcc.passes.restrict_keys import restrict_keys
 from tcc.passes.sites import Site
 from tcc.passes.tokens import Axis
-from tcc.plan import Action, Compute, Hold, Reuse, Skip, Update
-from tcc.scores import Mapped
+from tcc.plan import Compute, Hold, Reuse, Skip, Update
 
-__all__ = ["Entry", "InsertSlots", "Records", "history"]
+__all__ = ["InsertSlots"]
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What one kind of step does at one span of sites.
-
-    Attributes:
-        sites: sites that are added to the stream one after the other and share one slot (the sum), or a single site.
-        action: the action; a token set is named by the number of its input (`"0"`, `"1"`, ...).
-        depth: how many computed values the span keeps (1, or forecast order + 1).
-        coefficients: the number of the coefficient input that a forecast reads.
-    """
-
-    sites: tuple[Site, ...]
-    action: Action
-    depth: int = 1
-    coefficients: int = 0
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """Slot names of the newest value: one, or K and V."""
-        if len(self.sites) == 1:
-            return self.sites[0].slots
-        return (f"{self.sites[0].name}+{len(self.sites) - 1}",)
-
-    @property
-    def values(self) -> tuple[str, ...]:
-        """Names of the graph values whose sum is kept."""
-        return tuple(name for site in self.sites for name in site.values)
-
-
-@dataclass(frozen=True)
-class Records:
-    """What one kind of step notes down for the scores of later steps.
-
-    Attributes:
-        maps: terms that read the attention of a branch that the step computes in full, each with where that is.
-        ages: sites and what the step does there: `None` computes, `""` keeps no token, else the number of a token set.
-        shape: `[B, S]`.
-    """
-
-    maps: tuple[tuple[Mapped, Site | Cross], ...] = ()
-    ages: tuple[tuple[str, str | None], ...] = ()
-    shape: tuple[int, int] = (1, 1)
-
-
-NO_RECORDS = Records()
-
-
-def history(slot: str, age: int) -> str:
-    """The slot that keeps the value computed `age` computations before the newest."""
-    return f"{slot}~{age}" if age else slot
 
 
 @dataclass(frozen=True)
@@ -149,7 +96,8 @@ class _Edit:
     def apply(self, entry: Entry) -> None:
         action, keys = entry.action, entry.sites[0].kind == "kv"
         if isinstance(action, Update) and action.attention == "kept" and not keys:
-            self._restrict_keys(entry, str(action.tokens))
+            for site, tokens in entry.sets:
+                self._restrict_keys(site, tokens or str(action.tokens))
         if entry.sites[0].stream_out:
             self._apply_to_stream(entry)
         else:
@@ -181,9 +129,13 @@ class _Edit:
 
     def _apply_to_stream(self, entry: Entry) -> None:
         """Sites that are added to the stream: the sum after the addition is what changes."""
-        first, last = entry.sites[0], entry.sites[-1]
+        last, slot, action = entry.sites[-1], entry.slots[0], entry.action
+        if entry.narrowing and isinstance(action, Update):
+            self._keep_rows(entry)
+            first = last
+        else:
+            first = entry.sites[0]
         before, after = self._now(self.nodes[first.stream_in]), self.nodes[last.stream_out]
-        slot, action = entry.slots[0], entry.action
         with self.graph.inserting_before(after.next):
             if isinstance(action, Compute):
                 self._store(entry, slot, self._sum(entry))
@@ -197,12 +149,21 @@ class _Edit:
                 new = self._call(aten.add.Tensor, before, self._stand_in(entry, slot, after), like=after)
         self._replace(after, new)
 
+    def _keep_rows(self, entry: Entry) -> None:
+        """What all sites but the last add to the stream: to the tokens of their sets alone, the others wait."""
+        for site, tokens in entry.sets[:-1]:
+            before, after = self._now(self.nodes[site.stream_in]), self.nodes[str(site.stream_out)]
+            pair = self._tokens(tokens)
+            with self.graph.inserting_before(after.next):
+                new = self._scatter(before, self._gather(after, pair, site, after), pair, site, after)
+            self._replace(after, new)
+
     def _updated_stream(self, entry: Entry, before: fx.Node, after: fx.Node) -> fx.Node:
         assert isinstance(entry.action, Update)
-        tokens, site = self._tokens(str(entry.action.tokens)), entry.sites[0]
+        tokens, site = self._tokens(str(entry.action.tokens)), entry.sites[-1]
         slot = self._slot(entry.slots[0], after)
-        delta = self._gather(self._sum(entry), tokens, site, after)
-        if entry.action.store:
+        if entry.action.store and not entry.narrowing:  # of the tokens of a site's set nothing is kept
+            delta = self._gather(self._sum(entry), tokens, site, after)
             self._store(entry, entry.slots[0], self._scatter(slot, delta, tokens, site, after))
         base = self._call(aten.add.Tensor, before, slot, like=after)
         return self._scatter(base, self._gather(after, tokens, site, after), tokens, site, after)
@@ -235,10 +196,10 @@ class _Edit:
         assert total is not None
         return total
 
-    def _restrict_keys(self, entry: Entry, tokens: str) -> None:
-        """Attention `kept`: every attention of the entry sees the kept tokens alone."""
+    def _restrict_keys(self, site: Site, tokens: str) -> None:
+        """Attention `kept`: every attention of the site sees the kept tokens alone."""
         kept, _ = self._tokens(tokens)
-        for name, batch, axis in (found for site in entry.sites for found in _keys(site)):
+        for name, batch, axis in _keys(site):
             node = self.nodes[name]
             if (node, tokens) in self.restricted:
                 continue
@@ -256,12 +217,24 @@ class _Edit:
 
     def _sum(self, entry: Entry) -> fx.Node:
         """The sum of the entry's values: each is added as soon as it exists, so that no more than one waits for it."""
-        total, *rest = (self._now(self.nodes[name]) for name in entry.values)
+        total, *rest = (self._term(name, site, kept) for site, kept in entry.sets for name in site.values)
         for term in rest:
             last = max(total, term)
-            with self.graph.inserting_before(self.first if last.op == "placeholder" else last.next):
+            with self.graph.inserting_before(self._after(last)):
                 total = self._call(aten.add.Tensor, total, term, like=term)
         return total
+
+    def _term(self, name: str, site: Site, tokens: str) -> fx.Node:
+        """A value, with zeros where tokens of the set keep none of it."""
+        node = self._now(self.nodes[name])
+        if not tokens:
+            return node
+        with self.graph.inserting_before(self._after(node)):
+            return clear(self.graph, node, self._tokens(tokens), site.axis, site.batch, node)
+
+    def _after(self, node: fx.Node) -> fx.Node:
+        """What stands behind `node`; inputs stand before all else."""
+        return self.first if node.op == "placeholder" else node.next
 
     def _store(self, entry: Entry, slot: str, node: fx.Node) -> None:
         """Make `node` the slot's next value; on compute, older values move up by one."""

@@ -10,8 +10,9 @@ from tcc.passes.base import Pass
 from tcc.passes.choose_tokens import Choice
 from tcc.passes.drop_dead_parts import DropDeadParts
 from tcc.passes.drop_dead_stores import DropDeadStores
+from tcc.passes.entries import NO_RECORDS, Entry, Records, history
 from tcc.passes.fold_timesteps import Fold, FoldTimesteps
-from tcc.passes.insert_slots import NO_RECORDS, Entry, InsertSlots, Records, history
+from tcc.passes.insert_slots import InsertSlots
 from tcc.passes.lower_tokens import LowerTokens
 from tcc.passes.merge_runs import MergeRuns
 from tcc.passes.narrow_slots import NarrowSlots

@@ -55,7 +55,8 @@ class AddUpInSlots(CustomGraphPass):
     """Of the graph that Inductor compiles: `copy_(slot, a + b + c)` to sums that stand in the slot from the first on.
 
     1. What hands a slot's old value on to another slot comes first of all.
-    2. Where nobody else reads the old value, nor a part of the sum, `put(slot, put(slot, put(slot, a) + b) + c)`.
+    2. Where nobody else reads the old value, nor a part of the sum, `put(slot, put(slot, put(slot, a) + b) + c)`, each
+       as soon as its term is there: Inductor has moved all of them to the copy, to be near it.
     """
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -69,7 +70,10 @@ class AddUpInSlots(CustomGraphPass):
                 start.prepend(copy)
                 moved.add(copy)
             elif free and (sums := additions(val)):
-                self._put(graph, slot, sums[0].all_input_nodes[0], sums[0], alone=False)
+                for before, add in zip([None, *sums], sums, strict=False):
+                    _make_early(add, before)
+                first = sums[0].all_input_nodes[0]
+                self._put(graph, slot, first, sums[0], alone=len(first.users) == 1)
                 for add, reader in zip(sums, [*sums[1:], copy], strict=True):
                     self._put(graph, slot, add, reader, alone=True)
 
@@ -82,3 +86,25 @@ class AddUpInSlots(CustomGraphPass):
             new = graph.call_function(torch.ops.tcc.put.default, (slot, val, alone))
         new.meta["val"] = val.meta["val"]
         reader.replace_input_with(val, new)
+
+
+def _make_early(add: fx.Node, before: fx.Node | None) -> None:
+    """Move an addition, and what it alone needs beside the sum `before`, to where all that it reads is there."""
+    moved, todo = {add}, [add]
+    while todo:
+        more = [each for each in todo.pop().all_input_nodes if each is not before and _is_cheap(each)]
+        moved.update(more)
+        todo += more
+    read = [each for node in moved for each in node.all_input_nodes if each not in moved]
+    last = max((each for each in read if each.op == "call_function"), default=None)
+    for node in sorted(moved) if last else ():
+        last.append(node)
+        last = node
+
+
+def _is_cheap(node: fx.Node) -> bool:
+    """Whether it has one reader and is made point by point, or of the graph's inputs alone, as masks are."""
+    if node.op != "call_function" or len(node.users) != 1:
+        return False
+    inputs = node.all_input_nodes
+    return torch.Tag.pointwise in node.target.tags or all(n.op == "placeholder" or _is_cheap(n) for n in inputs)

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 import torch
 
 from tcc.checks import forecast_depth
-from tcc.passes.insert_slots import history
+from tcc.passes.entries import history
 from tcc.passes.sites import Analysis, Site
 from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, Skip, TopK, Update
 from tcc.scores import Mapped, Norm, Probe, Score, Stale, Term
 from tcc.site_name import SiteName
 
-__all__ = ["find_spans", "live_stores"]
+__all__ = ["find_spans", "is_subset", "live_stores", "sets_by_site"]
 
 Span = tuple[Site, ...]
 
@@ -26,6 +26,9 @@ def find_spans(plan: CachePlan, analysis: Analysis, *, merge: bool = True) -> li
     dropped tokens: no attention `current`, no held stream, no key computed of more tokens than the span's, no long
     skip, no value that a score reads, no branch on another stream. Keys are no neighbours: they read the stream, and
     are not added to it. Without `merge`, every site has a slot of its own.
+
+    Neighbours that update fewer and fewer tokens are treated alike too, see `_narrows`: the slot then keeps, of every
+    token, what the sites add to it that do not update it.
     """
     spans: list[Span] = []
     latest: dict[str, int] = {}
@@ -49,7 +52,8 @@ def _mergeable(plan: CachePlan, analysis: Analysis, span: Span, site: Site) -> b
     if not (last.stream_out and last.stream_out == site.stream_in and site.sole_reader):
         return False
     column = [action for _, action in plan.column(site.name)]
-    if column != [action for _, action in plan.column(last.name)]:
+    before = [action for _, action in plan.column(last.name)]
+    if column != before and not _narrows(plan, before, column):
         return False
     if any(isinstance(a, Update) and a.attention == "current" for a in column):
         return False
@@ -62,7 +66,57 @@ def _mergeable(plan: CachePlan, analysis: Analysis, span: Span, site: Site) -> b
         return False
     if any(_seen_beside(plan, site, step, action) for step, action in enumerate(column)):
         return False
-    return not _reads_more_inside(plan, analysis, (*span, site), column)
+    return not _reads_more_inside(plan, analysis, (*span, site))
+
+
+def _narrows(plan: CachePlan, outer: list[Action], inner: list[Action]) -> bool:
+    """Whether both sites compute, or update tokens at the same steps, and one updates some of the other's.
+
+    Between two steps that compute, each has one token set: nobody reads what it would store at an update.
+    """
+    pairs = list(zip(outer, inner, strict=True))
+    if any(a != b and not (isinstance(a, Update) and isinstance(b, Update)) for a, b in pairs):
+        return False
+    updates = {(a, b) for a, b in pairs if isinstance(a, Update) and isinstance(b, Update)}
+    return (
+        all(isinstance(a, (Compute, Update)) for a in inner)
+        and all(a.attention == b.attention and is_subset(plan, b.tokens, a.tokens) for a, b in updates)
+        and all(_one_set_at_a_time(column) for column in (outer, inner))
+    )
+
+
+def is_subset(plan: CachePlan, inner: str | TopK, outer: str | TopK) -> bool:
+    """Whether one token set is within another; of sets that are chosen in the graph nobody knows."""
+    if isinstance(inner, TopK) or isinstance(outer, TopK):
+        return False
+    return bool(torch.isin(plan.tokens[inner], plan.tokens[outer]).all())
+
+
+def _one_set_at_a_time(column: list[Action]) -> bool:
+    """Whether the updates between two computed values are of one token set."""
+    latest: Action = Compute()
+    for action in column:
+        if isinstance(action, Update) and isinstance(latest, Update) and action.tokens != latest.tokens:
+            return False
+        latest = action
+    return True
+
+
+def sets_by_site(plan: CachePlan, span: Span) -> list[tuple[str, ...]]:
+    """For every step the token set of each site of a span, where they differ, else nothing.
+
+    At a step that computes, those of the next updates; after the last of them, theirs: such steps are of one kind.
+    """
+    columns = [[a.tokens if isinstance(a, Update) else "" for _, a in plan.column(site.name)] for site in span]
+    rows = [tuple(map(str, row)) for row in zip(*columns, strict=True)]
+    updates = [row for row in rows if all(row)]
+    if all(len(set(row)) == 1 for row in rows):
+        return [()] * plan.num_steps
+    found, latest = [], updates[-1]
+    for row in reversed(rows):
+        latest = row if all(row) else latest
+        found.append(latest)
+    return found[::-1]
 
 
 def _seen_beside(plan: CachePlan, site: Site, step: int, action: Action) -> bool:
@@ -82,14 +136,14 @@ def _stands_in(plan: CachePlan, branch: str, step: int) -> bool:
     return any(isinstance(plan.action(step, site), (Reuse, Skip)) for site in kept)
 
 
-def _reads_more_inside(plan: CachePlan, analysis: Analysis, span: Span, column: Sequence[Action]) -> bool:
-    """Whether some key of the span is computed, at some step, of tokens that the span does not compute there."""
-    blocks = {site.block for site in span}
-    keys = [s.name for s in analysis.sites.values() if s.kind == "kv" and s.block in blocks and s.name in plan.sites]
+def _reads_more_inside(plan: CachePlan, analysis: Analysis, span: Span) -> bool:
+    """Whether some key of the span is computed, at some step, of tokens that its block does not compute there."""
+    firsts = {site.block: site.name for site in reversed(span)}  # of a block's sites, the one with the most tokens
+    keys = [s for s in analysis.sites.values() if s.kind == "kv" and s.block in firsts and s.name in plan.sites]
     return any(
-        not isinstance(action, Compute) and not _within(plan.action(step, name), action)
-        for name in keys
-        for step, action in enumerate(column)
+        not isinstance(action, Compute) and not _within(plan.action(step, key.name), action)
+        for key in keys
+        for step, action in plan.column(firsts[key.block])
     )
 
 
@@ -141,7 +195,7 @@ def live_stores(plan: CachePlan, span: Span, num_tokens: int) -> list[frozenset[
     Age 0 is the newest value; on compute, the value of age a moves to age a + 1. A store is live where a later step
     reads one of the stored tokens before they are written again. A dynamic set may keep, and drop, any token.
     """
-    name = span[0].name
+    name = span[-1].name  # the one that drops the most tokens
     depth = forecast_depth(plan, name)
     everything, nothing = torch.ones(num_tokens, dtype=torch.bool), torch.zeros(num_tokens, dtype=torch.bool)
     live = [nothing] * depth

@@ -115,7 +115,7 @@ def test_sums_are_added_up_in_their_slots_under_inductor() -> None:
         call(x / 2, *slots)
     for slot, other in zip(mine, wanted, strict=True):
         torch.testing.assert_close(slot, other)
-    assert allocations(lambda: run(x, *mine)).peak <= 7 * x.nbytes  # not 12: the stream alone waits for four
+    assert allocations(lambda: run(x, *mine)).peak <= 6 * x.nbytes  # not 12: the stream alone waits for four
 
 
 def test_nothing_compiles_after_warm_up() -> None:

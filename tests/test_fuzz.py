@@ -7,7 +7,8 @@ import re
 import pytest
 import torch
 
-import tcc.program
+import tcc.step_kinds
+from tcc.liveness import find_spans
 from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, TopK, Update
 from tcc.scores import Norm, Probe
 from tests import fuzz_plans
@@ -43,7 +44,7 @@ def features(example: Example) -> set[str]:
     found |= {"folded"} if example.folded else set()
     found |= {{1: "one step", 8: "eight steps"}.get(plan.num_steps, "other")}
     found |= {feature for step in range(plan.num_steps) for feature in choices(plan, step)}
-    spans = tcc.program.find_spans(plan, info.analysis)
+    spans = find_spans(plan, info.analysis)
     return found | ({"merged span"} if any(len(span) > 1 for span in spans) else set())
 
 
@@ -99,8 +100,8 @@ def test_streams_of_a_joint_block_do_different_things(image: Action, text: Actio
 @pytest.fixture
 def _lost_store(monkeypatch: pytest.MonkeyPatch) -> None:
     """A compiler with a defect: the newest value is never stored."""
-    live_stores = tcc.program.live_stores
-    monkeypatch.setattr(tcc.program, "live_stores", lambda *args: [ages - {0} for ages in live_stores(*args)])
+    live_stores = tcc.step_kinds.live_stores
+    monkeypatch.setattr(tcc.step_kinds, "live_stores", lambda *args: [ages - {0} for ages in live_stores(*args)])
 
 
 @pytest.mark.usefixtures("_lost_store")

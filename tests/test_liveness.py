@@ -11,8 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from tcc.liveness import find_spans, live_stores, slot_names
-from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, Skip, Update
+from tcc.liveness import find_spans, live_stores, sets_by_site, slot_names
+from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, Skip, TopK, Update
+from tcc.scores import Fixed, Score
 from tests.tiny_models import Case, case, dit
 
 SITE = "blocks.0.delta"
@@ -126,7 +127,9 @@ def spans(table: dict[str, Sequence[Action]], which: Case | None = None) -> list
     """The spans of a plan, given site by site, as `a + b`; sites are those of a DiT of three blocks by default."""
     steps = max(len(actions) for actions in table.values())
     actions = {(i, site): action for site, column in table.items() for i, action in enumerate(column)}
-    plan = CachePlan(steps, actions, TOKENS)
+    plan = CachePlan(
+        steps, actions, TOKENS, scores={"one": Score(((1.0, Fixed("t")),))}, tables={"t": torch.arange(4.0)}
+    )
     return [" + ".join(site.name for site in span) for span in find_spans(plan, (which or _dit3()).info.analysis)]
 
 
@@ -142,6 +145,7 @@ def deltas(*actions: Action, blocks: Sequence[int] = (0, 1, 2)) -> dict[str, Seq
 
 ALL_THREE = "blocks.0.delta + blocks.1.delta + blocks.2.delta"
 APART = ["blocks.0.delta", "blocks.1.delta", "blocks.2.delta"]
+ONE_APART = ["blocks.0.delta", "blocks.1.delta + blocks.2.delta"]
 KEYS = [f"blocks.{b}.attn.kv" for b in range(3)]
 
 
@@ -187,6 +191,49 @@ def test_equal_forecasts_share_their_histories() -> None:
     assert spans(deltas(C, C, R1)) == [ALL_THREE]
 
 
+FEWER: dict[str, tuple[list[list[Action]], list[str]]] = {
+    "fewer and fewer": ([[C, ALL], [C, MORE], [C, FEW]], [ALL_THREE]),
+    "fewer, then as many": ([[C, MORE], [C, FEW], [C, FEW]], [ALL_THREE]),
+    "other sets after the next I-step": ([[C, MORE, C, OTHER], [C, FEW, C, OTHER], [C, FEW, C, OTHER]], [ALL_THREE]),
+    "stored or not": ([[C, MORE], [C, LOOK], [C, LOOK]], [ALL_THREE]),
+    "more again": ([[C, MORE], [C, FEW], [C, MORE]], ["blocks.0.delta + blocks.1.delta", "blocks.2.delta"]),
+    "another set before the next I-step": ([[C, ALL, MORE], [C, FEW, FEW], [C, FEW, FEW]], ONE_APART),
+    "fewer at one step, more at another": ([[C, MORE, C, FEW], [C, FEW, C, MORE], [C, FEW, C, MORE]], ONE_APART),
+    "other attention": ([[C, MORE], [C, Update("few", "cached")], [C, Update("few", "cached")]], ONE_APART),
+    "a step of reuse": ([[C, MORE, R], [C, FEW, R], [C, FEW, R]], ONE_APART),
+    "reuse beside an update": ([[C, MORE], [C, R], [C, R]], ONE_APART),
+    "chosen in the graph": ([[C, Update(TopK("one", count))] for count in (3, 2, 1)], APART),
+}
+
+
+@pytest.mark.parametrize("kind", FEWER)
+def test_neighbours_that_update_fewer_tokens_share_a_slot(kind: str) -> None:
+    """Each some of the one before's, at every step; between two I-steps each one set, which nobody reads then."""
+    columns, expected = FEWER[kind]
+    assert spans({f"blocks.{b}.delta": column for b, column in enumerate(columns)}) == expected
+
+
+def test_keys_of_a_block_that_updates_fewer_tokens() -> None:
+    """They may be of its own tokens, and not of those of the block before, which it has not computed."""
+    columns = {f"blocks.{b}.delta": [C, Update(name, "cached")] for b, name in enumerate(("all", "more", "few"))}
+    assert spans(columns | dict(zip(KEYS, ([C, ALL], [C, MORE], [C, FEW]), strict=True))) == [ALL_THREE, *KEYS]
+    assert spans(columns | dict(zip(KEYS, ([C, ALL], [C, ALL], [C, FEW]), strict=True))) == [*APART, *KEYS]
+
+
+def test_the_sets_of_a_span_step_by_step() -> None:
+    """An I-step has those of the updates that follow; those after the last update are of the same kind."""
+    actions = {
+        (i, f"blocks.{b}.delta"): a
+        for b, c in enumerate(([C, MORE, C, ALL, C], [C, FEW, C, FEW, C]))
+        for i, a in enumerate(c)
+    }
+    plan = CachePlan(5, actions, TOKENS)
+    (span,) = find_spans(plan, _dit3().info.analysis)
+    assert sets_by_site(plan, span) == [("more", "few")] * 2 + [("all", "few")] * 3
+    alike = CachePlan(2, {(i, f"blocks.{b}.delta"): a for b in (0, 1) for i, a in enumerate((C, FEW))}, TOKENS)
+    assert sets_by_site(alike, find_spans(alike, _dit3().info.analysis)[0]) == [(), ()]
+
+
 def test_attention_to_current_tokens_keeps_sites_apart() -> None:
     """The next block's keys need the stream of the dropped tokens, block by block."""
     assert spans(deltas(C, Update("few", "current"), FEW)) == APART
@@ -217,7 +264,6 @@ def test_a_stream_that_is_kept_divides_a_span(site: str) -> None:
     assert spans(deltas(C, R, R) | {site: [C, C, H]}) == HELD[site]
 
 
-ONE_APART = ["blocks.0.delta", "blocks.1.delta + blocks.2.delta"]
 KEY_COLUMNS: dict[str, tuple[list[Action], list[Action], list[str]]] = {
     "computed with the span": ([C, R], [C, R], [ALL_THREE]),
     "refreshed with the span": ([C, Update("few", "cached")], [C, FEW], [ALL_THREE]),

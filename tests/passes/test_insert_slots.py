@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from tcc.passes.choose_tokens import Choice
-from tcc.passes.insert_slots import Entry, InsertSlots, Records, history
+from tcc.passes.entries import Entry, Records, history
+from tcc.passes.insert_slots import InsertSlots
 from tcc.passes.sites import Site
 from tcc.passes.tokens import Axis
 from tcc.plan import Action, Compute, Hold, Reuse, Skip, Update

@@ -77,6 +77,39 @@ def test_the_positions_become_an_input_where_they_are_none() -> None:
     assert torch.equal(gm(slot, rows, place, kept_now)[0], before)
 
 
+def narrowing(*, between: bool = False, reads: bool = False) -> fx.GraphModule:
+    """Rows of three tokens of six, of two of them, of one; something is added, or the rows are read, in between."""
+    sketch = Sketch()
+    stream = sketch.input("stream", 2, 6, 4)
+    first = None
+    for number, count in enumerate((3, 2, 1)):
+        stream = sketch.scatter(stream, sketch.input(f"rows {number}", 2, count, 4), *sketch.tokens(count, 6, number))
+        first = first or stream
+        stream = sketch.call(aten.add.Tensor, stream, stream) if between else stream
+    gm = sketch.done(stream, *([first] if reads else []))
+    edits(gm, LowerTokens())
+    return gm
+
+
+def test_rows_over_rows_are_written_where_they_are() -> None:
+    """The same bits; who chooses between old and new is the last alone. A second run changes nothing."""
+    gm = narrowing()
+    inputs = values(gm, kept=[KEPT, [0, 5], [5]])
+    before = gm(*inputs)[0]
+    assert edits(gm, WriteRows()) == 2
+    assert [name for name in calls(gm) if "index_copy" in name or "where" in name] == [
+        "aten.index_copy.default", "aten.index_copy.default", "aten.where.self",
+    ]  # fmt: skip
+    assert torch.equal(gm(*inputs)[0], before)
+    assert edits(gm, WriteRows()) == 0
+
+
+def test_rows_that_are_read_before_others_are_written_stay() -> None:
+    """Something is added to all tokens in between; or somebody reads the value with the first rows alone."""
+    assert edits(narrowing(between=True), WriteRows()) == 0
+    assert edits(narrowing(reads=True), WriteRows()) == 1
+
+
 @pytest.mark.parametrize("other", [{"stored": "b"}, {"reads": True}, {"batch": 2}], ids=str)
 def test_others_are_left_alone(other: dict[str, object]) -> None:
     """Another slot's old value stays; who reads the old value needs it; samples with their own sets have no one row."""

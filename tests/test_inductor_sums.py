@@ -1,0 +1,62 @@
+"""What Inductor is told about sums: where they are added up, and when."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from tcc.inductor_sums import AddUpInSlots
+from tests.graphs import Sketch, calls
+
+aten = torch.ops.aten
+
+
+def summed(*, masked: bool = False) -> fx.GraphModule:
+    """Three values one after the other, and at the end of the graph their sum, which a slot keeps."""
+    sketch = Sketch()
+    value, slot, mask = sketch.input("x", 4, 8), sketch.input("slot:a", 4, 8), sketch.input("mask", 4, 8)
+    terms = []
+    for target in (aten.exp.default, aten.sin.default, aten.cos.default):
+        value = sketch.call(target, value)
+        terms.append(value)
+    out = sketch.call(aten.abs.default, value)
+    if masked:
+        zero = [sketch.call(aten.full.default, [4, 8], 0.0) for _ in terms]
+        terms = [
+            sketch.call(aten.where.self, sketch.call(aten.ge.Scalar, mask, 0), *p)
+            for p in zip(zero, terms, strict=True)
+        ]
+    total = sketch.call(aten.add.Tensor, sketch.call(aten.add.Tensor, terms[0], terms[1]), terms[2])
+    sketch.call(aten.copy_.default, slot, total)
+    return sketch.done(out)
+
+
+def told(gm: fx.GraphModule) -> list[str]:
+    """The operators after the pass, without their overloads."""
+    AddUpInSlots()(gm.graph)
+    gm.graph.lint()
+    return [name.split(".")[1] for name in calls(gm)]
+
+
+def test_every_term_is_added_as_soon_as_it_is_there() -> None:
+    """Inductor moves additions to the one who reads them, and its order of steps would follow."""
+    assert told(summed()) == ["exp", "put", "sin", "add", "put", "cos", "add", "put", "abs", "copy_"]
+
+
+def test_what_a_term_alone_reads_comes_with_it() -> None:
+    """As where blocks update fewer and fewer tokens, and the sum has zeros for those."""
+    mask = ["full", "ge", "where"]
+    found = told(summed(masked=True))
+    assert [name for name in found if name not in mask] == [
+        "exp", "sin", "put", "add", "put", "cos", "add", "put", "abs", "copy_",
+    ]  # fmt: skip
+    assert found.index("cos") < found.index("where", found.index("cos")) < found.index("abs")
+
+
+def test_a_first_term_that_nobody_else_reads_is_computed_in_the_slot() -> None:
+    """One that somebody reads is copied there."""
+    for masked in (False, True):
+        gm = summed(masked=masked)
+        told(gm)
+        alone = [node.args[2] for node in gm.graph.nodes if node.target is torch.ops.tcc.put.default]
+        assert alone == [masked, True, True]
