@@ -1,7 +1,8 @@
 """What each rewrite of the compiler is worth: a waterfall from the eager model to everything that tcc does.
 
-Every row has one rewrite more than the row above. Plans that alternate I- and P-steps, on a model with random weights
-(this is about speed and memory alone), in one process, all rows interleaved step by step, medians of each kind of step.
+Every row has one rewrite more than the row above; float8 slots take the place of bfloat16 ones. Plans that alternate I-
+and P-steps, on a model with random weights (this is about speed and memory alone), in one process, all rows interleaved
+step by step, medians of each kind of step.
 
     python benchmarks/ablation.py --threads 1 --results benchmarks/results
 
@@ -9,8 +10,20 @@ writes `waterfall.json`, `.md` and `.png` (with `--model PixArt-like`, `waterfal
 Columns: milliseconds of an I-step and of a P-step (the first step of a run is a kind of its own: it also computes
 what is folded); `run`, a whole run's time over that of the compiled uncached model, as a speedup; the bound that the
 plan's MACs allow, and the realised share, speedup / bound (above 1 where folding saves products that the bound
-counts); the bytes of slots, and of what is computed once per run; the error, the largest relative difference of the
-first steps' outputs from the reference interpreter's (with narrow slots: from the reference with wide ones).
+counts); the seconds that compiling took; the bytes of slots, and of what is computed once per run; the error, the
+largest relative difference of the first steps' outputs from the reference interpreter's (with narrow slots: from the
+reference with wide ones).
+
+Seconds of compiling are cold: every row has an empty cache folder of Inductor's, after Inductor has compiled something
+small, which builds its headers (as in `compile_time.py`, but all in one process). They are measured once, and are those
+of a clock: other work on the machine shows. They are from the captured model and the plan to compiled variants; of the
+uncached model they are its first call under `torch.compile`, capture and one step included.
+
+Rows up to `+ timesteps folded` are made by default, given `timesteps=`. Those below are options. Own variants for
+stores: steps that differ in nothing but what they store share a variant otherwise, and store alike; a plan whose slots
+take more than `max_slot_bytes` gets one for each. Buffers are shared by default as well, wherever no step needs two
+slots at once. Of these plans that is so with Delta-DiT's alone, and only where stores have variants of their own: the
+row stands below that one, where it can be seen. Regional compilation and narrow slots: `regional=` and `slot_dtype=`.
 
 What was measured before, operators alone (DiT-S/2, batch 2, one thread, processor time), and why some rewrites of the
 literature have no pass here:
@@ -33,12 +46,14 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from compile_time import build_headers
 from matplotlib.figure import Figure
 from peers_models import Subject, dit, pixart
 from provenance import provenance
@@ -53,8 +68,10 @@ from tcc.passes.pipeline import ALL, Rewrites
 from tcc.plan import CachePlan, Update
 from tcc.program import Program, build_program
 from tcc.reference import Reference
-from tcc.runtime import Session, lower
+from tcc.runtime import Executable, Session, lower
 from tcc.timing import Run, RunTiming, time_runs
+
+Made = TypeVar("Made")
 
 
 def fewer_and_fewer(info: ModelInfo, *, num_steps: int) -> CachePlan:
@@ -79,6 +96,7 @@ PLANS: dict[str, Callable[..., CachePlan]] = {
         tcc.plans.tprr, k1=1, k2=1, keep=0.5, attention="cached", level="out", rotate=True
     ),
     "a half to an eighth of the tokens, by depth": fewer_and_fewer,
+    "Delta-DiT, N=2": tcc.plans.delta_dit,
 }
 MODELS: dict[str, Callable[[], Subject]] = {
     "DiT-S/2": functools.partial(dit, "DiT-S/2"),
@@ -86,8 +104,14 @@ MODELS: dict[str, Callable[[], Subject]] = {
     "PixArt-like": pixart,
 }
 DEFAULT = "DiT-S/2"
-COLUMNS = ("plan", "row", "I ms", "P ms", "run", "bound", "realised share", "slot KiB", "folded KiB", "error")
-NOTHING = Rewrites(merge_runs=False, merge_spans=False, drop_dead_stores=False, drop_dead_parts=False, write_rows=False)
+COLUMNS = (
+    "plan", "row", "I ms", "P ms", "run", "bound", "realised share", "compile s", "slot KiB", "folded KiB", "error",
+)  # fmt: skip
+APART = replace(ALL, share_buffers=False)
+NOTHING = replace(
+    APART, merge_runs=False, merge_spans=False, drop_dead_stores=False, drop_dead_parts=False, write_rows=False
+)
+OWN = replace(ALL, share_variants=False)
 
 
 @dataclass(frozen=True)
@@ -98,12 +122,14 @@ class Row:
         label: what it has more than the row above.
         rewrites: the rewrites that are made.
         folds: whether timesteps are given, so that what depends on them is computed once per run.
+        regional: whether what a variant repeats is compiled once.
         slot_dtype: what slots keep wider values in.
     """
 
     label: str
     rewrites: Rewrites
     folds: bool = False
+    regional: bool = False
     slot_dtype: torch.dtype | None = None
 
 
@@ -111,11 +137,15 @@ ROWS = (
     Row("+ slots, pruned tokens", NOTHING),
     Row("+ merged runs", replace(NOTHING, merge_runs=True)),
     Row("+ summed slots", replace(NOTHING, merge_runs=True, merge_spans=True)),
-    Row("+ dead stores dropped", replace(ALL, drop_dead_parts=False, write_rows=False)),
-    Row("+ dead parts dropped", replace(ALL, write_rows=False)),
-    Row("+ rows written in place", ALL),
-    Row("+ timesteps folded", ALL, folds=True),
-    Row("+ bfloat16 slots", ALL, folds=True, slot_dtype=torch.bfloat16),
+    Row("+ dead stores dropped", replace(APART, drop_dead_parts=False, write_rows=False)),
+    Row("+ dead parts dropped", replace(APART, write_rows=False)),
+    Row("+ rows written in place", APART),
+    Row("+ timesteps folded", APART, folds=True),
+    Row("+ own variants for stores", replace(OWN, share_buffers=False), folds=True),
+    Row("+ buffers shared", OWN, folds=True),
+    Row("+ regional compilation", OWN, folds=True, regional=True),
+    Row("+ bfloat16 slots", OWN, folds=True, regional=True, slot_dtype=torch.bfloat16),
+    Row("+ float8 slots", OWN, folds=True, regional=True, slot_dtype=torch.float8_e4m3fn),
 )
 
 
@@ -126,6 +156,7 @@ class Candidate:
     plan: str
     label: str
     run: Run
+    compile_seconds: float = 0.0
     bound: float = 1.0
     slot_bytes: int = 0
     folded_bytes: int = 0
@@ -173,15 +204,29 @@ def outputs_of(setting: Setting, plan: CachePlan, steps: int) -> list[torch.Tens
     return [reference(*setting.call(step)) for step in range(steps)]
 
 
+def from_cold(make: Callable[[], Made]) -> tuple[Made, float]:
+    """What `make` gives, and its seconds with an empty cache folder of Inductor's."""
+    from torch._inductor.utils import fresh_cache  # there is no public way (torch 2.11-2.13); here: slow to import
+
+    with fresh_cache():
+        start = time.perf_counter()
+        return make(), time.perf_counter() - start
+
+
 def candidate(
     setting: Setting, name: str, plan: CachePlan, row: Row, wanted: list[torch.Tensor], backend: str
 ) -> Candidate:
     """`plan` under the rewrites of `row`, compiled and run once; its first outputs are compared with those `wanted`."""
     info, bound = setting.info, plan.bound
     plan = replace(plan, slot_dtype=row.slot_dtype)
-    program = build_program(info.captured, info.analysis, plan, rewrites=row.rewrites)
-    folding = find_folding(info.captured, info.analysis, plan, setting.timesteps) if row.folds else None
-    session = Session(lower(program, backend, folding=folding))
+
+    def make() -> Executable:
+        program = build_program(info.captured, info.analysis, plan, rewrites=row.rewrites)
+        folding = find_folding(info.captured, info.analysis, plan, setting.timesteps) if row.folds else None
+        return lower(program, backend, regional=row.regional, folding=folding)
+
+    executable, seconds = from_cold(make)
+    session = Session(executable)
 
     def start() -> Iterator[Any]:
         session.reset()
@@ -193,7 +238,8 @@ def candidate(
     for _ in outputs:  # every variant has run
         pass
     return Candidate(
-        name, row.label, Run(kinds(program), start), bound, session.slot_bytes, session.folded_bytes, error,
+        name, row.label, Run(kinds(executable.program), start), seconds, bound, session.slot_bytes,
+        session.folded_bytes, error,
     )  # fmt: skip
 
 
@@ -218,7 +264,8 @@ def lines(candidates: list[Candidate], times: dict[str, RunTiming]) -> list[dict
         found.append({
             "plan": each.plan or "uncached", "row": each.label, "first ms": medians.get("first"), "I ms": medians["I"],
             "P ms": medians.get("P"), "run": speedup, "bound": each.bound, "realised share": speedup / each.bound,
-            "slot_bytes": each.slot_bytes, "folded_bytes": each.folded_bytes, "error": each.error,
+            "compile_seconds": each.compile_seconds, "slot_bytes": each.slot_bytes, "folded_bytes": each.folded_bytes,
+            "error": each.error,
         })  # fmt: skip
     return found
 
@@ -231,9 +278,10 @@ def key(each: Candidate) -> str:
 def cells(line: dict[str, Any]) -> list[str]:
     """A row as text."""
     share = "" if line["plan"] == "uncached" else f"{line['realised share']:.3f}"
+    seconds = f"{line['compile_seconds']:.1f}" if line["compile_seconds"] else ""
     return [
         line["plan"], line["row"], f"{line['I ms']:.1f}", "" if line["P ms"] is None else f"{line['P ms']:.1f}",
-        f"{line['run']:.3f}x", f"{line['bound']:.3f}x", share, f"{line['slot_bytes'] / 1024:.0f}",
+        f"{line['run']:.3f}x", f"{line['bound']:.3f}x", share, seconds, f"{line['slot_bytes'] / 1024:.0f}",
         f"{line['folded_bytes'] / 1024:.0f}", f"{line['error']:.0e}" if line["error"] else "",
     ]  # fmt: skip
 
@@ -253,7 +301,8 @@ def plot(found: list[dict[str, Any]], title: str, path: Path) -> None:
         axes.plot([line["row"] for line in own], [line["realised share"] for line in own], "o-", label=plan)
     axes.axhline(1, color="k", lw=0.8, ls=":")
     axes.set_ylabel("speedup over compiled uncached / bound")
-    axes.tick_params(axis="x", labelrotation=20)
+    for label in axes.get_xticklabels():
+        label.set(rotation=25, ha="right", rotation_mode="anchor")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
@@ -262,16 +311,19 @@ def plot(found: list[dict[str, Any]], title: str, path: Path) -> None:
 
 def measure(setting: Setting, plans: list[str], backend: str, rounds: int, checked: int) -> list[dict[str, Any]]:
     """All rows: compile, check, then time in turns."""
+    if backend != "eager":
+        build_headers()
     plain = setting.model if backend == "eager" else torch.compile(setting.model, fullgraph=True, backend=backend)
-    candidates = [uncached(setting, "eager", setting.model), uncached(setting, "compiled", plain)]
+    eager, compiled = uncached(setting, "eager", setting.model), uncached(setting, "compiled", plain)
+    next(eager.run.start())
+    _, seconds = from_cold(lambda: next(compiled.run.start()))
+    candidates = [eager, replace(compiled, compile_seconds=seconds)]
     made = {name: PLANS[name](setting.info, num_steps=len(setting.timesteps)) for name in plans}
     wanted = {name: outputs_of(setting, plan, checked) for name, plan in made.items()}
     todo = [(name, row) for name in plans for row in ROWS]
     candidates += [
         candidate(setting, name, made[name], row, wanted[name], backend) for name, row in track(todo, "compiling")
     ]
-    for each in candidates[:2]:
-        next(each.run.start())
     return lines(candidates, time_runs({key(each): each.run for each in candidates}, rounds=rounds))
 
 

@@ -36,6 +36,11 @@ class Rewrites:
         drop_dead_stores: what no later step reads is not stored.
         drop_dead_parts: parts of products that nobody reads are not computed.
         write_rows: of a slot whose tokens are updated in part, those are written alone.
+        share_buffers: slots that no step needs both of have one buffer. This changes memory alone: the variants are the
+            same, and name other slots.
+        share_variants: steps that differ in nothing but what they store have one variant, and store alike. Without it
+            there is more to compile and less that is stored in vain, so that more slots can share a buffer; that is
+            what a plan gets whose slots take more than `max_slot_bytes`.
     """
 
     merge_runs: bool = True
@@ -43,6 +48,8 @@ class Rewrites:
     drop_dead_stores: bool = True
     drop_dead_parts: bool = True
     write_rows: bool = True
+    share_buffers: bool = True
+    share_variants: bool = True
 
 
 ALL = Rewrites()

@@ -123,11 +123,16 @@ class Memory:
 
 
 def find_memory(
-    slots: Sequence[SlotSpec], variants: Sequence[Variant], bindings: Sequence[Binding], sites: Mapping[str, Site]
+    slots: Sequence[SlotSpec],
+    variants: Sequence[Variant],
+    bindings: Sequence[Binding],
+    sites: Mapping[str, Site],
+    *,
+    share: bool = True,
 ) -> Memory:
-    """When the slots of a plan's variants are needed, and which of them share a buffer."""
+    """When the slots of a plan's variants are needed, and which share a buffer: none, where `share` is false."""
     used = steps_in_use(variants, bindings)
-    buffers = share_buffers(slots, used)
+    buffers = share_buffers(slots, used) if share else {slot.name: slot.name for slot in slots}
     found = []
     for slot in slots:
         site = sites.get(_site_of(slot.name))

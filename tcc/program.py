@@ -129,8 +129,9 @@ def build_program(
     """
     check_sites(plan, analysis)
     kinds, tables = find_step_kinds(plan, analysis, rewrites)
-    made = _Making(captured, analysis, plan, tables, check, progress, {} if known is None else known)
-    program = made.program(share_stores(kinds))
+    share = rewrites.share_buffers
+    made = _Making(captured, analysis, plan, tables, check, progress, {} if known is None else known, share)
+    program = made.program(share_stores(kinds) if rewrites.share_variants else kinds)
     if max_slot_bytes is not None and program.slot_bytes > max_slot_bytes:  # more variants, and fewer slots at a time
         program = made.program(kinds)
     program.memory.check(max_slot_bytes)
@@ -164,6 +165,7 @@ class _Making:
     check: bool
     progress: Callable[[str], None] | None
     known: dict[StepKind, Variant]
+    share_buffers: bool
 
     @_collecting_after()
     def program(self, kinds: list[StepKind]) -> Program:
@@ -183,7 +185,7 @@ class _Making:
             for kind, table in zip(kinds, self.tables, strict=True)
         )
         slots = _slots(variants)
-        memory = find_memory(slots, variants, bindings, self.analysis.sites)
+        memory = find_memory(slots, variants, bindings, self.analysis.sites, share=self.share_buffers)
         shared = {slot.name: slot.buffer for slot in memory.slots if slot.buffer != slot.name}
         variants = [_renamed(variant, shared) for variant in variants]
         own = tuple(slot for slot in slots if slot.name not in shared)

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
+from tcc.program import build_program
 from tests.scripts import imported
 from tests.tiny_models import case
 
-NAMES = ["FORA, N=2", "a quarter of the tokens, kept", "a half to an eighth of the tokens, by depth"]
+NAMES = ["FORA, N=2", "a quarter of the tokens, kept", "a half to an eighth of the tokens, by depth", "Delta-DiT, N=2"]
+NARROW = ("+ bfloat16 slots", "+ float8 slots")
+SLOT = 2 * 16 * 32 * 4  # bytes: two samples, 16 tokens, width 32, float32
 
 
 @pytest.fixture(scope="module")
 def ablation() -> Iterator[ModuleType]:
     """The script as a module."""
-    with imported(("provenance", "step_speed", "peers_models", "ablation")) as found:
+    with imported(("provenance", "step_speed", "peers_models", "compile_time", "ablation")) as found:
         yield found["ablation"]
 
 
@@ -58,25 +64,75 @@ def test_every_rewrite_has_a_row_for_every_plan(ablation: ModuleType, rows: dict
 
 
 def test_all_rows_of_a_plan_compute_the_same(rows: dict[tuple[str, str], Any]) -> None:
-    """To float32 rounding; only narrow slots change values, which the error shows."""
+    """To float32 rounding; only narrow slots change values, and the narrower the more, which the error shows."""
     for (plan, label), row in rows.items():
-        if plan != "uncached":
-            assert 1e-5 < row["error"] < 1e-1 if label == "+ bfloat16 slots" else row["error"] < 2e-5
+        if plan != "uncached" and label not in NARROW:
+            assert row["error"] < 2e-5
+    for plan in NAMES:
+        half, quarter = (rows[plan, label]["error"] for label in NARROW)
+        assert 1e-5 < half < torch.finfo(torch.bfloat16).eps
+        assert half < quarter < torch.finfo(torch.float8_e4m3fn).eps
 
 
 def test_slots_become_fewer_and_narrower(rows: dict[tuple[str, str], Any]) -> None:
     """Two blocks of two branches: a slot each, then one for the sum; half the bytes in bfloat16."""
-    one = 2 * 16 * 32 * 4  # two samples, 16 tokens, width 32, float32
-    tokens = {label: row["slot_bytes"] / one for (plan, label), row in rows.items() if plan == NAMES[1]}
+    tokens = {label: row["slot_bytes"] / SLOT for (plan, label), row in rows.items() if plan == NAMES[1]}
     assert tokens["+ slots, pruned tokens"] == tokens["+ merged runs"] == 2
-    assert tokens["+ summed slots"] == tokens["+ timesteps folded"] == 1
+    assert tokens["+ summed slots"] == tokens["+ timesteps folded"] == tokens["+ regional compilation"] == 1
     assert tokens["+ bfloat16 slots"] == 0.5
+    assert tokens["+ float8 slots"] == 0.25
     assert {row["folded_bytes"] > 0 for (_, label), row in rows.items() if "timesteps" in label} == {True}
+
+
+def test_slots_share_a_buffer_in_time(rows: dict[tuple[str, str], Any]) -> None:
+    """Delta-DiT keeps the last block first and the first one later: one buffer. Others have no two such slots."""
+    shares = ("+ own variants for stores", "+ buffers shared")
+    bytes_of = {plan: tuple(rows[plan, label]["slot_bytes"] for label in shares) for plan in NAMES}
+    assert bytes_of["Delta-DiT, N=2"] == (2 * SLOT, SLOT)
+    assert all(apart == shared for plan, (apart, shared) in bytes_of.items() if plan != "Delta-DiT, N=2")
+
+
+def test_own_variants_are_those_that_a_budget_asks_for(ablation: ModuleType) -> None:
+    """The row stands for `max_slot_bytes`, and every plan of the file has both or neither of its rows' bytes."""
+    info = case("dit").info
+    for name, policy in ablation.PLANS.items():
+        plan = policy(info, num_steps=4)
+        own = build_program(info.captured, info.analysis, plan, check=False, rewrites=ablation.OWN)
+        asked = info.program(plan, max_slot_bytes=own.slot_bytes)
+        assert {slot.name for slot in asked.slots} == {slot.name for slot in own.slots}
+        assert (own.slot_bytes < plan.slot_bytes) == (name == "Delta-DiT, N=2")
+
+
+def test_seconds_are_from_cold(ablation: ModuleType) -> None:
+    """Every time another cache folder of Inductor's, which is empty; the one from before comes back."""
+    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+
+    def make() -> tuple[Path, list[Path]]:
+        time.sleep(0.01)
+        folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+        return folder, list(folder.rglob("*"))
+
+    (first, held), seconds = ablation.from_cold(make)
+    (second, later), _ = ablation.from_cold(make)
+    assert seconds >= 0.01
+    assert first != second
+    assert held == later == []
+    assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") == before
+
+
+def test_every_row_tells_what_compiling_took(rows: dict[tuple[str, str], Any]) -> None:
+    """Building counts, so that it is more than nothing without a compiler too; the eager model alone has none."""
+    for (_, label), row in rows.items():
+        assert (row["compile_seconds"] > 0) == (label != "eager")
 
 
 def test_the_table_and_the_plot_are_written(ablation: ModuleType, results: Path) -> None:
     """Beside the JSON, which says where it comes from."""
     text = (results / "waterfall.md").read_text()
-    assert all(f"| {name} |" in text for name in (*ablation.COLUMNS[:3], *(row.label for row in ablation.ROWS)))
+    assert f"| {' | '.join(ablation.COLUMNS)} |" in text
+    assert "compile s" in ablation.COLUMNS
+    assert all(f"| {row.label} |" in text for row in ablation.ROWS)
+    widths = {line.count(" | ") for line in text.splitlines() if line.startswith("|")}
+    assert widths == {len(ablation.COLUMNS) - 1}
     assert (results / "waterfall.png").read_bytes().startswith(b"\x89PNG")
     assert {"command", "commit", "processor", "threads"} <= set(json.loads((results / "waterfall.json").read_text()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 import tcc
 from tcc.errors import PlanError
 from tcc.memory import share_buffers, steps_in_use
+from tcc.passes.pipeline import Rewrites
 from tcc.plan import Action, CachePlan, Compute, Reuse, Update
 from tcc.program import SlotSpec, build_program
 from tcc.timing import allocations
@@ -108,6 +110,34 @@ def test_a_store_that_nobody_reads_keeps_its_buffer() -> None:
     program = build_program(info.captured, info.analysis, plan_of({"blocks.0.attn.delta": "CRCRCC"}, 6), check=False)
     (used,) = steps_in_use(program.variants, program.bindings).values()
     assert used == 0b111111  # the last two steps run the variant of steps 0 and 2
+
+
+@pytest.mark.parametrize("kind", PLANS)
+def test_without_sharing_variants_are_the_same_but_for_names(kind: str) -> None:
+    """Every slot keeps its own buffer and its name; nothing else about the graphs changes."""
+    info, (letters, _) = case("dit").info, PLANS[kind]
+    plan = plan_of(letters, len(next(iter(letters.values()))))
+    shared, apart = (
+        build_program(
+            info.captured,
+            info.analysis,
+            plan,
+            check=False,
+            rewrites=Rewrites(share_buffers=share, share_variants=False),  # else nothing is shared here
+        )
+        for share in (True, False)
+    )
+    assert all(slot.buffer == slot.name for slot in apart.memory.slots)
+    at_one_step = ("two sites at the same steps", "a read where the other is written")
+    assert (shared.slot_bytes < apart.slot_bytes) == (kind not in at_one_step)
+    assert apart.slot_bytes == apart.memory.total == sum(slot.bytes for slot in shared.memory.slots)
+    assert [binding.variant for binding in shared.bindings] == [binding.variant for binding in apart.bindings]
+    buffers = {slot.name: slot.buffer for slot in shared.memory.slots}
+    for one, other in zip(shared.variants, apart.variants, strict=True):
+        assert one.gm.code == other.gm.code
+        assert one.stores == tuple(buffers[slot] for slot in other.stores)
+        assert one.macs == other.macs
+        assert one.kind == replace(other.kind, rewrites=one.kind.rewrites)
 
 
 def test_a_budget_is_kept_or_the_plan_refused() -> None:
