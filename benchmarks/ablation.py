@@ -65,25 +65,13 @@ import tcc
 from tcc.folding import find_folding
 from tcc.info import ModelInfo
 from tcc.passes.pipeline import ALL, Rewrites
-from tcc.plan import CachePlan, Update
+from tcc.plan import CachePlan
 from tcc.program import Program, build_program
 from tcc.reference import Reference
 from tcc.runtime import Executable, Session, lower
 from tcc.timing import Run, RunTiming, time_runs
 
 Made = TypeVar("Made")
-
-
-def fewer_and_fewer(info: ModelInfo, *, num_steps: int) -> CachePlan:
-    """Every second step recomputes half of the tokens in the first block, an eighth in the last; sets are nested."""
-    order = torch.randperm(info.analysis.num_tokens, generator=torch.Generator().manual_seed(0))
-    blocks = [name for name, site in info.sites.items() if site.kind == "block"]
-    shares = torch.linspace(1 / 2, 1 / 8, len(blocks)).tolist()
-    tokens = {
-        name: order[: round(share * len(order))].sort().values for name, share in zip(blocks, shares, strict=True)
-    }
-    actions = {(step, name): Update(name) for step in range(1, num_steps, 2) for name in blocks}
-    return info.count(CachePlan(num_steps, actions, tokens))
 
 
 PLANS: dict[str, Callable[..., CachePlan]] = {
@@ -95,7 +83,9 @@ PLANS: dict[str, Callable[..., CachePlan]] = {
     "half of the tokens, cached": functools.partial(
         tcc.plans.tprr, k1=1, k2=1, keep=0.5, attention="cached", level="out", rotate=True
     ),
-    "a half to an eighth of the tokens, by depth": fewer_and_fewer,
+    "a half to an eighth of the tokens, by depth": functools.partial(
+        tcc.plans.tprr, k1=1, k2=1, keep=0.5, keep_last=0.125, tokens="random", attention="kept", level="block"
+    ),
     "Delta-DiT, N=2": tcc.plans.delta_dit,
 }
 MODELS: dict[str, Callable[[], Subject]] = {

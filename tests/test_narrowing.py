@@ -14,6 +14,7 @@ from tcc.plan import Action, CachePlan, Update
 from tcc.program import build_program
 from tests import fuzz_plans
 from tests.fuzz_plans import Example, check_example
+from tests.tiny_models import dit
 
 MERGED = {"dit1", "dit3", "tokens_first", "rotary", "joint"}
 OTHERS = {"uvit", "long_skip", "masked"}  # a skip or a mask may stand between
@@ -72,3 +73,22 @@ def test_one_slot_takes_the_place_of_one_for_each() -> None:
     assert apart.slot_bytes == 3 * one.slot_bytes
     assert len(one.variants) == len(apart.variants) == 2
     assert one.cost(info.analysis).step_macs == apart.cost(info.analysis).step_macs
+
+
+@pytest.mark.parametrize(
+    ("tokens", "counts"), [("random", [8, 6, 4]), ("checkerboard", [8, 8, 4]), (torch.linspace(0, 1, 16), [8, 8, 4])]
+)
+def test_blocks_that_keep_fewer_and_fewer_tokens_share_a_slot(tokens: Any, counts: list[int]) -> None:
+    """From half of the 16 tokens to a quarter over three blocks, each some of the one before's."""
+    info = dit(depth=3, hidden_size=16).info
+    given: dict[str, Any] = {"keep": 0.5, "keep_last": 0.25, "tokens": tokens, "num_steps": 4}
+    given |= {"attention": "kept", "level": "block"}
+    plan = tcc.plans.tprr(info, **given)
+    kept = [set(plan.tokens[str(plan.action(1, f"blocks.{b}.delta").tokens)].tolist()) for b in range(3)]  # type: ignore[union-attr]
+    assert [len(each) for each in kept] == (
+        [18, 14, 9] if isinstance(tokens, str) and tokens == "random" else [18, 18, 9]
+    )
+    assert kept[2] < kept[1] <= kept[0]
+    assert [slot.name for slot in plan.memory(info).slots] == ["blocks.0.delta+2"]
+    assert tcc.plans.tprr(info, blocks=[2, 0, 1], **given).actions == plan.actions
+    assert plan.policy["keep_last"] == 0.25

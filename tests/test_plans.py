@@ -296,6 +296,15 @@ BAD = {
     "keep inf, rotating": (lambda i: plans.tprr(i, num_steps=4, keep=float("inf"), rotate=True), "keep=inf: the keep"),
     "keep above 1": (lambda i: plans.tprr(i, num_steps=4, keep=1.01), "keep=1.01: the keep ratio is in (0, 1]"),
     "keep below 0": (lambda i: plans.tprr(i, num_steps=4, keep=-0.5), "keep=-0.5: the keep ratio is in (0, 1]"),
+    "keep_last 0": (lambda i: plans.tprr(i, num_steps=4, keep_last=0.0), "keep_last=0.0: the keep ratio is in (0, 1]"),
+    "keep_last above keep": (
+        lambda i: plans.tprr(i, num_steps=4, keep=0.5, keep_last=0.75),
+        "keep_last=0.75: the last block keeps no more than the first, and keep=0.5",
+    ),
+    "keep_last of tokens that are not nested": (
+        lambda i: plans.tprr(i, num_steps=4, keep_last=0.25, tokens="uniform"),
+        "keep_last with tokens='uniform': the tokens of a smaller share are not among those of a larger one",
+    ),
     "keep NaN": (lambda i: plans.tprr(i, num_steps=4, keep=float("nan")), "keep=nan: the keep ratio is in (0, 1]"),
     "attention": (
         lambda i: plans.tprr(i, num_steps=4, attention="all"),

@@ -32,10 +32,12 @@ def check_share(name: str, value: object) -> None:
     check_number(name, value, 0, 1, "a share")
 
 
-def check_keep(keep: object) -> None:
+def check_keep(keep: object, name: str = "keep") -> None:
     """Refuse a keep ratio outside (0, 1]."""
     if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 < keep <= 1:
-        raise PlanError(f"keep={keep}: the keep ratio is in (0, 1]; to reuse all tokens use a reuse plan such as fora")
+        raise PlanError(
+            f"{name}={keep}: the keep ratio is in (0, 1]; to reuse all tokens use a reuse plan such as fora"
+        )
 
 
 def check_seed(seed: object) -> None:

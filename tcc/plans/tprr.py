@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from tcc.errors import PlanError
 from tcc.info import ModelInfo
 from tcc.plan import Action, CachePlan, Compute, Update
 from tcc.plans.checks import check_keep
@@ -33,6 +34,7 @@ def tprr(
     boundary: float = 0.5,
     cycle: Cycle = "p_steps",
     keep: float = 0.5,
+    keep_last: float | None = None,
     attention: TokenAttention = "cached",
     blocks: Sequence[int] | None = None,
     level: Level = "out",
@@ -60,6 +62,10 @@ def tprr(
         keep: keep ratio r in (0, 1]: kept image tokens / all image tokens on P-steps, rounded to whole tokens (per
             cell, where tokens are chosen by cell). Other tokens are always kept; `plan.summary()` shows the share of
             all tokens that comes out.
+        keep_last: the share that the last of the chosen blocks keeps; those before it keep shares that fall evenly
+            from `keep`, each some of the tokens of the one before. With `attention="kept"` or `"cached"` and a delta
+            per block or branch, all of them share one slot where they keep the same tokens until the next I-step. All
+            keep `keep`, if None.
         attention: what kept queries see, see `Update`; or `reused`, the self-attention branches are reused whole.
         blocks: indices of the blocks to prune; the others are computed at every step. All, if None.
         level: `block` keeps one delta per block, `branch` one per residual branch, `out` every branch's output before
@@ -71,21 +77,54 @@ def tprr(
         rotate: choose other tokens at every P-step of a cycle, so that each token's turn comes.
 
     Raises:
-        PlanError: an option is out of range, the scores are not finite, or a chosen block cannot be pruned.
+        PlanError: an option is out of range, the scores are not finite, a chosen block cannot be pruned, or blocks
+            would keep tokens that the one before has not.
     """
     chosen = choose_blocks(info, blocks)
     i_steps = set(tprr_steps(num_steps, k1, k2, boundary, cycle))
     sites = pruned_sites(info, chosen, level, attention)
     check_keep(keep)
+    shares = _shares(sorted(set(chosen)), keep, keep_last, tokens)
     start, stop = info.image_tokens
     turns = range(min(stop - start, math.ceil(1 / keep)) if rotate else 1)
-    sets = {f"kept{t}": choose_tokens(info, keep, tokens, cell=cell, seed=seed, turn=t) for t in turns}
+    sets = {
+        _name(turn, share, keep): choose_tokens(info, share, tokens, cell=cell, seed=seed, turn=turn)
+        for turn in turns
+        for share in dict.fromkeys(shares.values())
+    }
     p_steps = [step for step in range(num_steps) if step not in i_steps]
-    rows: dict[int, Action] = {step: Update(f"kept{turn % len(turns)}") for turn, step in enumerate(p_steps)}
-    actions = token_actions(sites, num_steps, attention, lambda step, _: rows.get(step, Compute()))
+    turn_of = {step: turn % len(turns) for turn, step in enumerate(p_steps)}
+
+    def row(step: int, block: int) -> Action:
+        return Update(_name(turn_of[step], shares[block], keep)) if step in turn_of else Compute()
+
+    actions = token_actions(sites, num_steps, attention, row)
     policy = {
-        "name": "tprr", "k1": k1, "k2": k2, "boundary": boundary, "cycle": cycle, "keep": keep, "attention": attention,
-        "blocks": list(chosen), "level": level, "tokens": tokens if isinstance(tokens, str) else "scores", "cell": cell,
-        "seed": seed, "rotate": rotate,
+        "name": "tprr", "k1": k1, "k2": k2, "boundary": boundary, "cycle": cycle, "keep": keep,
+        "keep_last": keep_last, "attention": attention, "blocks": list(chosen), "level": level,
+        "tokens": tokens if isinstance(tokens, str) else "scores", "cell": cell, "seed": seed, "rotate": rotate,
     }  # fmt: skip
     return info.count(CachePlan(num_steps=num_steps, actions=actions, tokens=sets, policy=policy))
+
+
+def _shares(
+    blocks: Sequence[int], keep: float, keep_last: float | None, tokens: Choice | torch.Tensor
+) -> dict[int, float]:
+    """The keep ratio of every block, falling evenly."""
+    if keep_last is None:
+        return dict.fromkeys(blocks, keep)
+    check_keep(keep_last, "keep_last")
+    if keep_last > keep:
+        raise PlanError(f"keep_last={keep_last}: the last block keeps no more than the first, and keep={keep}")
+    if isinstance(tokens, str) and tokens == "uniform":
+        raise PlanError(
+            "keep_last with tokens='uniform': the tokens of a smaller share are not among those of a larger one; use "
+            "'checkerboard', 'random' or scores"
+        )
+    steps = max(1, len(blocks) - 1)
+    return {block: keep + (keep_last - keep) * number / steps for number, block in enumerate(blocks)}
+
+
+def _name(turn: int, share: float, keep: float) -> str:
+    """The name of a token set."""
+    return f"kept{turn}" if share == keep else f"kept{turn} x {share:.4g}"
