@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from rich.table import Table
 from tcc import timing
 
 COLUMNS = (
-    "row", "steps", "GMAC", "bound", "ms per image", "speedup", "PSNR dB", "FD", "FD min..max", "seeds x samples",
-    "PSNR, fewer steps", "FD, fewer steps", "front",
+    "row", "steps", "GMAC", "bound", "ms per image", "speedup", "PSNR dB", "PSNR min..max", "FD", "FD min..max",
+    "seeds x samples", "PSNR, fewer steps", "FD, fewer steps", "front",
 )  # fmt: skip
 MARKERS = "osD^v<>Pp*Xh8d"
 
@@ -60,12 +60,18 @@ def cells(rows: Sequence[Measured], m: Measured) -> list[str]:
         f"{m.seconds_per_image * 1e3:.1f}" if m.seconds_per_image else "",
         f"{m.speedup:.2f}x" if m.speedup else "",
         f"{m.mean_psnr:.2f}" if math.isfinite(m.mean_psnr) else "reference",
+        spread(m.psnr, 2) if math.isfinite(m.mean_psnr) else "",
         f"{m.mean_fd:.3f}",
-        f"{min(m.fd.values()):.3f}..{max(m.fd.values()):.3f}",
+        spread(m.fd, 3),
         f"{len(m.fd)} x {m.samples}",
         *("" if value is None else f"{value:.{digits}f}" for digits, value in zip((2, 3), fewer, strict=True)),
         ", ".join(name for name, field in (("PSNR", "mean_psnr"), ("FD", "mean_fd")) if on_front(rows, m, field)),
     ]
+
+
+def spread(by_seed: Mapping[str, float], digits: int) -> str:
+    """The least and the most of the seeds."""
+    return f"{min(by_seed.values()):.{digits}f}..{max(by_seed.values()):.{digits}f}"
 
 
 def ordered(rows: Sequence[Measured], steps: int) -> list[Measured]:
