@@ -107,14 +107,21 @@ def test_the_ablation(name: str) -> None:
     assert not unmatched([row[1:3] for row in found], known)
 
 
-def test_what_peers_decided() -> None:
+@pytest.mark.parametrize(
+    ("head", "name"),
+    [
+        ("cache | error, both", "peers-pixart-1x10-alike.json"),
+        ("cache, reference model | error, both", "peers-reference-4x20-alike.json"),
+    ],
+)
+def test_what_peers_decided(head: str, name: str) -> None:
     """Of every peer the error and the bound, its fastest mode, and the plan that repeats its decisions."""
-    rows = [row for row in results("peers-pixart-1x10-alike.json") if row["seconds"]]
-    found = table("cache | error, both")
+    rows = [row for row in results(name) if row["seconds"]]
+    found = table(head)
     assert len(found) > 5
-    for name, error, bound, fastest, plan in found:
-        own = [row for row in rows if row["method"] == name and row["package"] != "tcc"]
-        (twin,) = (row for row in rows if row["method"].startswith(f"{name}, ") and row["method"].endswith(" steps"))
+    for cache, error, bound, fastest, plan in found:
+        own = [row for row in rows if row["method"] == cache and row["package"] != "tcc"]
+        (twin,) = (row for row in rows if row["method"].startswith(f"{cache}, ") and row["method"].endswith(" steps"))
         assert says(fastest, max(row["speedup"] for row in own))
         assert says(plan, twin["speedup"])
         assert all(says(bound, row["bound"]) for row in own)
