@@ -15,7 +15,7 @@ from torch._inductor.codegen import wrapper
 from torch._inductor.virtualized import V
 from torch.utils._ordered_set import OrderedSet
 
-from tcc.inductor_sums import AddUpInSlots
+from tcc.inductor_stores import StoreEarly
 
 __all__ = ["InPlace", "install", "peak_in_place"]
 
@@ -34,7 +34,7 @@ class InPlace:
 
     def __init__(self) -> None:
         super().__init__()
-        if isinstance(config.post_grad_custom_post_pass, AddUpInSlots):
+        if isinstance(config.post_grad_custom_post_pass, StoreEarly):
             self.overall_peak_memory = min(self.overall_peak_memory, _overall_peak())
 
 

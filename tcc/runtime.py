@@ -233,7 +233,7 @@ def _inductor(gm: fx.GraphModule, examples: list[torch.Tensor], options: dict[st
     from torch._inductor.exc import InductorError
 
     from tcc import inductor_reuse
-    from tcc.inductor_sums import AddUpInSlots
+    from tcc.inductor_stores import StoreEarly
 
     inductor_reuse.install()
     # without the shape environment, which Dynamo brings along elsewhere, Inductor does not look into its cache
@@ -244,7 +244,7 @@ def _inductor(gm: fx.GraphModule, examples: list[torch.Tensor], options: dict[st
 
     def attempt(options: dict[str, Any]) -> Runner:
         with tracing(TracingContext(mode)):
-            chosen = {"post_grad_custom_post_pass": AddUpInSlots(), **options}
+            chosen = {"post_grad_custom_post_pass": StoreEarly(), **options}
             compiled: Runner = torch._inductor.compile(gm, [*inputs], options=chosen)
         return compiled
 

@@ -1,7 +1,7 @@
-"""What Inductor is told about sums that slots keep: add them up in the slot, term by term.
+"""What Inductor is told about what slots keep: store it as soon as it is there, and add sums up in the slot.
 
-Left alone, it adds all terms in one loop at the end of the step, and every term waits for that. The loops made here are
-fused with no others, or they would be moved together again.
+Left alone, it stores at the end of the step, adds all terms of a sum in one loop, and every value waits for that. The
+loops made here for sums are fused with no others, or they would be moved together again.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, fx
 from torch._inductor import ir
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-from torch._inductor.lowering import mutate_to, register_lowering
+from torch._inductor.lowering import register_lowering
 from torch._inductor.virtualized import V
 
 from tcc.passes.write_slots import additions
 
-__all__ = ["AddUpInSlots"]
+__all__ = ["StoreEarly"]
 
 aten = torch.ops.aten
 
@@ -42,21 +42,26 @@ def _(slot: Tensor, value: Tensor, alone: bool) -> Tensor:
 
 @register_lowering(torch.ops.tcc.put.default, type_promotion_kind=None)
 def _lower_put(slot: Any, value: Any, alone: bool) -> Any:
-    if alone and isinstance(value.data, ir.StorageBox):
-        name = ir.MutationLayoutSHOULDREMOVE.realize_into(value.data, slot.data, unsafe_alias=True).get_name()
-    else:
-        mutate_to(slot, value)  # type: ignore[no-untyped-call]
-        name = V.graph.buffers[-1].get_name()
+    if not (alone and isinstance(value.data, ir.StorageBox)):
+        # computed anew: a value that is kept for the copy would change what Inductor keeps of the stream
+        value = ir.Pointwise.create(
+            device=value.get_device(), dtype=value.get_dtype(), inner_fn=value.make_loader(), ranges=value.get_size()
+        )
+    name = ir.MutationLayoutSHOULDREMOVE.realize_into(value.data, slot.data, unsafe_alias=True).get_name()
     V.graph.no_fuse_buffer_names.add(name)
     return slot
 
 
-class AddUpInSlots(CustomGraphPass):
-    """Of the graph that Inductor compiles: `copy_(slot, a + b + c)` to sums that stand in the slot from the first on.
+class StoreEarly(CustomGraphPass):
+    """Of the graph that Inductor compiles: move `copy_(slot, value)` to where the value is made.
+
+    Where nobody else reads the old value:
 
     1. What hands a slot's old value on to another slot comes first of all.
-    2. Where nobody else reads the old value, nor a part of the sum, `put(slot, put(slot, put(slot, a) + b) + c)`, each
-       as soon as its term is there: Inductor has moved all of them to the copy, to be near it.
+    2. Of a sum whose parts nobody else reads, `put(slot, put(slot, put(slot, a) + b) + c)`, each as soon as its term is
+       there: Inductor has moved all of them to the copy, to be near it.
+    3. Any other value is copied as soon as it is there. AOTAutograd has put all copies last, and Inductor would begin
+       with the least that can be done, such as all modulations, in place of waiting for them with all values.
     """
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -76,6 +81,8 @@ class AddUpInSlots(CustomGraphPass):
                 self._put(graph, slot, first, sums[0], alone=len(first.users) == 1)
                 for add, reader in zip(sums, [*sums[1:], copy], strict=True):
                     self._put(graph, slot, add, reader, alone=True)
+            elif free and val.op == "call_function":
+                val.append(copy)
 
     def uuid(self) -> Any:
         """What changes with this file, and the one that tells Inductor what it may keep for reuse."""

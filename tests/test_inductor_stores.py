@@ -1,11 +1,11 @@
-"""What Inductor is told about sums: where they are added up, and when."""
+"""What Inductor is told about what slots keep: when it is stored, and where sums are added up."""
 
 from __future__ import annotations
 
 import torch
 from torch import fx
 
-from tcc.inductor_sums import AddUpInSlots
+from tcc.inductor_stores import StoreEarly
 from tests.graphs import Sketch, calls
 
 aten = torch.ops.aten
@@ -33,7 +33,7 @@ def summed(*, masked: bool = False) -> fx.GraphModule:
 
 def told(gm: fx.GraphModule) -> list[str]:
     """The operators after the pass, without their overloads."""
-    AddUpInSlots()(gm.graph)
+    StoreEarly()(gm.graph)
     gm.graph.lint()
     return [name.split(".")[1] for name in calls(gm)]
 
@@ -60,3 +60,15 @@ def test_a_first_term_that_nobody_else_reads_is_computed_in_the_slot() -> None:
         told(gm)
         alone = [node.args[2] for node in gm.graph.nodes if node.target is torch.ops.tcc.put.default]
         assert alone == [masked, True, True]
+
+
+def test_any_other_value_is_stored_as_soon_as_it_is_there() -> None:
+    """But where somebody still reads what the slot held before."""
+    for read in (False, True):
+        sketch = Sketch()
+        x, slot = sketch.input("x", 4, 8), sketch.input("slot:a", 4, 8)
+        kept = sketch.call(aten.exp.default, x)
+        out = sketch.call(aten.sin.default, slot if read else kept)
+        sketch.call(aten.copy_.default, slot, kept)
+        order = ["exp", "sin", "copy_"] if read else ["exp", "copy_", "sin"]
+        assert told(sketch.done(out)) == order
