@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import fx
 
+import tcc
 from tcc.inductor_stores import StoreEarly
+from tcc.models import DiT
+from tcc.program import build_program
+from tcc.runtime import Session, lower
+from tcc.timing import allocations
 from tests.graphs import Sketch, calls
 
 aten = torch.ops.aten
@@ -72,3 +78,22 @@ def test_any_other_value_is_stored_as_soon_as_it_is_there() -> None:
         sketch.call(aten.copy_.default, slot, kept)
         order = ["exp", "sin", "copy_"] if read else ["exp", "copy_", "sin"]
         assert told(sketch.done(out)) == order
+
+
+@pytest.mark.compiles
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # Inductor's own imports
+def test_a_step_that_stores_takes_no_more_than_the_model() -> None:
+    """Four blocks with a slot each: nothing is begun early, and no value is kept for its copy."""
+    torch.manual_seed(0)
+    model = DiT(input_size=16, patch_size=2, hidden_size=64, depth=4, num_heads=2, num_classes=10).eval()
+    call = (torch.randn(2, 4, 16, 16), torch.tensor([100, 100]), torch.tensor([1, 2]))
+    info = tcc.inspect(model, *call)
+    plan = tcc.plans.tprr(info, num_steps=2, keep=0.5, attention="current", level="block")
+    peaks = []
+    for each in (plan, tcc.plans.full(info, num_steps=2)):
+        session = Session(lower(build_program(info.captured, info.analysis, each, check=False)))
+        for _ in range(2):
+            session(*call)
+        peaks.append(max(allocations(lambda: session(*call)).peak for _ in range(2)))  # noqa: B023
+    assert plan.slot_bytes == 4 * 2 * 64 * 64 * 4
+    assert peaks[0] <= 1.01 * peaks[1]
