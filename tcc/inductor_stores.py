@@ -103,10 +103,12 @@ def _make_early(add: fx.Node, before: fx.Node | None) -> None:
         moved.update(more)
         todo += more
     read = [each for node in moved for each in node.all_input_nodes if each not in moved]
-    last = max((each for each in read if each.op == "call_function"), default=None)
-    for node in sorted(moved) if last else ():
-        last.append(node)
-        last = node
+    made = [each for each in read if each.op == "call_function"]
+    if made:
+        last = max(made)
+        for node in sorted(moved):
+            last.append(node)
+            last = node
 
 
 def _is_cheap(node: fx.Node) -> bool:
@@ -114,4 +116,5 @@ def _is_cheap(node: fx.Node) -> bool:
     if node.op != "call_function" or len(node.users) != 1:
         return False
     inputs = node.all_input_nodes
-    return torch.Tag.pointwise in node.target.tags or all(n.op == "placeholder" or _is_cheap(n) for n in inputs)
+    by_point = torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return by_point or all(n.op == "placeholder" or _is_cheap(n) for n in inputs)
