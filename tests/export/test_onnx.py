@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import tcc
-from tcc.errors import CallError, ExportError
+from tcc.errors import BundleError, CallError, ExportError
 from tcc.export import Runner, bundle, load
 from tcc.export import onnx as onnx_export
 from tcc.export.inputs import describe, random_inputs
@@ -24,6 +24,7 @@ from tcc.export.weights import collect
 from tcc.plan import Action, CachePlan, Compute, Hold
 from tcc.program import build_program
 from tests.export.bundles import STEPS, allowed_bytes, bundle_bytes, chosen, flat_inputs, mixed, session
+from tests.export.mutations import rewrite
 from tests.running import CLOSE
 from tests.tiny_models import Case, case, dit, relative_error, tensor_of, uvit
 
@@ -67,6 +68,22 @@ def test_long_skips_that_are_held(tmp_path: Path) -> None:
     errors = list(verify(load(written.folder, device="cpu"), compiled, functools.partial(flat_inputs, which)))
     assert len(errors) == 4
     assert max(error.relative for error in errors) < CLOSE
+
+
+def test_blocks_that_keep_fewer_and_fewer_tokens(tmp_path: Path) -> None:
+    """Their slot is told at I-steps which tokens come next: those of no other step will do."""
+    which = case("dit")
+    options: dict[str, Any] = {"keep": 0.5, "keep_last": 0.25, "rotate": True, "attention": "kept", "level": "block"}
+    policy = functools.partial(tcc.plans.tprr, num_steps=4, **options)
+    written = bundle(which.model, policy, (which.args, which.kwargs), tmp_path / "made")
+    assert [spec.name for spec in written.manifest.slots] == ["slot:blocks.0.delta+1"]
+    errors = list(verify(load(written.folder), session(which, policy), functools.partial(flat_inputs, which)))
+    assert max(error.relative for error in errors) < CLOSE
+    rewrite(written.folder, lambda d: d["steps"][0].update(tensors=d["steps"][2]["tensors"]))
+    with pytest.raises(
+        BundleError, match=r"step 0 gives graph 0 other token sets, coefficients or tables than the plan"
+    ):
+        load(written.folder)
 
 
 @pytest.mark.compiles
