@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -11,6 +13,14 @@ from tests.running import compiled, token_plan
 from tests.tiny_models import case
 
 torch.set_num_threads(1)  # the models are tiny: waiting for a second thread costs more than it computes
+
+
+@pytest.fixture
+def own_threads() -> Iterator[None]:
+    """Give back the thread count that a script sets."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

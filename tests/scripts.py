@@ -7,6 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+import pytest
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 #: The comparison of policies.
@@ -23,3 +26,14 @@ def imported(names: Sequence[str]) -> Iterator[dict[str, ModuleType]]:
         sys.path.remove(str(BENCHMARKS))
         for name in names:
             sys.modules.pop(name, None)
+
+
+def modules_of(*names: str) -> Any:
+    """A fixture: the scripts of these names as modules, by name."""
+
+    @pytest.fixture(scope="module")
+    def scripts() -> Iterator[dict[str, ModuleType]]:
+        with imported(names) as modules:
+            yield modules
+
+    return scripts

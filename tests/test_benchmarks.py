@@ -10,7 +10,6 @@ import sys
 import tarfile
 import time
 import venv
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +20,7 @@ import torch
 import typer
 
 from tcc.cli import app
-from tests.scripts import BENCHMARKS, imported
+from tests.scripts import BENCHMARKS, modules_of
 
 SCRIPTS = (
     "provenance", "step_speed", "quality_store", "quality_rows", "peers_models", "peers_methods", "peers_plans",
@@ -30,11 +29,7 @@ SCRIPTS = (
 needs_diffusers = pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers")
 
 
-@pytest.fixture(scope="module")
-def scripts() -> Iterator[dict[str, ModuleType]]:
-    """The scripts as modules."""
-    with imported(SCRIPTS) as modules:
-        yield modules
+scripts = modules_of(*SCRIPTS)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -11,14 +10,9 @@ import pytest
 import torch
 
 import tcc
-from tests.scripts import imported
+from tests.scripts import modules_of
 
-
-@pytest.fixture(scope="module")
-def scripts() -> Iterator[dict[str, ModuleType]]:
-    """The scripts as modules."""
-    with imported(["provenance", "step_speed", "peers_models", "ablation", "token_order", "compile_time"]) as modules:
-        yield modules
+scripts = modules_of("provenance", "step_speed", "peers_models", "ablation", "token_order", "compile_time")
 
 
 @pytest.mark.parametrize("keep", [64, 128])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -15,22 +14,10 @@ import tcc
 from tcc.metrics import Statistics, frechet_distance, real_statistics
 from tcc.models import DiT, save_weights
 from tcc.plan import CachePlan, Compute, Reuse
-from tests.scripts import QUALITY, imported
+from tests.scripts import QUALITY, modules_of
 
-
-@pytest.fixture(scope="module")
-def scripts() -> Iterator[dict[str, ModuleType]]:
-    """The scripts as modules."""
-    with imported(QUALITY) as modules:
-        yield modules
-
-
-@pytest.fixture(autouse=True)
-def _own_threads() -> Iterator[None]:
-    """Give back the thread count that the script sets."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("own_threads")
+scripts = modules_of(*QUALITY)
 
 
 @pytest.fixture(scope="module")
