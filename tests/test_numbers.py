@@ -1,4 +1,4 @@
-"""The tables of the README say what the results files say, to the digits that they show."""
+"""The tables of the README and of benchmarks/README.md say what the results files say, to the digits that they show."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+MEASURED = (ROOT / "README.md").read_text() + (ROOT / "benchmarks" / "README.md").read_text()
 
 
 def table(head: str) -> list[list[str]]:
-    """The cells of the README's table whose header begins so, without the header."""
-    lines = README[README.index(f"| {head} |") :].split("\n\n")[0].splitlines()[2:]
+    """The cells of the table whose header begins so, without the header."""
+    lines = MEASURED[MEASURED.index(f"| {head} |") :].split("\n\n")[0].splitlines()[2:]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
@@ -142,3 +142,50 @@ def test_from_the_bound_to_the_clock() -> None:
     assert len(found) > 10
     numbers = [[*row[2:4], *row[4].split(", ")[:2], row[5], row[6], *row[7].split(" / ")] for row in found]
     assert not unmatched(numbers, known)
+
+
+def test_the_demo() -> None:
+    """Seconds, speedup, bound, share, PSNR and slots of `tcc demo`, row by row."""
+    found = table("method | steps | s per batch")
+    rows = results("demo.json")
+    assert [row[:2] for row in found] == [[row["method"], str(row["steps"])] for row in rows]
+    for cells, row in zip(found, rows, strict=True):
+        values = [row["seconds"], row["speedup"], row["bound"], row["realised_share"], row["psnr"]]
+        if row["method"] == "uncached, eager":  # a bound is over the compiled model
+            values[2:4], cells[4:6] = [None, None], ["reference", "reference"]
+        assert not unmatched([cells[2:]], [[*values, row["slot_bytes"] / 2**20]])
+
+
+def test_what_each_rewrite_is_worth() -> None:
+    """Bounds, and realised shares after each group of rewrites."""
+    shown = ("slots, pruned tokens", "summed slots", "dead parts dropped", "rows written in place", "timesteps folded")
+    rows = results("waterfall.json")
+    found = table("plan | bound | slots")
+    assert len(found) > 4
+    for plan, *cells in found:
+        own = {row["row"].removeprefix("+ "): row for row in rows if row["plan"].startswith(plan)}
+        assert not unmatched([cells], [[own[shown[0]]["bound"], *(own[name]["realised share"] for name in shown)]])
+
+
+def test_compiling() -> None:
+    """Seconds, cold and warm, and the share of the plain model's."""
+    known = [[row["cold_s"], row["warm_s"], row["cold_over_plain"]] for row in results("compile_time.json")]
+    found = table("what | cold s")
+    assert len(found) == len(known)
+    assert not unmatched([row[1:] for row in found], known)
+
+
+def test_caches_beside_each_other() -> None:
+    """Speedup, bound, share, PSNR, bytes, graph breaks and recompiles of methods in the mode that is named."""
+    rows = [row for row in results("peers-reference-4x20.json") if row["seconds"]]
+    found = table("method | package | speedup")
+    assert len(found) > 10
+    for method, _, *cells in found:
+        cells[5:] = cells[5].split(", ")
+        names = ("speedup", "bound", "realised_share", "psnr")
+        known = [
+            [*(row[name] for name in names), row["cache_bytes"] / 2**20, row["graph_breaks"], row["recompiles"]]
+            for row in rows
+            if row["method"] == method
+        ]
+        assert not unmatched([cells], known)
