@@ -37,8 +37,6 @@ literature have no pass here:
   makes one loop of each gather and scatter and its neighbours already, and slices would cost as much
   (`token_order.py`). What is stored in part was a full copy: keys and values of 12 blocks took 3.7 ms of a P-step of
   96 ms, and take 1.7 ms by rows (`WriteRows`).
-- Sums of a run added block by block in place of at its end: the I-step takes as long, and as much memory, since
-  Inductor moves the additions to the end again.
 """
 
 from __future__ import annotations
