@@ -42,7 +42,7 @@ def _(slot: Tensor, value: Tensor, alone: bool) -> Tensor:
 
 @register_lowering(torch.ops.tcc.put.default, type_promotion_kind=None)
 def _lower_put(slot: Any, value: Any, alone: bool) -> Any:
-    if not (alone and isinstance(value.data, ir.StorageBox)):
+    if not (alone and _can_be_made_elsewhere(value.data)):
         # computed anew: a value that is kept for the copy would change what Inductor keeps of the stream
         value = ir.Pointwise.create(
             device=value.get_device(), dtype=value.get_dtype(), inner_fn=value.make_loader(), ranges=value.get_size()
@@ -50,6 +50,12 @@ def _lower_put(slot: Any, value: Any, alone: bool) -> Any:
     name = ir.MutationLayoutSHOULDREMOVE.realize_into(value.data, slot.data, unsafe_alias=True).get_name()
     V.graph.no_fuse_buffer_names.add(name)
     return slot
+
+
+def _can_be_made_elsewhere(data: Any) -> bool:
+    """Not a view, and no buffer whose memory is settled, such as what a block that is compiled once returns."""
+    layout = getattr(getattr(data, "data", None), "layout", None)  # what is not computed yet has none
+    return isinstance(data, ir.StorageBox) and (layout is None or isinstance(layout, ir.FlexibleLayout))
 
 
 class StoreEarly(CustomGraphPass):
