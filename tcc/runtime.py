@@ -230,12 +230,14 @@ def _backend(backend: str | Backend, options: dict[str, Any]) -> Backend:
 def _inductor(gm: fx.GraphModule, examples: list[torch.Tensor], options: dict[str, Any]) -> Runner:
     """Inductor without Dynamo in front: the graph is whole already, so nothing can break, guard or recompile."""
     import torch._inductor  # imported here: it is slow, and other backends do not need it
-    from torch._inductor.exc import InductorError
+    from torch._inductor.exc import InductorError, OperatorIssue
 
     from tcc import inductor_reuse
     from tcc.inductor_stores import StoreEarly
 
     inductor_reuse.install()
+    # its text of an operator that fails has all that the arguments are made of: deep in a graph, gigabytes
+    OperatorIssue.operator_str = staticmethod(_operator_alone)
     # without the shape environment, which Dynamo brings along elsewhere, Inductor does not look into its cache
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
     inputs = [mode.from_tensor(x, static_shapes=True) for x in examples]
@@ -253,6 +255,10 @@ def _inductor(gm: fx.GraphModule, examples: list[torch.Tensor], options: dict[st
     except InductorError as error:  # torch 2.13's fused C++ loops miss values that are written in place
         logger.warning("Inductor failed (%s): compiling this variant with small loops, which are slower", error)
         return attempt({"max_fusion_size": 4, **options})
+
+
+def _operator_alone(target: Any, args: list[Any], kwargs: dict[str, Any]) -> str:
+    return f"  target: {target}, of {len(args) + len(kwargs)} arguments"
 
 
 class Session:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
 
 import tcc
 from tcc.inductor_stores import StoreEarly
@@ -15,6 +18,7 @@ from tcc.timing import allocations
 from tests.graphs import Sketch, calls
 
 aten = torch.ops.aten
+QUIET = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # Inductor's own imports
 
 
 def summed(*, masked: bool = False) -> fx.GraphModule:
@@ -81,7 +85,24 @@ def test_any_other_value_is_stored_as_soon_as_it_is_there() -> None:
 
 
 @pytest.mark.compiles
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # Inductor's own imports
+@QUIET
+@pytest.mark.parametrize("operator", [torch.neg, torch.sort, nn.Identity()])
+def test_a_term_that_has_memory_of_its_own_is_copied(operator: Callable[[Tensor], Any]) -> None:
+    """What a library call, a block that is compiled once or the caller made cannot be made in the slot any more."""
+
+    def step(slot: Tensor, x: Tensor) -> None:
+        made = operator(x)
+        slot.copy_(torch.ops.tcc.put(slot, made[0] if isinstance(made, tuple) else made, True))
+
+    wanted, got, x = torch.zeros(4, 8), torch.zeros(4, 8), torch.randn(4, 8)
+    step(wanted, x)
+    options: dict[str, Any] = {"post_grad_custom_post_pass": StoreEarly()}  # Inductor's cache asks it what has changed
+    torch.compile(step, fullgraph=True, options=options)(got, x)
+    assert torch.equal(got, wanted)
+
+
+@pytest.mark.compiles
+@QUIET
 def test_a_step_that_stores_takes_no_more_than_the_model() -> None:
     """Four blocks with a slot each: nothing is begun early, and no value is kept for its copy."""
     torch.manual_seed(0)

@@ -11,12 +11,14 @@ import torch
 import torch._inductor
 from torch import fx
 from torch._inductor.exc import InductorError
+from torch._inductor.lowering import lowerings
 
 import tcc
 from tcc.errors import CompileError
 from tcc.plan import CachePlan, Compute, Hold, Reuse, Skip, Update
 from tcc.program import build_program
-from tcc.runtime import lower
+from tcc.runtime import _inductor, lower
+from tests.graphs import Sketch
 from tests.running import CLOSE, STEPS, call, hold_plan, session, token_plan
 from tests.tiny_models import Block, Case, Tokens, case, fill, relative_error, tensor_of
 
@@ -354,3 +356,22 @@ def test_inductor_has_a_second_attempt(monkeypatch: pytest.MonkeyPatch, caplog: 
     lower(program, "inductor", options={"freezing": False})
     assert tried == [{"freezing": False}, {"freezing": False, "max_fusion_size": 4}]
     assert "Inductor failed (KeyError: 'buf7')" in caplog.text
+
+
+@pytest.mark.compiles
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # Inductor's own imports
+def test_what_inductor_says_stays_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that an operator's arguments are made of, which Inductor would add, takes gigabytes deep in a graph."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise KeyError("buf7")
+
+    monkeypatch.setitem(lowerings, torch.ops.aten.sin.default, refuse)
+    sketch = Sketch()
+    deep = sketch.input("x", 4, 8)
+    for _ in range(8):
+        deep = sketch.call(torch.ops.aten.mul.Tensor, deep, deep)
+    gm = sketch.done(sketch.call(torch.ops.aten.sin.default, deep))
+    with pytest.raises(InductorError, match=r"'buf7'\s+target: aten.sin.default, of 1 arguments") as caught:
+        _inductor(gm, [torch.zeros(4, 8)], {})
+    assert len(str(caught.value)) < 500
