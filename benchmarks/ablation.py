@@ -1,12 +1,16 @@
 """What each rewrite of the compiler is worth: a waterfall from the eager model to everything that tcc does.
 
 Every row has one rewrite more than the row above; float8 slots take the place of bfloat16 ones. Plans that alternate I-
-and P-steps, on a model with random weights (this is about speed and memory alone), in one process, all rows interleaved
-step by step, medians of each kind of step.
+and P-steps, on a model with random weights (this is about speed and memory alone), in one process, all rows of a plan
+and the uncached model interleaved step by step, medians of each kind of step.
 
     python benchmarks/ablation.py --threads 1 --results benchmarks/results
 
-writes `waterfall.json`, `.md` and `.png` (with `--model PixArt-like`, `waterfall-PixArt-like.json` and so on).
+writes `waterfall.json`, `.md` and `.png` (with `--model PixArt-like`, `waterfall-PixArt-like.json` and so on), anew
+after every plan: some ten minutes each. Plans that the files have from the same commit, settings and machine, and that
+are not measured again (`--plans`), stay there.
+A rewrite that finds nothing to do in a plan has the numbers of the row above; the table says `as above`.
+
 Columns: milliseconds of an I-step and of a P-step (the first step of a run is a kind of its own: it also computes
 what is folded); `run`, a whole run's time over that of the compiled uncached model, as a speedup; the bound that the
 plan's MACs allow, and the realised share, speedup / bound (above 1 where folding saves products that the bound
@@ -43,35 +47,31 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from ablation_table import kept, show, write
 from compile_time import build_headers
-from matplotlib.figure import Figure
 from peers_models import Subject, dit, pixart
 from provenance import provenance
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import tcc
 from tcc.folding import find_folding
 from tcc.info import ModelInfo
+from tcc.passes.graph import graph_text
 from tcc.passes.pipeline import ALL, Rewrites
 from tcc.plan import CachePlan
 from tcc.program import Program, build_program
 from tcc.reference import Reference
-from tcc.runtime import Executable, Session, lower
+from tcc.runtime import Session, lower
 from tcc.timing import Run, RunTiming, time_runs
 
 Made = TypeVar("Made")
-
-
 PLANS: dict[str, Callable[..., CachePlan]] = {
     "FORA, N=2": functools.partial(tcc.plans.fora, interval=2),
     "L2C-like, half of the branches": functools.partial(tcc.plans.bottom_up, share=0.5),
@@ -92,9 +92,6 @@ MODELS: dict[str, Callable[[], Subject]] = {
     "PixArt-like": pixart,
 }
 DEFAULT = "DiT-S/2"
-COLUMNS = (
-    "plan", "row", "I ms", "P ms", "run", "bound", "realised share", "compile s", "slot KiB", "folded KiB", "error",
-)  # fmt: skip
 APART = replace(ALL, share_buffers=False)
 NOTHING = replace(
     APART, merge_runs=False, merge_spans=False, drop_dead_stores=False, drop_dead_parts=False, write_rows=False
@@ -139,11 +136,18 @@ ROWS = (
 
 @dataclass(frozen=True)
 class Candidate:
-    """Something that is timed: the uncached model (`plan` ""), or a plan under the rewrites of a row."""
+    """The uncached model (`plan` ""), or a plan under the rewrites of a row.
+
+    Attributes:
+        timed: the row whose times it has: its own, or one above that runs the same.
+        does: what it runs, where it is a plan.
+    """
 
     plan: str
     label: str
+    timed: str
     run: Run
+    does: Hashable = None
     compile_seconds: float = 0.0
     bound: float = 1.0
     slot_bytes: int = 0
@@ -183,7 +187,7 @@ def uncached(setting: Setting, label: str, model: Callable[..., Any]) -> Candida
             with torch.no_grad():
                 yield model(*setting.call(step))
 
-    return Candidate("", label, Run(["I" for _ in steps], start))
+    return Candidate("", label, label, Run(["I" for _ in steps], start))
 
 
 def outputs_of(setting: Setting, plan: CachePlan, steps: int) -> list[torch.Tensor]:
@@ -202,18 +206,26 @@ def from_cold(make: Callable[[], Made]) -> tuple[Made, float]:
 
 
 def candidate(
-    setting: Setting, name: str, plan: CachePlan, row: Row, wanted: list[torch.Tensor], backend: str
+    setting: Setting,
+    name: str,
+    plan: CachePlan,
+    row: Row,
+    wanted: list[torch.Tensor],
+    backend: str,
+    above: Candidate | None,
 ) -> Candidate:
-    """`plan` under the rewrites of `row`, compiled and run once; its first outputs are compared with those `wanted`."""
-    info, bound = setting.info, plan.bound
+    """`plan` under the rewrites of `row`, compiled and run once; its first outputs are compared with those `wanted`.
+
+    Where it does what the row `above` does, it has that one's numbers.
+    """
+    info, bound, begun = setting.info, plan.bound, time.perf_counter()
     plan = replace(plan, slot_dtype=row.slot_dtype)
-
-    def make() -> Executable:
-        program = build_program(info.captured, info.analysis, plan, rewrites=row.rewrites)
-        folding = find_folding(info.captured, info.analysis, plan, setting.timesteps) if row.folds else None
-        return lower(program, backend, regional=row.regional, folding=folding)
-
-    executable, seconds = from_cold(make)
+    program = build_program(info.captured, info.analysis, plan, rewrites=row.rewrites)
+    folding = find_folding(info.captured, info.analysis, plan, setting.timesteps) if row.folds else None
+    building, does = time.perf_counter() - begun, told(program, row)
+    if above and above.does == does:
+        return replace(above, label=row.label)
+    executable, seconds = from_cold(lambda: lower(program, backend, regional=row.regional, folding=folding))
     session = Session(executable)
 
     def start() -> Iterator[Any]:
@@ -226,9 +238,15 @@ def candidate(
     for _ in outputs:  # every variant has run
         pass
     return Candidate(
-        name, row.label, Run(kinds(executable.program), start), seconds, bound, session.slot_bytes,
+        name, row.label, row.label, Run(kinds(program), start), does, building + seconds, bound, session.slot_bytes,
         session.folded_bytes, error,
     )  # fmt: skip
+
+
+def told(program: Program, row: Row) -> Hashable:
+    """What a row's program does, whatever its nodes are called: rows that differ in nothing need one measurement."""
+    graphs = tuple((graph_text(v.gm.graph), v.extras, v.stores) for v in program.variants)
+    return graphs, tuple(b.variant for b in program.bindings), program.slots, row.folds, row.regional
 
 
 def kinds(program: Program) -> list[str]:
@@ -243,8 +261,9 @@ def difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def lines(candidates: list[Candidate], times: dict[str, RunTiming]) -> list[dict[str, Any]]:
-    """The rows of the table; speedups are over the compiled uncached model."""
-    base, found = times[key(candidates[1])].seconds, []
+    """The rows of the table; speedups are over the compiled uncached model, the second candidate."""
+    uncached = times[key(candidates[1])]
+    base, found = uncached.seconds, []
     for each in candidates:
         timing = times[key(each)]
         medians = {kind: taken.median * 1e3 for kind, taken in timing.by_kind.items()}
@@ -253,70 +272,44 @@ def lines(candidates: list[Candidate], times: dict[str, RunTiming]) -> list[dict
             "plan": each.plan or "uncached", "row": each.label, "first ms": medians.get("first"), "I ms": medians["I"],
             "P ms": medians.get("P"), "run": speedup, "bound": each.bound, "realised share": speedup / each.bound,
             "compile_seconds": each.compile_seconds, "slot_bytes": each.slot_bytes, "folded_bytes": each.folded_bytes,
-            "error": each.error,
+            "error": each.error, "as": None if each.timed == each.label else each.timed,
+            "uncached ms": uncached.by_kind["I"].median * 1e3,
         })  # fmt: skip
     return found
 
 
 def key(each: Candidate) -> str:
     """Its name among all that are timed."""
-    return f"{each.plan}: {each.label}"
+    return f"{each.plan}: {each.timed}"
 
 
-def cells(line: dict[str, Any]) -> list[str]:
-    """A row as text."""
-    share = "" if line["plan"] == "uncached" else f"{line['realised share']:.3f}"
-    seconds = f"{line['compile_seconds']:.1f}" if line["compile_seconds"] else ""
-    return [
-        line["plan"], line["row"], f"{line['I ms']:.1f}", "" if line["P ms"] is None else f"{line['P ms']:.1f}",
-        f"{line['run']:.3f}x", f"{line['bound']:.3f}x", share, seconds, f"{line['slot_bytes'] / 1024:.0f}",
-        f"{line['folded_bytes'] / 1024:.0f}", f"{line['error']:.0e}" if line["error"] else "",
-    ]  # fmt: skip
+def measure(
+    setting: Setting, plans: list[str], backend: str, rounds: int, checked: int
+) -> Iterator[list[dict[str, Any]]]:
+    """The uncached model's rows and those of the first plan, then the rows of each further plan.
 
-
-def markdown(found: list[dict[str, Any]]) -> str:
-    """The table for a document."""
-    grid = [COLUMNS, ("---", "---", *["---:"] * (len(COLUMNS) - 2)), *map(cells, found)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in grid) + "\n"
-
-
-def plot(found: list[dict[str, Any]], title: str, path: Path) -> None:
-    """For every plan the realised share of its bound, rewrite by rewrite."""
-    figure = Figure(figsize=(9, 4.8), dpi=110, layout="constrained")
-    axes = figure.subplots()
-    for plan in dict.fromkeys(line["plan"] for line in found if line["plan"] != "uncached"):
-        own = [line for line in found if line["plan"] == plan]
-        axes.plot([line["row"] for line in own], [line["realised share"] for line in own], "o-", label=plan)
-    axes.axhline(1, color="k", lw=0.8, ls=":")
-    axes.set_ylabel("speedup over compiled uncached / bound")
-    for label in axes.get_xticklabels():
-        label.set(rotation=25, ha="right", rotation_mode="anchor")
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=8)
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, facecolor="white")
-
-
-def measure(setting: Setting, plans: list[str], backend: str, rounds: int, checked: int) -> list[dict[str, Any]]:
-    """All rows: compile, check, then time in turns."""
+    Rows are compiled, checked, and timed in turns with the uncached model.
+    """
     if backend != "eager":
         build_headers()
     plain = setting.model if backend == "eager" else torch.compile(setting.model, fullgraph=True, backend=backend)
     eager, compiled = uncached(setting, "eager", setting.model), uncached(setting, "compiled", plain)
     next(eager.run.start())
     _, seconds = from_cold(lambda: next(compiled.run.start()))
-    candidates = [eager, replace(compiled, compile_seconds=seconds)]
-    made = {name: PLANS[name](setting.info, num_steps=len(setting.timesteps)) for name in plans}
-    wanted = {name: outputs_of(setting, plan, checked) for name, plan in made.items()}
-    todo = [(name, row) for name in plans for row in ROWS]
-    candidates += [
-        candidate(setting, name, made[name], row, wanted[name], backend) for name, row in track(todo, "compiling")
-    ]
-    return lines(candidates, time_runs({key(each): each.run for each in candidates}, rounds=rounds))
+    both = [eager, replace(compiled, compile_seconds=seconds)]
+    for number, name in enumerate(plans):
+        made: list[Candidate] = []
+        plan = PLANS[name](setting.info, num_steps=len(setting.timesteps))
+        wanted = outputs_of(setting, plan, checked)
+        for row in track(ROWS, f"compiling {name}"):
+            made.append(candidate(setting, name, plan, row, wanted, backend, made[-1] if made else None))
+        print(f"timing {name}", flush=True)
+        found = lines(both + made, time_runs({key(each): each.run for each in both + made}, rounds=rounds))
+        yield found[2 if number else 0 :]
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, write after every plan, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEFAULT, choices=[*MODELS])
     parser.add_argument("--plans", nargs="+", default=list(PLANS), choices=list(PLANS))
@@ -327,24 +320,19 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="write the table as JSON, Markdown and a plot here")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    console = Console(width=170)
     subject = MODELS[args.model]()
-    found = measure(setting_of(subject, args.steps), args.plans, args.backend, args.rounds, min(4, args.steps))
+    name = "waterfall" if args.model == DEFAULT else f"waterfall-{args.model.replace('/', '-')}"
+    head = {**provenance(), "model": args.model, "steps": args.steps, "rounds": args.rounds}
+    earlier = kept(args.results / f"{name}.json", head, args.plans) if args.results else []
     title = (
         f"{subject.label}, batch 2, fp32, {args.threads} threads, {args.steps} steps, medians of {args.rounds} rounds"
     )
-    table = Table(title=title)
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column in ("plan", "row") else "right")
-    for line in found:
-        table.add_row(*cells(line))
-    console.print(table)
-    if args.results:
-        head = {**provenance(), "model": args.model, "steps": args.steps, "rounds": args.rounds}
-        path = args.results / ("waterfall" if args.model == DEFAULT else f"waterfall-{args.model.replace('/', '-')}")
-        path.with_suffix(".json").write_text(json.dumps({**head, "rows": found}, indent=1) + "\n")
-        path.with_suffix(".md").write_text(f"{title}\n\n{markdown(found)}")
-        plot(found, title, path.with_suffix(".png"))
+    order, found = ["uncached", *PLANS], list[dict[str, Any]]()
+    for own in measure(setting_of(subject, args.steps), args.plans, args.backend, args.rounds, min(4, args.steps)):
+        found += own
+        if args.results:
+            write(sorted(found + earlier, key=lambda line: order.index(line["plan"])), head, title, args.results / name)
+    show(found, title)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +15,7 @@ import pytest
 import torch
 
 from tcc.program import build_program
-from tests.scripts import imported
+from tests.scripts import modules_of
 from tests.tiny_models import case
 
 NAMES = ["FORA, N=2", "a quarter of the tokens, kept", "a half to an eighth of the tokens, by depth", "Delta-DiT, N=2"]
@@ -24,24 +23,32 @@ NARROW = ("+ bfloat16 slots", "+ float8 slots")
 SLOT = 2 * 16 * 32 * 4  # bytes: two samples, 16 tokens, width 32, float32
 
 
+scripts = modules_of("provenance", "step_speed", "peers_models", "compile_time", "ablation_table", "ablation")
+
+
 @pytest.fixture(scope="module")
-def ablation() -> Iterator[ModuleType]:
+def ablation(scripts: dict[str, ModuleType]) -> ModuleType:
     """The script as a module."""
-    with imported(("provenance", "step_speed", "peers_models", "compile_time", "ablation")) as found:
-        yield found["ablation"]
+    return scripts["ablation"]
+
+
+def run(ablation: ModuleType, folder: Path, *plans: str, rounds: int = 1) -> dict[str, Any]:
+    """What the command writes there, on a tiny model."""
+    tiny = ablation.Subject("tiny", case("dit").model, (4, 8, 8), 10, "blocks", False)
+    words = ["--steps", "4", "--rounds", str(rounds), "--backend", "eager", "--threads", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ablation.MODELS, ablation.DEFAULT, lambda: tiny)
+        patch.setattr(sys, "argv", ["ablation.py", *words, "--plans", *plans, "--results", str(folder)])
+        ablation.main()
+    found: dict[str, Any] = json.loads((folder / "waterfall.json").read_text())
+    return found
 
 
 @pytest.fixture(scope="module")
 def results(ablation: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the command writes, on a tiny model."""
+    """The folder with what the command writes."""
     folder = tmp_path_factory.mktemp("waterfall")
-    patch = pytest.MonkeyPatch()
-    tiny = ablation.Subject("tiny", case("dit").model, (4, 8, 8), 10, "blocks", False)
-    patch.setitem(ablation.MODELS, ablation.DEFAULT, lambda: tiny)
-    words = ["--steps", "4", "--rounds", "1", "--backend", "eager", "--threads", "1"]
-    patch.setattr(sys, "argv", ["ablation.py", *words, "--plans", *NAMES, "--results", str(folder)])
-    ablation.main()
-    patch.undo()
+    run(ablation, folder, *NAMES)
     return folder
 
 
@@ -126,13 +133,39 @@ def test_every_row_tells_what_compiling_took(rows: dict[tuple[str, str], Any]) -
         assert (row["compile_seconds"] > 0) == (label != "eager")
 
 
-def test_the_table_and_the_plot_are_written(ablation: ModuleType, results: Path) -> None:
+def test_a_rewrite_with_nothing_to_do_has_the_row_above(rows: dict[tuple[str, str], Any], results: Path) -> None:
+    """Whole branches are left out by FORA: no tokens, no rows; slots are merged where tokens are."""
+    same = {plan: [label for (p, label), row in rows.items() if p == plan and row["as"]] for plan in NAMES}
+    assert "+ rows written in place" in same["FORA, N=2"]
+    assert "+ summed slots" in same["FORA, N=2"]
+    assert "+ summed slots" not in same["a quarter of the tokens, kept"]
+    numbers = ("I ms", "P ms", "run", "slot_bytes", "error", "compile_seconds")
+    for plan in NAMES:
+        for label in same[plan]:
+            row, above = rows[plan, label], rows[plan, rows[plan, label]["as"]]
+            assert [row[name] for name in numbers] == [above[name] for name in numbers]
+    assert f"| FORA, N=2 | + summed slots | as above |{'  |' * 8}" in (results / "waterfall.md").read_text()
+
+
+def test_plans_that_were_measured_before_stay(ablation: ModuleType, tmp_path: Path) -> None:
+    """In their place, where settings and commit are the same; others go."""
+    first = run(ablation, tmp_path, "Delta-DiT, N=2")["rows"]
+    second = run(ablation, tmp_path, "FORA, N=2")["rows"]
+    assert [row["plan"] for row in second] == 2 * ["uncached"] + 12 * ["FORA, N=2"] + 12 * ["Delta-DiT, N=2"]
+    assert second[-12:] == first[-12:]
+    assert {row["plan"] for row in run(ablation, tmp_path, "FORA, N=2", rounds=2)["rows"]} == {"uncached", "FORA, N=2"}
+
+
+def test_the_table_and_the_plot_are_written(
+    scripts: dict[str, ModuleType], ablation: ModuleType, results: Path
+) -> None:
     """Beside the JSON, which says where it comes from."""
+    ablation_table = scripts["ablation_table"]
     text = (results / "waterfall.md").read_text()
-    assert f"| {' | '.join(ablation.COLUMNS)} |" in text
-    assert "compile s" in ablation.COLUMNS
+    assert f"| {' | '.join(ablation_table.COLUMNS)} |" in text
+    assert "compile s" in ablation_table.COLUMNS
     assert all(f"| {row.label} |" in text for row in ablation.ROWS)
     widths = {line.count(" | ") for line in text.splitlines() if line.startswith("|")}
-    assert widths == {len(ablation.COLUMNS) - 1}
+    assert widths == {len(ablation_table.COLUMNS) - 1}
     assert (results / "waterfall.png").read_bytes().startswith(b"\x89PNG")
     assert {"command", "commit", "processor", "threads"} <= set(json.loads((results / "waterfall.json").read_text()))
