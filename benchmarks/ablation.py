@@ -1,14 +1,16 @@
 """What each rewrite of the compiler is worth: a waterfall from the eager model to everything that tcc does.
 
-Every row has one rewrite more than the row above; float8 slots take the place of bfloat16 ones. Plans that alternate I-
-and P-steps, on a model with random weights (this is about speed and memory alone), in one process, all rows of a plan
-and the uncached model interleaved step by step, medians of each kind of step.
+Every row has one rewrite more than the row above; float8 slots take the place of bfloat16 ones. Plans alternate I- and
+P-steps; of the one that keeps keys and values, two P-steps follow each I-step, or nobody would read what they update.
+The model has random weights: this is about speed and memory alone. All rows of a plan and the uncached model run in one
+process, interleaved step by step; medians of each kind of step.
 
     python benchmarks/ablation.py --threads 1 --results benchmarks/results
 
 writes `waterfall.json`, `.md` and `.png` (with `--model PixArt-like`, `waterfall-PixArt-like.json` and so on), anew
 after every plan: some ten minutes each. Plans that the files have from the same commit, settings and machine, and that
 are not measured again (`--plans`), stay there.
+
 A rewrite that finds nothing to do in a plan has the numbers of the row above; the table says `as above`.
 
 Columns: milliseconds of an I-step and of a P-step (the first step of a run is a kind of its own: it also computes
@@ -59,9 +61,10 @@ from compile_time import build_headers
 from peers_models import Subject, dit, pixart
 from provenance import provenance
 from rich.progress import track
+from torch import fx
 
 import tcc
-from tcc.folding import find_folding
+from tcc.folding import Folding, find_folding
 from tcc.info import ModelInfo
 from tcc.passes.graph import graph_text
 from tcc.passes.pipeline import ALL, Rewrites
@@ -79,7 +82,7 @@ PLANS: dict[str, Callable[..., CachePlan]] = {
         tcc.plans.tprr, k1=1, k2=1, keep=0.25, attention="kept", level="block"
     ),
     "half of the tokens, cached": functools.partial(
-        tcc.plans.tprr, k1=1, k2=1, keep=0.5, attention="cached", level="out", rotate=True
+        tcc.plans.tprr, k1=2, k2=2, keep=0.5, attention="cached", level="out", rotate=True
     ),
     "a half to an eighth of the tokens, by depth": functools.partial(
         tcc.plans.tprr, k1=1, k2=1, keep=0.5, keep_last=0.125, tokens="random", attention="kept", level="block"
@@ -222,7 +225,7 @@ def candidate(
     plan = replace(plan, slot_dtype=row.slot_dtype)
     program = build_program(info.captured, info.analysis, plan, rewrites=row.rewrites)
     folding = find_folding(info.captured, info.analysis, plan, setting.timesteps) if row.folds else None
-    building, does = time.perf_counter() - begun, told(program, row)
+    building, does = time.perf_counter() - begun, told(program, row, folding)
     if above and above.does == does:
         return replace(above, label=row.label)
     executable, seconds = from_cold(lambda: lower(program, backend, regional=row.regional, folding=folding))
@@ -243,10 +246,16 @@ def candidate(
     )  # fmt: skip
 
 
-def told(program: Program, row: Row) -> Hashable:
+def told(program: Program, row: Row, folding: Folding | None) -> Hashable:
     """What a row's program does, whatever its nodes are called: rows that differ in nothing need one measurement."""
-    graphs = tuple((graph_text(v.gm.graph), v.extras, v.stores) for v in program.variants)
-    return graphs, tuple(b.variant for b in program.bindings), program.slots, row.folds, row.regional
+    graphs: list[str] = []
+
+    def note(gm: fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(graph_text(gm.graph))
+        return gm.forward
+
+    extras = lower(program, note, regional=row.regional, folding=folding).extras
+    return tuple(graphs), extras, tuple(b.variant for b in program.bindings), program.slots, row.regional
 
 
 def kinds(program: Program) -> list[str]:

@@ -18,7 +18,13 @@ from tcc.program import build_program
 from tests.scripts import modules_of
 from tests.tiny_models import case
 
-NAMES = ["FORA, N=2", "a quarter of the tokens, kept", "a half to an eighth of the tokens, by depth", "Delta-DiT, N=2"]
+NAMES = [
+    "FORA, N=2",
+    "a quarter of the tokens, kept",
+    "half of the tokens, cached",
+    "a half to an eighth of the tokens, by depth",
+    "Delta-DiT, N=2",
+]
 NARROW = ("+ bfloat16 slots", "+ float8 slots")
 SLOT = 2 * 16 * 32 * 4  # bytes: two samples, 16 tokens, width 32, float32
 
@@ -139,6 +145,7 @@ def test_a_rewrite_with_nothing_to_do_has_the_row_above(rows: dict[tuple[str, st
     assert "+ rows written in place" in same["FORA, N=2"]
     assert "+ summed slots" in same["FORA, N=2"]
     assert "+ summed slots" not in same["a quarter of the tokens, kept"]
+    assert "+ rows written in place" not in same["half of the tokens, cached"]
     numbers = ("I ms", "P ms", "run", "slot_bytes", "error", "compile_seconds")
     for plan in NAMES:
         for label in same[plan]:
