@@ -10,7 +10,9 @@ Columns: the milliseconds of an I-step and of the P-step after it; of that P-ste
 ratio of MACs, `speedup`, that of times, and `realised`, speedup / bound; the last also of plans with 2 and 3 P-steps
 after an I-step, which are runs of their own. Each plan is compared with the uncached model compiled with the *same*
 options. `--freeze` adds Inductor's `freezing`, which packs the weights of matrix products once (a copy of the weights
-per variant). The profile below the table says where the time of each step goes.
+per variant). `--timesteps` tells what is compiled the timesteps of its run: modulations are then computed once, in the
+first step, for the two to five steps that are timed here (of forecasts that step is not counted). The profile below the
+table says where the time of each step goes.
 """
 
 from __future__ import annotations
@@ -63,9 +65,11 @@ GROUPS = {
 }
 NAMES = ("model", "options", "plan")
 Options = dict[str, Any]
+Inputs = tuple[torch.Tensor, ...]
+TIMESTEPS = (900, 700, 500, 300, 100)  # of the longest run
 
 
-def build_model(name: str, seed: int = 0) -> tuple[DiT, tuple[torch.Tensor, ...]]:
+def build_model(name: str, seed: int = 0) -> tuple[DiT, Inputs]:
     """The DiT with random weights (its zero-initialised gates would hide errors), and one call's inputs."""
     torch.manual_seed(seed)
     model = DiT.from_name(name, input_size=32).eval()
@@ -74,7 +78,7 @@ def build_model(name: str, seed: int = 0) -> tuple[DiT, tuple[torch.Tensor, ...]
     return model, (torch.randn(2, 4, 32, 32), torch.tensor([500, 500]), torch.tensor([1, 2]))
 
 
-def compile_plain(model: DiT, inputs: tuple[torch.Tensor, ...], options: Options) -> Any:
+def compile_plain(model: DiT, inputs: Inputs, options: Options) -> Any:
     """The uncached model under `torch.compile`, called once."""
     compiled = torch.compile(model, fullgraph=True, options=options or None)
     with torch.no_grad():
@@ -82,12 +86,18 @@ def compile_plain(model: DiT, inputs: tuple[torch.Tensor, ...], options: Options
     return compiled
 
 
-def whole_run(compiled: tcc.CompiledModel, inputs: tuple[torch.Tensor, ...]) -> Run:
+def at(inputs: Inputs, step: int) -> Inputs:
+    """The inputs of a run's step."""
+    x, t, y = inputs
+    return x, torch.full_like(t, TIMESTEPS[step]), y
+
+
+def whole_run(compiled: tcc.CompiledModel, inputs: Inputs) -> Run:
     """A run of the plan as a sampling loop would make it: through the session; every step is of a kind of its own."""
 
     def start() -> Iterator[torch.Tensor]:
         session = compiled.new_session()
-        return (session(*inputs) for _ in range(compiled.plan.num_steps))
+        return (session(*at(inputs, step)) for step in range(compiled.plan.num_steps))
 
     return Run(range(compiled.plan.num_steps), start)
 
@@ -101,24 +111,24 @@ def counted(plan: tcc.CachePlan) -> range:
     return range(first, end)
 
 
-def p_step(compiled: tcc.CompiledModel, inputs: tuple[torch.Tensor, ...]) -> Any:
+def p_step(compiled: tcc.CompiledModel, inputs: Inputs) -> Any:
     """A call that runs the first P-step again and again."""
     session, step = compiled.new_session(), counted(compiled.plan)[1]
-    for _ in range(step + 1):
-        session(*inputs)
+    for before in range(step + 1):
+        session(*at(inputs, before))
 
     def call() -> Any:
         session.step = step
-        return session(*inputs)
+        return session(*at(inputs, step))
 
     return call
 
 
-def error(model: DiT, compiled: tcc.CompiledModel, inputs: tuple[torch.Tensor, ...]) -> float:
+def error(model: DiT, compiled: tcc.CompiledModel, inputs: Inputs) -> float:
     """Largest relative difference of the first P-step from the reference interpreter."""
     reference, session = Reference(model, compiled.plan), compiled.new_session()
-    for _ in range(counted(compiled.plan)[1] + 1):
-        wanted, got = reference(*inputs), session(*inputs)
+    for step in range(counted(compiled.plan)[1] + 1):
+        wanted, got = reference(*at(inputs, step)), session(*at(inputs, step))
     return float((wanted - got).abs().max() / wanted.abs().max())
 
 
@@ -134,12 +144,16 @@ def breakdown(call: Any, steps: int = 5) -> dict[str, float]:
     return {name: round(ms, 3) for name, ms in found.items()}
 
 
-def measure(of: str, label: str, options: Options, rounds: int, only: list[str]) -> list[dict[str, Any]]:
-    """All rows of one model for one set of Inductor options."""
+def measure(of: str, label: str, rounds: int, only: list[str]) -> list[dict[str, Any]]:
+    """All rows of one model with `default` options, `freezing`, or `timesteps` known."""
+    options = {"freezing": True} if label == "freezing" else {}
     model, inputs = build_model(of)
     plain = compile_plain(build_model(of)[0], inputs, options)
     names = [name for name in PLANS if not only or name in only]
-    plans = {name: compile_plans(model, PLANS[name], inputs, options) for name in track(names, "compiling")}
+    plans = {
+        name: compile_plans(model, PLANS[name], inputs, options, label == "timesteps")
+        for name in track(names, "compiling")
+    }
     runs = {"uncached": Run(("full",) * max(P_STEPS), lambda: (plain(*inputs) for _ in P_STEPS))}
     runs |= {f"{name} {n}": whole_run(each, inputs) for name, by in plans.items() for n, each in by.items()}
     with torch.no_grad():
@@ -160,10 +174,14 @@ def measure(of: str, label: str, options: Options, rounds: int, only: list[str])
 
 
 def compile_plans(
-    model: DiT, plan: Callable[[int], Policy], inputs: tuple[torch.Tensor, ...], options: Options
+    model: DiT, plan: Callable[[int], Policy], inputs: Inputs, options: Options, known: bool = False
 ) -> dict[int, tcc.CompiledModel]:
-    """The plan by its number of P-steps; variants that are alike are compiled once."""
-    first = tcc.compile(model, plan(P_STEPS[0]), example_inputs=(inputs, {}), options=options)
+    """The plan by its number of P-steps; variants that are alike are compiled once, if timesteps are not `known`."""
+    given: dict[str, Any] = {"example_inputs": (inputs, {}), "options": options}
+    if known:
+        steps = {n: plan(n).keywords["num_steps"] for n in P_STEPS}
+        return {n: tcc.compile(model, plan(n), timesteps=TIMESTEPS[: steps[n]], **given) for n in P_STEPS}
+    first = tcc.compile(model, plan(P_STEPS[0]), **given)
     return {n: first if n == P_STEPS[0] else first.with_plan(plan(n)).prepare(*inputs) for n in P_STEPS}
 
 
@@ -212,13 +230,12 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
     console.print(groups)
 
 
-def run_one(model: str, freeze: bool, args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+def run_one(model: str, label: str, args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     """One model with one set of options in this process."""
     torch.set_num_threads(args.threads)
-    label, options = ("freezing", {"freezing": True}) if freeze else ("default", {})
     console.print(f"compiling and measuring {model} with {label} options ...")
-    with torch._inductor.config.patch(options):  # Dynamo must know of freezing too
-        return measure(model, label, options, args.rounds, args.only)
+    with torch._inductor.config.patch(freezing=label == "freezing"):  # Dynamo must know of freezing too
+        return measure(model, label, args.rounds, args.only)
 
 
 def main() -> None:
@@ -229,11 +246,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="+", default=[], choices=list(PLANS), help="these plans")
     parser.add_argument("--freeze", action="store_true", help="also measure with Inductor's freezing")
+    parser.add_argument("--timesteps", action="store_true", help="also measure with timesteps known")
     parser.add_argument("--json", type=Path, help="write the rows and the machine here")
     args = parser.parse_args()
     console = Console(width=150)
-    kinds = [False, True] if args.freeze else [False]
-    rows = [row for model in args.models for freeze in kinds for row in run_one(model, freeze, args, console)]
+    labels = ["default", *["freezing"] * args.freeze, *["timesteps"] * args.timesteps]
+    rows = [row for model in args.models for label in labels for row in run_one(model, label, args, console)]
     show(rows, console)
     if args.json:
         args.json.write_text(json.dumps({**provenance(), "rows": rows}, indent=1) + "\n")

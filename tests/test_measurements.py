@@ -12,7 +12,9 @@ import torch
 import tcc
 from tests.scripts import modules_of
 
-scripts = modules_of("provenance", "step_speed", "peers_models", "ablation", "token_order", "compile_time")
+scripts = modules_of(
+    "provenance", "step_speed", "peers_models", "ablation_table", "ablation", "token_order", "compile_time"
+)
 
 
 @pytest.mark.parametrize("keep", [64, 128])
@@ -52,6 +54,22 @@ def test_so_many_p_steps_are_counted(scripts: dict[str, ModuleType], after: int)
         assert first == plan.cost.full_macs
         assert len(others) == after
         assert max(others) < 0.9 * first
+
+
+def test_runs_whose_timesteps_are_known(scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They compute modulations once, are called with those timesteps, and give the same."""
+    step_speed = scripts["step_speed"]
+    model, inputs = scripts["compile_time"].build(3, 32)
+    monkeypatch.setattr(step_speed.tcc, "compile", functools.partial(tcc.compile, backend="eager"))
+    for name in ("FORA", "keep 0.25"):
+        for compiled in step_speed.compile_plans(model, step_speed.PLANS[name], inputs, {}, True).values():
+            assert compiled.new_session().folded_bytes > 0
+            with torch.no_grad():
+                steps = list(step_speed.whole_run(compiled, inputs).start())
+            assert len(steps) == compiled.plan.num_steps
+            assert not torch.equal(steps[0], steps[1])
+            assert step_speed.error(model, compiled, inputs) < 1e-5
+            step_speed.p_step(compiled, inputs)()
 
 
 def test_a_plan_is_measured_by_whole_runs(scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
