@@ -333,9 +333,8 @@ def main() -> None:
     name = "waterfall" if args.model == DEFAULT else f"waterfall-{args.model.replace('/', '-')}"
     head = {**provenance(), "model": args.model, "steps": args.steps, "rounds": args.rounds}
     earlier = kept(args.results / f"{name}.json", head, args.plans) if args.results else []
-    title = (
-        f"{subject.label}, batch 2, fp32, {args.threads} threads, {args.steps} steps, medians of {args.rounds} rounds"
-    )
+    threads = f"{args.threads} thread{'s' * (args.threads > 1)}"
+    title = f"{subject.label}, batch 2, fp32, {threads}, {args.steps} steps, medians of {args.rounds} rounds"
     order, found = ["uncached", *PLANS], list[dict[str, Any]]()
     for own in measure(setting_of(subject, args.steps), args.plans, args.backend, args.rounds, min(4, args.steps)):
         found += own

@@ -157,14 +157,20 @@ def test_the_demo() -> None:
 
 
 def test_what_each_rewrite_is_worth() -> None:
-    """Bounds, and realised shares after each group of rewrites."""
-    shown = ("slots, pruned tokens", "summed slots", "dead parts dropped", "rows written in place", "timesteps folded")
+    """Bounds and realised shares after each group of rewrites, and what they do to compiling and slots."""
     rows = results("waterfall.json")
-    found = table("plan | bound | slots")
-    assert len(found) > 4
-    for plan, *cells in found:
-        own = {row["row"].removeprefix("+ "): row for row in rows if row["plan"].startswith(plan)}
-        assert not unmatched([cells], [[own[shown[0]]["bound"], *(own[name]["realised share"] for name in shown)]])
+    shares, rest = table("plan | bound | slots"), table("plan | compile s, whole")
+    assert [row[0] for row in shares] == [row[0] for row in rest]
+    assert {row[0] for row in shares} == {row["plan"] for row in rows} - {"uncached"}
+    for (plan, *cells), (_, *others) in zip(shares, rest, strict=True):
+        own = {row["row"].removeprefix("+ "): row for row in rows if row["plan"] == plan}
+        first, default, apart = (own[name] for name in ("slots, pruned tokens", "timesteps folded", "buffers shared"))
+        merged = [own[name] for name in ("summed slots", "dead parts dropped", "rows written in place")]
+        regional = own["regional compilation"]
+        in_order = [first, *merged, default, apart, regional]
+        assert not unmatched([cells], [[first["bound"], *(row["realised share"] for row in in_order)]])
+        compiled = [row["compile_seconds"] for row in (apart, regional)]
+        assert not unmatched([others], [[*compiled, *(row["slot_bytes"] / 1024 for row in (first, default, apart))]])
 
 
 def test_compiling() -> None:
