@@ -9,8 +9,8 @@ have random weights: this is about speed alone.
 Columns: the milliseconds of an I-step and of the P-step after it; of that P-step and of the whole plan `bound`, the
 ratio of MACs, `speedup`, that of times, and `realised`, speedup / bound; the last also of plans with 2 and 3 P-steps
 after an I-step, which are runs of their own. Each plan is compared with the uncached model compiled with the *same*
-options. `--freeze` adds Inductor's `freezing`, which packs the weights of matrix products once (a copy of the weights
-per variant). `--timesteps` tells what is compiled the timesteps of its run: modulations are then computed once, in the
+options (`--options`): `freezing` is Inductor's, which packs the weights of matrix products once (a copy of the weights
+per variant); `timesteps` tells what is compiled the timesteps of its run, so that modulations are computed once, in the
 first step, for the two to five steps that are timed here (of forecasts that step is not counted). The profile below the
 table says where the time of each step goes.
 """
@@ -245,16 +245,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21, help="runs of every plan")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="+", default=[], choices=list(PLANS), help="these plans")
-    parser.add_argument("--freeze", action="store_true", help="also measure with Inductor's freezing")
-    parser.add_argument("--timesteps", action="store_true", help="also measure with timesteps known")
+    parser.add_argument("--options", nargs="+", default=["default"], choices=["default", "freezing", "timesteps"])
     parser.add_argument("--json", type=Path, help="write the rows and the machine here")
     args = parser.parse_args()
     console = Console(width=150)
-    labels = ["default", *["freezing"] * args.freeze, *["timesteps"] * args.timesteps]
-    rows = [row for model in args.models for label in labels for row in run_one(model, label, args, console)]
+    rows: list[dict[str, Any]] = []
+    for model in args.models:
+        for label in args.options:
+            rows += run_one(model, label, args, console)
+            if args.json:  # each time: a run that is stopped leaves what it has
+                args.json.write_text(json.dumps({**provenance(), "rows": rows}, indent=1) + "\n")
     show(rows, console)
-    if args.json:
-        args.json.write_text(json.dumps({**provenance(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
