@@ -144,6 +144,20 @@ def test_from_the_bound_to_the_clock() -> None:
     assert not unmatched(numbers, known)
 
 
+def test_from_the_bound_to_the_clock_with_timesteps() -> None:
+    """The same of token plans, for every model with and without known timesteps."""
+    rows = [row for row in results("step_speed-timesteps.json") if "P" in row]
+    found = table("model | plan, with and without `timesteps=`")
+    assert len(found) == len(rows)
+    shares = ("plan realised", "plan realised, 2 P", "plan realised, 3 P")
+    for model, plan, i_step, p_step, step, realised, error in found:
+        keep, label = ("keep 0.5", "keep 0.25")["quarter" in plan], ("default", "timesteps")["`timesteps" in plan]
+        row = next(r for r in rows if (r["model"], r["plan"], r["options"]) == (model, keep, label))
+        known = [row[name] for name in ("I", "P", "P bound", "P speedup", "P realised", *shares)]
+        assert not unmatched([[i_step, p_step, *step.split(", "), *realised.split(" / ")]], [known])
+        assert error == f"{row['error']:.0e}"
+
+
 def test_the_demo() -> None:
     """Seconds, speedup, bound, share, PSNR and slots of `tcc demo`, row by row."""
     found = table("method | steps | s per batch")
