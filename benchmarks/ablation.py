@@ -1,17 +1,19 @@
 """What each rewrite of the compiler is worth: a waterfall from the eager model to everything that tcc does.
 
 Every row has one rewrite more than the row above; float8 slots take the place of bfloat16 ones. Plans alternate I- and
-P-steps; of the one that keeps keys and values, two P-steps follow each I-step, or nobody would read what they update.
+P-steps; of the one that caches keys and values, two P-steps follow each I-step, or nobody would read what they update.
 The model has random weights: this is about speed and memory alone. All rows of a plan and the uncached model run in one
 process, interleaved step by step; medians of each kind of step.
 
     python benchmarks/ablation.py --threads 1 --results benchmarks/results
 
 writes `waterfall.json`, `.md` and `.png` (with `--model PixArt-like`, `waterfall-PixArt-like.json` and so on), anew
-after every plan: some ten minutes each. Plans that the files have from the same commit, settings and machine, and that
-are not measured again (`--plans`), stay there.
+after every plan: five to ten minutes each. Plans that the files have from the same commit, settings and machine, and
+that are not measured again (`--plans`), stay there.
 
 A rewrite that finds nothing to do in a plan has the numbers of the row above; the table says `as above`.
+
+The rows of the uncached model are those timed with the first plan; `uncached ms` in the JSON is that of each plan.
 
 Columns: milliseconds of an I-step and of a P-step (the first step of a run is a kind of its own: it also computes
 what is folded); `run`, a whole run's time over that of the compiled uncached model, as a speedup; the bound that the
@@ -56,7 +58,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from ablation_table import kept, show, write
+from ablation_table import earlier_rows, show, write
 from compile_time import build_headers
 from peers_models import Subject, dit, pixart
 from provenance import provenance
@@ -225,7 +227,7 @@ def candidate(
     plan = replace(plan, slot_dtype=row.slot_dtype)
     program = build_program(info.captured, info.analysis, plan, rewrites=row.rewrites)
     folding = find_folding(info.captured, info.analysis, plan, setting.timesteps) if row.folds else None
-    building, does = time.perf_counter() - begun, told(program, row, folding)
+    building, does = time.perf_counter() - begun, what_it_does(program, row, folding)
     if above and above.does == does:
         return replace(above, label=row.label)
     executable, seconds = from_cold(lambda: lower(program, backend, regional=row.regional, folding=folding))
@@ -246,12 +248,12 @@ def candidate(
     )  # fmt: skip
 
 
-def told(program: Program, row: Row, folding: Folding | None) -> Hashable:
-    """What a row's program does, whatever its nodes are called: rows that differ in nothing need one measurement."""
+def what_it_does(program: Program, row: Row, folding: Folding | None) -> Hashable:
+    """All that a row's program does, whatever its nodes are called: what is alike needs one measurement."""
     graphs: list[str] = []
 
     def note(gm: fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
-        graphs.append(graph_text(gm.graph))
+        graphs.extend(graph_text(part.graph) for part in gm.modules() if isinstance(part, fx.GraphModule))
         return gm.forward
 
     extras = lower(program, note, regional=row.regional, folding=folding).extras
@@ -271,18 +273,17 @@ def difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 def lines(candidates: list[Candidate], times: dict[str, RunTiming]) -> list[dict[str, Any]]:
     """The rows of the table; speedups are over the compiled uncached model, the second candidate."""
-    uncached = times[key(candidates[1])]
-    base, found = uncached.seconds, []
+    compiled, found = times[key(candidates[1])], []
     for each in candidates:
         timing = times[key(each)]
         medians = {kind: taken.median * 1e3 for kind, taken in timing.by_kind.items()}
-        speedup = base / timing.seconds
+        speedup = compiled.seconds / timing.seconds
         found.append({
             "plan": each.plan or "uncached", "row": each.label, "first ms": medians.get("first"), "I ms": medians["I"],
             "P ms": medians.get("P"), "run": speedup, "bound": each.bound, "realised share": speedup / each.bound,
             "compile_seconds": each.compile_seconds, "slot_bytes": each.slot_bytes, "folded_bytes": each.folded_bytes,
             "error": each.error, "as": None if each.timed == each.label else each.timed,
-            "uncached ms": uncached.by_kind["I"].median * 1e3,
+            "uncached ms": compiled.by_kind["I"].median * 1e3,
         })  # fmt: skip
     return found
 
@@ -331,8 +332,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     subject = MODELS[args.model]()
     name = "waterfall" if args.model == DEFAULT else f"waterfall-{args.model.replace('/', '-')}"
-    head = {**provenance(), "model": args.model, "steps": args.steps, "rounds": args.rounds}
-    earlier = kept(args.results / f"{name}.json", head, args.plans) if args.results else []
+    head = {**provenance(), "model": args.model, "steps": args.steps, "rounds": args.rounds, "backend": args.backend}
+    earlier = earlier_rows(args.results / f"{name}.json", head, args.plans) if args.results else []
     threads = f"{args.threads} thread{'s' * (args.threads > 1)}"
     title = f"{subject.label}, batch 2, fp32, {threads}, {args.steps} steps, medians of {args.rounds} rounds"
     order, found = ["uncached", *PLANS], list[dict[str, Any]]()

@@ -53,9 +53,9 @@ def plot(found: list[dict[str, Any]], title: str, path: Path) -> None:
     figure.savefig(path, facecolor="white")
 
 
-def kept(path: Path, head: dict[str, Any], plans: list[str]) -> list[dict[str, Any]]:
-    """The rows that the file at `path` has of other plans, where only the command differs in what it says of itself."""
-    if not path.exists():
+def earlier_rows(path: Path, head: dict[str, Any], plans: list[str]) -> list[dict[str, Any]]:
+    """The rows that the file at `path` has of other plans, where it tells the same commit, settings and machine."""
+    if not path.exists() or head["commit"].endswith(("-changed", "unknown")):  # the code may be any
         return []
     known = json.loads(path.read_text())
     rows: list[dict[str, Any]] = known.pop("rows")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from tcc.timing import machine
 def provenance() -> dict[str, Any]:
     """To stand at the head of a JSON file. Of paths outside the folder only names are told."""
     words = [f"benchmarks/{Path(sys.argv[0]).name}", *(_told(word) for word in sys.argv[1:])]
-    return {"command": " ".join(["python", *words]), "commit": commit(), **machine()}
+    return {"command": shlex.join(["python", *words]), "commit": commit(), **machine()}
 
 
 def commit() -> str:

@@ -9,10 +9,10 @@ have random weights: this is about speed alone.
 Columns: the milliseconds of an I-step and of the P-step after it; of that P-step and of the whole plan `bound`, the
 ratio of MACs, `speedup`, that of times, and `realised`, speedup / bound; the last also of plans with 2 and 3 P-steps
 after an I-step, which are runs of their own. Each plan is compared with the uncached model compiled with the *same*
-options (`--options`): `freezing` is Inductor's, which packs the weights of matrix products once (a copy of the weights
-per variant); `timesteps` tells what is compiled the timesteps of its run, so that modulations are computed once, in the
-first step, for the two to five steps that are timed here (of forecasts that step is not counted). The profile below the
-table says where the time of each step goes.
+options of Inductor (`--options`): `freezing` is Inductor's, which packs the weights of matrix products once (a copy of
+the weights per variant); `timesteps` tells what is compiled the timesteps of its run, so that modulations are computed
+once, in the first step, for all of the two to five steps of a run here (of forecasts that step is not counted). The
+profile below the table says where the time of each step goes.
 """
 
 from __future__ import annotations
@@ -232,7 +232,6 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
 
 def run_one(model: str, label: str, args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     """One model with one set of options in this process."""
-    torch.set_num_threads(args.threads)
     console.print(f"compiling and measuring {model} with {label} options ...")
     with torch._inductor.config.patch(freezing=label == "freezing"):  # Dynamo must know of freezing too
         return measure(model, label, args.rounds, args.only)
@@ -248,13 +247,14 @@ def main() -> None:
     parser.add_argument("--options", nargs="+", default=["default"], choices=["default", "freezing", "timesteps"])
     parser.add_argument("--json", type=Path, help="write the rows and the machine here")
     args = parser.parse_args()
-    console = Console(width=150)
+    torch.set_num_threads(args.threads)
+    console, head = Console(width=150), provenance()
     rows: list[dict[str, Any]] = []
     for model in args.models:
         for label in args.options:
             rows += run_one(model, label, args, console)
             if args.json:  # each time: a run that is stopped leaves what it has
-                args.json.write_text(json.dumps({**provenance(), "rows": rows}, indent=1) + "\n")
+                args.json.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
     show(rows, console)
 
 

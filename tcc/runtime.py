@@ -12,9 +12,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from tcc.cuda_graphs import Graphs, Record, Replay, settle
 from tcc.errors import CallError, CompileError
@@ -214,7 +211,9 @@ def _backend(backend: str | Backend, options: dict[str, Any]) -> Backend:
     if backend == "eager":
         return lambda gm, _: gm.forward
     if backend == "inductor":
-        return lambda gm, examples: _inductor(gm, examples, options)
+        from tcc.inductor import compile_graph  # here: it is slow to import, and other backends do not need it
+
+        return lambda gm, examples: compile_graph(gm, examples, options)
     # no public way to fetch a backend by name (torch 2.11-2.13)
     from torch._dynamo import list_backends, lookup_backend
     from torch._dynamo.exc import InvalidBackend
@@ -225,40 +224,6 @@ def _backend(backend: str | Backend, options: dict[str, Any]) -> Backend:
         known = ", ".join(["eager", "inductor", *list_backends()])
         raise CallError(f"backend={backend!r} is not known: use one of {known}, or a function") from error
     return found
-
-
-def _inductor(gm: fx.GraphModule, examples: list[torch.Tensor], options: dict[str, Any]) -> Runner:
-    """Inductor without Dynamo in front: the graph is whole already, so nothing can break, guard or recompile."""
-    import torch._inductor  # imported here: it is slow, and other backends do not need it
-    from torch._inductor.exc import InductorError, OperatorIssue
-
-    from tcc import inductor_reuse
-    from tcc.inductor_stores import StoreEarly
-
-    inductor_reuse.install()
-    # its text of an operator that fails has all that the arguments are made of: deep in a graph, gigabytes
-    OperatorIssue.operator_str = staticmethod(_operator_alone)
-    # without the shape environment, which Dynamo brings along elsewhere, Inductor does not look into its cache
-    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
-    inputs = [mode.from_tensor(x, static_shapes=True) for x in examples]
-    for node in gm.graph.nodes:
-        node.meta.pop("unbacked_bindings", None)  # of the environment that the capture had: made anew in this one
-
-    def attempt(options: dict[str, Any]) -> Runner:
-        with tracing(TracingContext(mode)):
-            chosen = {"post_grad_custom_post_pass": StoreEarly(), **options}
-            compiled: Runner = torch._inductor.compile(gm, [*inputs], options=chosen)
-        return compiled
-
-    try:
-        return attempt(options)
-    except InductorError as error:  # torch 2.13's fused C++ loops miss values that are written in place
-        logger.warning("Inductor failed (%s): compiling this variant with small loops, which are slower", error)
-        return attempt({"max_fusion_size": 4, **options})
-
-
-def _operator_alone(target: Any, args: list[Any], kwargs: dict[str, Any]) -> str:
-    return f"  target: {target}, of {len(args) + len(kwargs)} arguments"
 
 
 class Session:

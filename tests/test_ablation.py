@@ -38,12 +38,16 @@ def ablation(scripts: dict[str, ModuleType]) -> ModuleType:
     return scripts["ablation"]
 
 
-def run(ablation: ModuleType, folder: Path, *plans: str, rounds: int = 1) -> dict[str, Any]:
+def run(
+    ablation: ModuleType, folder: Path, *plans: str, rounds: int = 1, backend: str = "eager", commit: str = "abc"
+) -> dict[str, Any]:
     """What the command writes there, on a tiny model."""
     tiny = ablation.Subject("tiny", case("dit").model, (4, 8, 8), 10, "blocks", False)
-    words = ["--steps", "4", "--rounds", str(rounds), "--backend", "eager", "--threads", "1"]
+    words = ["--steps", "4", "--rounds", str(rounds), "--backend", backend, "--threads", "1"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ablation.MODELS, ablation.DEFAULT, lambda: tiny)
+        told = ablation.provenance()
+        patch.setattr(ablation, "provenance", lambda: told | {"commit": commit})
         patch.setattr(sys, "argv", ["ablation.py", *words, "--plans", *plans, "--results", str(folder)])
         ablation.main()
     found: dict[str, Any] = json.loads((folder / "waterfall.json").read_text())
@@ -155,12 +159,18 @@ def test_a_rewrite_with_nothing_to_do_has_the_row_above(rows: dict[tuple[str, st
 
 
 def test_plans_that_were_measured_before_stay(ablation: ModuleType, tmp_path: Path) -> None:
-    """In their place, where settings and commit are the same; others go."""
+    """In their place, where settings and commit are the same, and known; others go."""
     first = run(ablation, tmp_path, "Delta-DiT, N=2")["rows"]
     second = run(ablation, tmp_path, "FORA, N=2")["rows"]
     assert [row["plan"] for row in second] == 2 * ["uncached"] + 12 * ["FORA, N=2"] + 12 * ["Delta-DiT, N=2"]
     assert second[-12:] == first[-12:]
-    assert {row["plan"] for row in run(ablation, tmp_path, "FORA, N=2", rounds=2)["rows"]} == {"uncached", "FORA, N=2"}
+
+    for other in ({"rounds": 2}, {"backend": "aot_eager"}, {"commit": "def"}, {"commit": "abc-changed"}):
+        kept = tmp_path / "waterfall.json"
+        before = kept.read_text()
+        found = run(ablation, tmp_path, "FORA, N=2", **other)["rows"]
+        assert {row["plan"] for row in found} == {"uncached", "FORA, N=2"}
+        kept.write_text(before)
 
 
 def test_the_table_and_the_plot_are_written(

@@ -87,18 +87,20 @@ def test_any_other_value_is_stored_as_soon_as_it_is_there() -> None:
 @pytest.mark.compiles
 @QUIET
 @pytest.mark.parametrize("operator", [torch.neg, torch.sort, nn.Identity()])
-def test_a_term_that_has_memory_of_its_own_is_copied(operator: Callable[[Tensor], Any]) -> None:
-    """What a library call, a block that is compiled once or the caller made cannot be made in the slot any more."""
+def test_what_is_put_in_a_slot_is_right_wherever_it_was_made(operator: Callable[[Tensor], Any]) -> None:
+    """In the slot; or by a library call or the caller, in memory that is not the slot's: that is copied."""
 
     def step(slot: Tensor, x: Tensor) -> None:
         made = operator(x)
         slot.copy_(torch.ops.tcc.put(slot, made[0] if isinstance(made, tuple) else made, True))
 
     wanted, got, x = torch.zeros(4, 8), torch.zeros(4, 8), torch.randn(4, 8)
+    kept = x.clone()
     step(wanted, x)
     options: dict[str, Any] = {"post_grad_custom_post_pass": StoreEarly()}  # Inductor's cache asks it what has changed
     torch.compile(step, fullgraph=True, options=options)(got, x)
     assert torch.equal(got, wanted)
+    assert torch.equal(x, kept)
 
 
 @pytest.mark.compiles

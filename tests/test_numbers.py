@@ -178,13 +178,13 @@ def test_what_each_rewrite_is_worth() -> None:
     assert {row[0] for row in shares} == {row["plan"] for row in rows} - {"uncached"}
     for (plan, *cells), (_, *others) in zip(shares, rest, strict=True):
         own = {row["row"].removeprefix("+ "): row for row in rows if row["plan"] == plan}
-        first, default, apart = (own[name] for name in ("slots, pruned tokens", "timesteps folded", "buffers shared"))
+        first, default, shared = (own[name] for name in ("slots, pruned tokens", "timesteps folded", "buffers shared"))
         merged = [own[name] for name in ("summed slots", "dead parts dropped", "rows written in place")]
         regional = own["regional compilation"]
-        in_order = [first, *merged, default, apart, regional]
+        in_order = [first, *merged, default, shared, regional]
         assert not unmatched([cells], [[first["bound"], *(row["realised share"] for row in in_order)]])
-        compiled = [row["compile_seconds"] for row in (apart, regional)]
-        assert not unmatched([others], [[*compiled, *(row["slot_bytes"] / 1024 for row in (first, default, apart))]])
+        compiled = [row["compile_seconds"] for row in (shared, regional)]
+        assert not unmatched([others], [[*compiled, *(row["slot_bytes"] / 1024 for row in (first, default, shared))]])
 
 
 def test_compiling() -> None:

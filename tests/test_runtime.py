@@ -10,14 +10,15 @@ import pytest
 import torch
 import torch._inductor
 from torch import fx
-from torch._inductor.exc import InductorError
+from torch._inductor.exc import InductorError, OperatorIssue
 from torch._inductor.lowering import lowerings
 
 import tcc
 from tcc.errors import CompileError
+from tcc.inductor import compile_graph
 from tcc.plan import CachePlan, Compute, Hold, Reuse, Skip, Update
 from tcc.program import build_program
-from tcc.runtime import _inductor, lower
+from tcc.runtime import lower
 from tests.graphs import Sketch
 from tests.running import CLOSE, STEPS, call, hold_plan, session, token_plan
 from tests.tiny_models import Block, Case, Tokens, case, fill, relative_error, tensor_of
@@ -373,5 +374,6 @@ def test_what_inductor_says_stays_short(monkeypatch: pytest.MonkeyPatch) -> None
         deep = sketch.call(torch.ops.aten.mul.Tensor, deep, deep)
     gm = sketch.done(sketch.call(torch.ops.aten.sin.default, deep))
     with pytest.raises(InductorError, match=r"'buf7'\s+target: aten.sin.default, of 1 arguments") as caught:
-        _inductor(gm, [torch.zeros(4, 8)], {})
+        compile_graph(gm, [torch.zeros(4, 8)], {})
     assert len(str(caught.value)) < 500
+    assert "args[0]" in OperatorIssue.operator_str("a target", [1], {})  # elsewhere it is Inductor's own
