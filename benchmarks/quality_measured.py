@@ -124,7 +124,7 @@ def _measured(entry: Any, seeds: Sequence[int], chunks: int, samples: int, here:
 
 
 def from_file(path: Path, settings: Mapping[str, Any]) -> list[Measured]:
-    """The rows of an earlier results file.
+    """The rows of an earlier results file, with the seeds that its tables leave out.
 
     Args:
         path: written by `report`.
@@ -139,7 +139,11 @@ def from_file(path: Path, settings: Mapping[str, Any]) -> list[Measured]:
     if record.get("settings") != settings:
         raise ValueError(f"{path} is of other settings: {record.get('settings')} instead of {settings}")
     here = {key: record.get(key) for key in ("processor", "commit")}
-    return [_read({"sampled": dict.fromkeys(row["fd"], here), **row}) for row in record["rows"]]
+    shown, others = (
+        [_read({"sampled": dict.fromkeys(row["fd"], here), **row}) for row in record.get(name, ())]
+        for name in ("rows", "other_seeds")
+    )
+    return joined(shown, others)
 
 
 def _read(row: Mapping[str, Any]) -> Measured:
@@ -183,6 +187,13 @@ def of_same_seeds(rows: Sequence[Measured], seeds: Sequence[int] | None = None) 
         common = {str(seed) for seed in seeds} if seeds else set.intersection(*(set(m.fd) for m in own))
         shown += [m.of_seeds(common) for m in own if common and common <= set(m.fd)]
     return shown
+
+
+def left_out(rows: Sequence[Measured], shown: Sequence[Measured]) -> list[Measured]:
+    """The seeds of `rows` that are not in `shown`, for the file alone: other rows may come to have them later."""
+    seeds = {(m.steps, m.row): set(m.fd) for m in shown}
+    rest = [m.of_seeds(set(m.fd) - seeds.get((m.steps, m.row), set())) for m in rows]
+    return [m for m in rest if m.fd]
 
 
 def timed(rows: Sequence[Measured]) -> list[Measured]:

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from provenance import provenance
-from quality_measured import Measured, from_file, from_store, joined, of_same_seeds, timed
+from quality_measured import Measured, from_file, from_store, joined, left_out, of_same_seeds, timed
 from quality_rows import FEWER, MULTISTEP, UNCACHED
 from rich.console import Console
 from rich.table import Table
@@ -157,7 +157,8 @@ def report(entries: Sequence[Any], args: argparse.Namespace, console: Console) -
     rows = from_store(entries, wanted[0], args.chunk)
     for path in args.earlier:
         rows = joined(from_file(path, settings), rows)
-    rows = timed(of_same_seeds([m for m in rows if m.steps in args.steps], wanted[1]))
+    known = [m for m in rows if m.steps in args.steps]
+    rows = timed(of_same_seeds(known, wanted[1]))
     for steps in args.steps:
         console.print(rich_table(rows, steps))
     missing = {(e.steps, e.row.name) for e in entries} - {(m.steps, m.row) for m in rows}
@@ -178,6 +179,7 @@ def report(entries: Sequence[Any], args: argparse.Namespace, console: Console) -
         **provenance(),
         "settings": settings,
         "rows": [m.as_dict() for m in rows],
+        "other_seeds": [m.as_dict() for m in left_out(known, rows)],
     }
     (args.results / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
     console.print(f"wrote {stem}.md, {stem}.json and the plots to {args.results}")

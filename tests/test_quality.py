@@ -187,6 +187,29 @@ def test_a_seed_of_an_earlier_report_counts(scripts: dict[str, ModuleType], weig
     assert rows(both)["FORA N=2"]["fd"].keys() == rows(both)["FORA N=2"]["sampled"].keys() == {"0", "1"}  # type: ignore[attr-defined]
 
 
+def test_a_seed_that_some_rows_lack_waits_in_the_file(
+    scripts: dict[str, ModuleType], weights: str, tmp_path: Path
+) -> None:
+    """Tables are of seeds that all rows have; a later report that has the rest counts what waited, from the file."""
+    out, early, late, both = (tmp_path / name for name in ("out", "early", "late", "both"))
+    names = ("--samples", "4", "--only", "FORA N=2", "FORA N=3")
+    assert run(scripts, weights, out, *names, "--seeds", "0") == 0
+    assert run(scripts, weights, out, *names[:-1], "--seeds", "1") == 0
+    assert run(scripts, weights, out, *names, "--results", str(early), what="report") == 0
+    assert {tuple(row["fd"]) for row in rows(early).values()} == {("0",)}  # type: ignore[arg-type]
+    waiting = json.loads((early / "quality.json").read_text())["other_seeds"]
+    assert {row["row"]: list(row["fd"]) for row in waiting} == {"uncached": ["1"], "FORA N=2": ["1"]}
+
+    rest = (*names[:3], "FORA N=3", "--seeds", "1")
+    assert run(scripts, weights, tmp_path / "new", *rest) == 0
+    earlier = ("--earlier", str(early / "quality.json"), "--results", str(late))
+    assert run(scripts, weights, tmp_path / "new", *names, *earlier, what="report") == 0
+    assert run(scripts, weights, out, *rest) == 0
+    assert run(scripts, weights, out, *names, "--results", str(both), what="report") == 0
+    assert rows(late) == rows(both)
+    assert list(rows(late)["FORA N=2"]["fd"]) == ["0", "1"]  # type: ignore[call-overload]
+
+
 def test_a_row_of_an_earlier_report_alone_is_in_the_table(
     scripts: dict[str, ModuleType], weights: str, tmp_path: Path
 ) -> None:
