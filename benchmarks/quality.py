@@ -12,8 +12,8 @@ FD (Fashion-MNIST CNN), from the 10,000 test images; see `tcc.metrics`. Seconds 
 uncached model, their steps interleaved in one process; medians per kind of step.
 
 `report --earlier FILE` counts rows and seeds of an earlier results file too: a seed can be sampled on any machine, and
-its numbers are all that is left of it. A table counts the seeds that all of its rows have; what is known of others waits
-in the file (`other_seeds`) until the rest is there.
+its numbers are all that is left of it. A table counts the seeds that all of its rows have; others wait in the file
+(`other_seeds`) until the rest is there.
 
 `run` goes breadth first: all rows at few samples before any row at many. What is measured is kept in RUN, chunk by
 chunk, and never measured again. Several processes may share RUN if each has its own `--seeds`.
