@@ -67,8 +67,7 @@ def tokencache(
     Args:
         info: the model.
         num_steps: denoising steps.
-        importance: what `tcc train predictor` learned, or its file. `Probes` rank each sample's tokens in the graph;
-            how many a block keeps is of their mean over samples, so that counts are fixed (left open by the revision).
+        importance: what `tcc train predictor` learned, or its file. `Probes` rank each sample's tokens in the graph.
         scores: how tokens are ranked. `learned`, or a control with the same counts: `random` (from `seed`, anew for
             every block and P-step), `uniform` (spread evenly), `norm` (norm of the stored change, per sample, in the
             graph). Blocks and I-steps still follow the importance, where one is given.
