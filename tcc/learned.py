@@ -90,8 +90,8 @@ class Probes:
         offset: `[H]` float32.
         weight: `[steps, blocks, H]` float32.
         bias: `[steps, blocks, tokens]` float32.
-        mean: `[steps, blocks, tokens]` float32 in 0..1: the importance, averaged over the samples it was learned on. How
-            many tokens a block keeps is decided by it, and not for each sample: counts are fixed.
+        mean: `[steps, blocks, tokens]` float32 in 0..1: the importance, averaged over the samples it was learned on.
+            How many tokens a block keeps is decided by it, and not for each sample: counts are fixed.
     """
 
     hidden: torch.Tensor
