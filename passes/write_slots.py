@@ -27,7 +27,8 @@ class WriteSlots(Pass):
 
     1. Older values of a history are written before the newer ones that they are read from. They also come first among
        the inputs: AOTAutograd writes mutated inputs in that order, whatever the order of the calls.
-    2. A model output that is a slot itself, or a view of one, is cloned: the next step would overwrite it.
+    2. A model output that is a slot itself or what is computed once per run, or a view of one, is cloned: the next step
+       or run would overwrite it.
     3. A value is written as soon as it exists and nobody reads the old one any more, so that it is not kept twice.
     4. A sum is added up in the slot: `slot <- a + b + c` becomes `copy_(slot, a); add_(slot, b); add_(slot, c)`, where
        nobody else reads it. (Backends that make the graph functional first undo this.)
@@ -111,17 +112,17 @@ def _oldest_first(graph: fx.Graph, ages: Mapping[str, int]) -> None:
 
 def _without_aliases(graph: fx.Graph, values: tuple[fx.Node, ...]) -> tuple[tuple[fx.Node, ...], int]:
     new = tuple(
-        emit(graph, aten.clone.default, (val,)) if isinstance(val, fx.Node) and _views_a_slot(val) else val
+        emit(graph, aten.clone.default, (val,)) if isinstance(val, fx.Node) and _views_an_own_input(val) else val
         for val in values
     )
     return new, sum(a is not b for a, b in zip(new, values, strict=True))
 
 
-def _views_a_slot(node: fx.Node) -> bool:
-    """Whether `node` is a slot input, or reaches one through operators that return a view of their input."""
+def _views_an_own_input(node: fx.Node) -> bool:
+    """Whether `node` is an input that the session owns, or reaches one through operators that return a view."""
     while node.op == "call_function" and is_view(node):
         node = node.args[0]  # type: ignore[assignment]
-    return "slot" in node.meta
+    return "input" in node.meta
 
 
 def is_view(node: fx.Node) -> bool:

@@ -43,13 +43,15 @@ class Graphs:
         with _CAPTURING, torch.cuda.device(self._device):
             side, graph = _side_stream(self._device), torch.cuda.CUDAGraph()
             side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side), warnings.catch_warnings():
-                for _ in range(warm_ups):
-                    call()
-                warnings.filterwarnings("error", message="The CUDA Graph is empty")
-                with torch.cuda.graph(graph, self._pool, side, capture_error_mode="thread_local"):
-                    outputs = call()
-            torch.cuda.current_stream().wait_stream(side)
+            try:
+                with torch.cuda.stream(side), warnings.catch_warnings():
+                    for _ in range(warm_ups):
+                        call()
+                    warnings.filterwarnings("error", message="The CUDA Graph is empty")
+                    with torch.cuda.graph(graph, self._pool, side, capture_error_mode="thread_local"):
+                        outputs = call()
+            finally:  # whoever puts back what the calls wrote to waits for those that are still at it
+                torch.cuda.current_stream().wait_stream(side)
         return graph.replay, outputs
 
 
@@ -99,7 +101,8 @@ class Replay:
         return [output.clone() if isinstance(output, torch.Tensor) else output for output in self._outputs]
 
     def _capture(self, inputs: Sequence[torch.Tensor]) -> Callable[[], None]:
-        self._inputs = [x if is_slot else x.clone() for x, is_slot in zip(inputs, self._is_slot, strict=True)]
+        with torch.inference_mode(False):  # what is allocated in inference mode cannot be written to outside of it
+            self._inputs = [x if is_slot else x.clone() for x, is_slot in zip(inputs, self._is_slot, strict=True)]
         slots = [x for x, is_slot in zip(self._inputs, self._is_slot, strict=True) if is_slot]
         before = [slot.clone() for slot in slots]  # the warm-up calls write to the slots: undone below
         try:
@@ -109,7 +112,8 @@ class Replay:
         except (RuntimeError, UserWarning) as error:
             raise CallError(
                 f"this call cannot be captured as a CUDA graph: {_first_line(error)}. A captured call reads no "
-                "value of a tensor, copies nothing from the host and runs on one device. mode='default' captures none"
+                "value of a tensor, copies nothing from the host and runs on one device. Without "
+                "mode='reduce-overhead' and whole_run, none is captured"
             ) from error
         finally:
             for slot, kept in zip(slots, before, strict=True):

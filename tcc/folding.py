@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -138,16 +138,11 @@ class Folded:
         self._known: list[torch.Tensor] = []
         self._differs: dict[int, torch.Tensor] = {}
 
-    def begin(self, inputs: list[torch.Tensor], step: int) -> None:
-        """Compute the values of a run whose first call is this one.
-
-        Raises:
-            CallError: the noise level is not that of the step.
-        """
+    def begin(self, inputs: list[torch.Tensor]) -> None:
+        """Compute the values of a run whose first call is this one."""
         folding = self._folding
         self._given = [(inputs[n], version_of(inputs[n])) for n in folding.fixed]
-        self._known, self._differs = [inputs[n].clone() for n in folding.fixed], {}
-        self.check(inputs, step)
+        self._known = [inputs[n].clone() for n in folding.fixed]
         positions = [0 if n == folding.level else None for n in range(len(inputs))]
         compute = torch.func.vmap(folding.gm, in_dims=tuple(positions))
         for first in range(0, len(folding.levels), STEPS_AT_ONCE):
@@ -164,19 +159,21 @@ class Folded:
                     kept.copy_(val[0])
             del values, val  # before the next are computed
 
-    def check(self, inputs: list[torch.Tensor], step: int, *, last: bool = False) -> None:
-        """Compare a call with what the values were computed for.
+    def check(self, inputs: list[torch.Tensor], step: int, *, first: bool = False, last: bool = False) -> None:
+        """Compare a call with what the values were computed for; a run's first call only with the timesteps.
 
         Where reading a value would wait for the device, that is done at the last step of a run.
 
         Raises:
-            CallError: the noise level is not that of the step, or another input has changed within the run.
+            CallError: the noise level is not that of the step, or another input has changed within the run; the values
+                of a run in progress are as they were.
         """
         folding = self._folding
         pairs = [(folding.level, folding.levels[step])]
-        for position, (given, version), known in zip(folding.fixed, self._given, self._known, strict=True):
-            if inputs[position] is not given or version is None or version != version_of(given):
-                pairs.append((position, known))
+        if first:
+            self._differs = {}
+        else:
+            pairs += self._replaced(inputs)
         if is_readable(inputs[folding.level]):
             for position, expected in pairs:
                 if not torch.equal(inputs[position], expected):
@@ -189,6 +186,12 @@ class Folded:
             for position, differs in self._differs.items():
                 if bool(differs):
                     raise CallError(_told(folding, position, step, None))
+
+    def _replaced(self, inputs: list[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
+        """The positions of conditions that are not the very tensors that the run began with, and what those held."""
+        for position, (given, version), known in zip(self._folding.fixed, self._given, self._known, strict=True):
+            if inputs[position] is not given or version is None or version != version_of(given):
+                yield position, known
 
 
 def _recording(tensor: torch.Tensor) -> bool:

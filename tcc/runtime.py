@@ -98,6 +98,7 @@ class Executable:
         weakref.finalize(session, self._idle.append, taken).atexit = False
         return taken
 
+    @torch.inference_mode(False)  # what is allocated in inference mode cannot be written to outside of it
     def _new_buffers(self) -> Buffers:
         slots = {f"slot:{s.name}": torch.zeros(s.shape, dtype=s.dtype, device=s.device) for s in self.program.slots}
         folded = Folded(self.folding) if self.folding else None
@@ -247,6 +248,7 @@ class Session:
         seen = self._captured
         watched = watched and not executable.alike
         self._watch = Watch(seen.noise_level, seen.samples, start, self.num_steps) if watched else None
+        self._failed: int | None = None
 
     def _bind(self, step: int) -> tuple[Runner, list[torch.Tensor]]:
         """The function and the extra inputs of `step`, looked up once so that a step only calls."""
@@ -294,8 +296,8 @@ class Session:
         """Run the next step.
 
         Raises:
-            CallError: the call differs from the captured one in structure, shape (ShapeError), dtype or device; or the
-                caller is at another step, where sessions are watched (see `tcc.watch`).
+            CallError: the call differs from the captured one in structure, shape (ShapeError), dtype or device; the
+                caller is at another step, where sessions are watched (see `tcc.watch`); or the step before failed.
         """
         return self.run(self._captured.flatten(args, kwargs))
 
@@ -307,10 +309,11 @@ class Session:
             begin: start a new run.
 
         Raises:
-            CallError: the caller is at another step, where sessions are watched; nothing was run.
+            CallError: the caller is at another step, where sessions are watched, or the step before failed; nothing was
+                run.
         """
         step = self.start if begin else self.step
-        self._fold(tensors, step)
+        self._check(tensors, step)
         if self._watch is not None:
             self._watch.check(tensors, step)
         self.step = step
@@ -321,7 +324,7 @@ class Session:
 
         Raises:
             CallError: `step` is not the next step, the plan has no such step, or the call differs from the captured
-                one; a run in progress goes on where it was.
+                one; a run in progress goes on where it was. Or the step before failed.
         """
         if step >= self.num_steps:
             raise CallError(
@@ -334,22 +337,27 @@ class Session:
                 "order. Call reset() to start a new run, and new_session() for a second run at the same time"
             )
         tensors = self._captured.flatten(args, kwargs)  # before the reset: a refused call changes nothing
-        self._fold(tensors, step)
+        self._check(tensors, step)
         self.step = step
         return self._run(tensors)
 
-    def _fold(self, tensors: list[torch.Tensor], step: int) -> None:
-        """Compute what a run computes once, at its first step; later, see that it holds."""
-        if self._folded is None:
-            return
-        if step == self.start:
-            self._folded.begin(tensors, step)
-        else:
-            self._folded.check(tensors, step, last=step == self.num_steps - 1)
+    def _check(self, tensors: list[torch.Tensor], step: int) -> None:
+        """Refuse what this run cannot go on with."""
+        if self._failed is not None and step != self.start and self._slots:
+            raise CallError(
+                f"step {self._failed} of {self.num_steps} failed while it ran, so that slots may hold values of two "
+                "steps: call reset() and begin the run anew"
+            )
+        if self._folded is not None:
+            self._folded.check(tensors, step, first=step == self.start, last=step == self.num_steps - 1)
 
     def _run(self, tensors: list[torch.Tensor]) -> Any:
         runner, extras = self._steps[self.step - self.start]
+        self._failed = self.step
         with torch.no_grad():
+            if self._folded is not None and self.step == self.start:
+                self._folded.begin(tensors)
             outputs = runner(*tensors, *extras)
+        self._failed = None
         self.step = self.step + 1 if self.step + 1 < self.num_steps else self.start
         return self._captured.unflatten(list(outputs))

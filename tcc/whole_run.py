@@ -29,7 +29,7 @@ class WholeRun:
 
     The loop may read no tensor's value (`float(x)`, `if x > 0`), copy nothing from the host to the device, and draw
     noise from the device's default generator only. Python values in it, such as the number of steps and the guidance
-    scale, are those of the first call.
+    scale, are those of the first call. It works on copies of the inputs, and may write to them.
 
     Args:
         executable: the compiled plan.
@@ -42,9 +42,9 @@ class WholeRun:
     """
 
     def __init__(self, executable: Executable, loop: Loop, *, start: int = 0, recorder: Record | None = None) -> None:
-        device = executable.program.captured.inputs[0].device
+        self._device = executable.program.captured.inputs[0].device
         self._executable, self._loop, self._start = executable, loop, start
-        self._recorder = recorder or (Graphs(device) if device.type == "cuda" else None)
+        self._recorder = recorder or (Graphs(self._device) if self._device.type == "cuda" else None)
         self._way: Callable[..., Tensor] | None = None
         self._form: list[tuple[torch.Size, torch.dtype, torch.device]] = []
         self.seconds: dict[str, float] = {}
@@ -64,7 +64,9 @@ class WholeRun:
                 )
         form = [(x.shape, x.dtype, x.device) for x in inputs]
         if self._way is None:
-            self._way, self._form = self._choose(inputs), form
+            devices = [self._device] if self._device.type == "cuda" else []
+            with torch.random.fork_rng(devices):  # what is timed draws noise, and the run has yet to come
+                self._way, self._form = self._choose(inputs), form
         if form != self._form:
             raise CallError(
                 f"the run's inputs are {form}, and those of the first call were {self._form}: a run is captured for "
@@ -88,7 +90,7 @@ class WholeRun:
     def _run(self, session: Session, *inputs: Tensor) -> Tensor:
         session.reset()
         with torch.no_grad():
-            result = self._loop(session, *inputs)
+            result = self._loop(session, *(x.clone() for x in inputs))
         steps = session.num_steps - session.start
         if session.step != session.start and not self._executable.alike:
             raise CallError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -156,6 +157,48 @@ def test_conditions_that_change_within_a_run_are_refused() -> None:
     model(*calls[1][:2], torch.tensor([1, 2]))
     model.reset()
     model(*calls[0][:2], labels)
+
+
+def test_a_refused_first_call_leaves_the_run_in_progress() -> None:
+    """With the conditions that it began with, and what was computed of them."""
+    which = case("dit")
+    plan = plans(which)["branches"]
+    session = compiled(which, plan).new_session()
+    first, *later = [inputs(which, step)[0] for step in range(plan.num_steps)]
+    expected = [session(*args) for args in (first, *later)]
+    assert torch.equal(session(*first), expected[0])
+    with pytest.raises(CallError, match="noise level 't' is 901 at step 0"):
+        session.run_step(0, first[0], torch.full_like(first[1], 901), first[2] + 1)
+    with pytest.raises(CallError, match="input 'y' changed within the run"):
+        session(*later[0][:2], later[0][2] + 1)
+    for args, wanted in zip(later, expected[1:], strict=True):
+        assert torch.equal(session(*args), wanted)
+
+
+def test_an_output_that_is_computed_once_is_the_callers() -> None:
+    """Another run computes it anew, and whoever writes to it writes to nothing else."""
+
+    class Embedded(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dit, self.embed = case("dit").model, torch.nn.Linear(3, 5)
+
+        def forward(
+            self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, prompt: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.dit(x, t, y), self.embed(prompt)
+
+    (x, _, y), model, levels = case("dit").args, Embedded().eval(), [torch.full((2,), t) for t in TIMESTEPS]
+    prompts = [torch.randn(2, 3, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    policy = functools.partial(tcc.plans.fora, num_steps=4, interval=2)
+    made = tcc.compile(
+        model, policy, example_inputs=((x, levels[0], y, prompts[0]), {}), timesteps=TIMESTEPS, backend="eager"
+    )
+    for prompt in prompts:
+        found = [made(x, level, y, prompt)[1] for level in levels]
+        for output in found:
+            torch.testing.assert_close(output, model.embed(prompt))
+            output.zero_()
 
 
 def test_where_reading_would_wait_the_last_step_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from torch._inductor.exc import InductorError, OperatorIssue
 from torch._inductor.lowering import lowerings
 
 import tcc
-from tcc.errors import CompileError
+from tcc.errors import CallError, CompileError
 from tcc.inductor import compile_graph
 from tcc.plan import CachePlan, Compute, Hold, Reuse, Skip, Update
 from tcc.program import build_program
@@ -339,6 +339,52 @@ def test_a_backend_that_fails() -> None:
         CompileError, match=r"failing could not compile variant 1 of 2 \(steps 0, 1, 3\): KeyError: 'buf7'"
     ):
         lower(program, failing)
+
+
+def test_a_step_that_fails_ends_its_run() -> None:
+    """What it had stored by then is of another step than the rest: an order-1 forecast would see its history twice."""
+    which, failing = case("dit"), []
+
+    def backend(gm: fx.GraphModule, _: list[torch.Tensor]) -> Any:
+        def run(*inputs: torch.Tensor) -> Any:
+            outputs = gm(*inputs)
+            if failing:
+                raise MemoryError(failing.pop())
+            return outputs
+
+        return run
+
+    plan = tcc.plans.taylorseer(which.info, num_steps=6, interval=2, order=1)
+    session = tcc.compile(which.model, plan, example_inputs=(which.args, {}), backend=backend).new_session()
+    calls = [(which.args[0], torch.full((2,), 900 - 100 * step), which.args[2]) for step in range(6)]
+    expected = [session(*args) for args in calls]
+    for args in calls[:2]:
+        session(*args)
+    failing.append("no memory")
+    with pytest.raises(MemoryError):
+        session(*calls[2])
+    for again in (lambda: session(*calls[2]), lambda: session.run_step(2, *calls[2])):
+        with pytest.raises(
+            CallError, match=r"step 2 of 6 failed while it ran, .*: call reset\(\) and begin the run anew"
+        ):
+            again()
+    session.reset()
+    assert all(torch.equal(session(*args), wanted) for args, wanted in zip(calls, expected, strict=True))
+
+
+@pytest.mark.parametrize("timesteps", [None, [900, 700]])
+def test_inference_mode_may_end_within_a_run(timesteps: list[int] | None) -> None:
+    """What a session allocates in it can be written to outside."""
+    which, levels = case("dit"), [900, 700]
+    model = tcc.compile(
+        which.model, functools.partial(tcc.plans.fora, num_steps=2, interval=2), backend="eager", timesteps=timesteps
+    )
+    calls = [(which.args[0], torch.full((2,), level), which.args[2]) for level in levels]
+    with torch.inference_mode():
+        expected = [model(*args) for args in calls]
+        model(*calls[0])
+    assert torch.equal(model(*calls[1]), expected[1])
+    assert all(torch.equal(model(*args), wanted) for args, wanted in zip(calls, expected, strict=True))
 
 
 def test_inductor_has_a_second_attempt(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -76,6 +76,25 @@ def test_images_are_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(run(start, LABELS), loop(tcc.Reference(case("dit").model, model.plan), start, LABELS))
 
 
+def test_choosing_changes_neither_the_inputs_nor_the_random_numbers() -> None:
+    """The first call times runs, and then gives what the loop gives, which draws noise and writes to its input."""
+    model, start = compiled(), noise(2, 4, 8, 8)
+
+    def drawing(called: Any, x: Tensor, y: Tensor) -> Tensor:
+        x.mul_(0.5).add_(torch.randn(x.shape))
+        return loop(called, x, y)
+
+    torch.manual_seed(3)
+    expected = drawing(model.new_session(), start.clone(), LABELS)
+    for recorder in (Tapes(), None):
+        run = WholeRun(model._executable(0), drawing, recorder=recorder)
+        for _ in range(2):
+            torch.manual_seed(3)
+            given = start.clone()
+            assert torch.equal(run(given, LABELS), expected)
+            assert torch.equal(given, start)
+
+
 def test_a_loop_that_reads_a_value_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stand-in refuses it as CUDA does: so the loops above read none, and nor does a session."""
     choose(monkeypatch, {"one graph": 0.5, "by steps": 1.0})

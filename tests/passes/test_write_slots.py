@@ -132,6 +132,21 @@ def test_an_output_that_views_a_slot_is_copied(view: str) -> None:
     assert torch.equal(result, expected)
 
 
+def test_an_output_that_views_what_is_computed_once_is_copied() -> None:
+    """The next run overwrites it."""
+    sketch = Sketch()
+    once = sketch.input("once", 2, 4)
+    once.meta["input"] = "folded:once"
+    gm = sketch.done(sketch.call(aten.view.default, once, [8]))
+    inputs = values(gm)
+    assert edits(gm, WriteSlots()) == 1
+    expected = inputs[0].flatten().clone()
+    result = gm(*inputs)[0]
+    inputs[0].zero_()
+    assert torch.equal(result, expected)
+    assert edits(gm, WriteSlots()) == 0
+
+
 def test_an_output_that_is_computed_is_not_copied() -> None:
     """A copy of a view, or a value made from a slot, is safe as it is."""
     sketch = Sketch()
