@@ -277,6 +277,13 @@ class CompiledModel(StandIn):
         return self._prepared.last.executables.get(self._start) if self._prepared.last else None
 
 
+def _numbers(timesteps: object) -> torch.Tensor:
+    try:
+        return torch.as_tensor(timesteps)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CallError(f"timesteps={timesteps!r}: give a tensor or a list of numbers, one per step") from error
+
+
 def _other_shape(session: Session, what: str) -> str:
     return (
         f"step {session.step} of {session.num_steps}: {what}: shapes may change when an image begins. Call reset() "
@@ -349,9 +356,11 @@ def compile(
         raise CallError(f"on_shape_change={on_shape_change!r}: use 'error' or 'recapture'")
     if max_shapes < 1 or calls_per_step < 1:
         raise CallError(f"max_shapes={max_shapes}, calls_per_step={calls_per_step}: both are 1 at least")
+    if max_slot_bytes is not None and not isinstance(max_slot_bytes, int):
+        raise CallError(f"max_slot_bytes={max_slot_bytes!r}: give a whole number of bytes, such as 20 * 2**20")
     given = Options(
         backend, options, progress, mode, on_shape_change, max_shapes, noise_level, max_slot_bytes, calls_per_step,
-        slot_dtype, regional, None if timesteps is None else torch.as_tensor(timesteps),
+        slot_dtype, regional, None if timesteps is None else _numbers(timesteps),
     )  # fmt: skip
     compiled = CompiledModel(Prepared(model, plan, given))
     if example_inputs is not None:

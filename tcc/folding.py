@@ -59,22 +59,18 @@ class Folding:
         """What every session keeps of them."""
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype, _ in self.shapes.values())
 
-    def check(self, slot_bytes: int, max_slot_bytes: int | None) -> None:
-        """Hold them and a plan's slots against a budget.
+    def over_budget(self, slot_bytes: int, max_slot_bytes: int) -> PlanError:
+        """The refusal where they and a plan's slots take more than the budget, and slots alone do not.
 
         Args:
             slot_bytes: what the plan's slots take.
-            max_slot_bytes: the most bytes that one session may keep; None is no limit.
-
-        Raises:
-            PlanError: together they take more.
+            max_slot_bytes: the most bytes that one session may keep.
         """
-        if max_slot_bytes is not None and slot_bytes + self.bytes > max_slot_bytes:
-            raise PlanError(
-                f"the plan's slots take {in_units(slot_bytes)} and what timesteps= computes once per run "
-                f"{in_units(self.bytes)} for the captured batch, and max_slot_bytes allows {in_units(max_slot_bytes)}: "
-                "compile without timesteps, or allow more"
-            )
+        return PlanError(
+            f"the plan's slots take {in_units(slot_bytes)} and what timesteps= computes once per run "
+            f"{in_units(self.bytes)} for the captured batch, and max_slot_bytes allows {in_units(max_slot_bytes)}: "
+            "compile without timesteps, or allow more"
+        )
 
 
 def find_folding(

@@ -22,6 +22,7 @@ from tcc.info import ModelInfo
 from tcc.passes.sites import analyse
 from tcc.plan import CachePlan
 from tcc.plan_start import start_at
+from tcc.program import Program
 from tcc.runtime import Backend, Compiled, Executable, Known, lower
 
 __all__ = ["OnShapeChange", "Options", "Policy", "Prepared", "Ready"]
@@ -85,16 +86,24 @@ class Ready:
             PlanError: the plan has no such step, or a session would keep more than `max_slot_bytes`.
         """
         if start not in self.executables:
-            plan, shape, options = start_at(self.plan, start), self.shape, self.options
-            progress = options.progress
-            program = shape.info.program(plan, progress=progress, max_slot_bytes=options.max_slot_bytes)
-            if self.folding is not None:
-                self.folding.check(program.slot_bytes, options.max_slot_bytes)
+            shape, options = self.shape, self.options
             self.executables[start] = lower(
-                program, options.backend, options.options, progress, mode=options.mode, regional=options.regional,
-                folding=self.folding, known=shape.runners,
+                self._program(start_at(self.plan, start)), options.backend, options.options, options.progress,
+                mode=options.mode, regional=options.regional, folding=self.folding, known=shape.runners,
             )  # fmt: skip
         return self.executables[start]
+
+    def _program(self, plan: CachePlan) -> Program:
+        """The rewritten graphs; where the budget is short, with as few slots as it takes."""
+        make = functools.partial(self.shape.info.program, plan, progress=self.options.progress)
+        budget, folding = self.options.max_slot_bytes, self.folding
+        if budget is None or folding is None:
+            return make(max_slot_bytes=budget)
+        try:
+            return make(max_slot_bytes=budget - folding.bytes)
+        except PlanError as error:
+            slots = make(max_slot_bytes=budget).slot_bytes  # says what to save where slots alone are too much
+            raise folding.over_budget(slots, budget) from error
 
     @functools.cached_property
     def folding(self) -> Folding | None:
@@ -223,8 +232,8 @@ class Prepared:
             if len(now) != len(shape.parts) or not all(map(_is_same, now, shape.parts)):
                 raise CallError(
                     "layers, weights, buffers or functions of the model were replaced after it was compiled, by an "
-                    "adapter for example, and the compiled steps do not have them: call tcc.compile anew, or load "
-                    "adapters before the first call"
+                    "adapter for example, or cast, or moved, and the compiled steps do not have them: call tcc.compile "
+                    "anew, or do that before the first call"
                 )
 
 
@@ -244,7 +253,8 @@ def parts_of(model: nn.Module | ExportedProgram) -> list[Any]:
         held = vars(module)
         hooks = (*held["_forward_pre_hooks"].values(), *held["_forward_hooks"].values())
         weights = (*held["_parameters"].values(), *held["_buffers"].values())
-        found += [module, *weights, *hooks]
+        kinds = [kind for weight in weights if weight is not None for kind in (weight.dtype, str(weight.device))]
+        found += [module, *weights, *hooks, *kinds]
         for part in held.values():
             if callable(part):
                 found += (

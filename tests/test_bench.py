@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from tcc.cli import app
 from tcc.cli.calls import Calls
 from tcc.cli.harness import COMPILED, ISOLATED, TCC, Harness, known_options, with_compilation
-from tcc.cli.lines import Line, failures, front, markdown, plot, table
+from tcc.cli.lines import UNCACHED, Line, failures, front, markdown, plot, table
 from tcc.models import DiT, save_weights
 from tcc.timing import Compilation
 from tests.tiny_models import case, fill
@@ -131,6 +131,7 @@ def test_a_plan_whose_timesteps_are_not_known_has_a_row_with_the_reason() -> Non
     ("arguments", "message"),
     [
         (("fora interval=2", "--model", "nothing"), "unknown model 'nothing'"),
+        (("fora 'x",), "fora 'x: no closing quotation: a policy is written as 'NAME OPTION=VALUE ...'"),
         (("foro",), "unknown policy 'foro': did you mean fora?"),
         (("fora intervals=2",), "policy fora has no option 'intervals'; its options are"),
         (("none.safetensors",), "none.safetensors: cannot be read as a plan"),
@@ -162,6 +163,26 @@ def test_plans_of_other_steps_or_batches_are_refused(run: Invoke) -> None:
 
     assert "p: the plan has 5 steps, and 7 are measured: give --steps 5" in plain(steps.stderr)
     assert "the plan is for another batch size" in plain(batch.stderr)
+
+
+def test_plans_of_one_file_name_are_told_apart(run: Invoke) -> None:
+    """By their paths; what is asked for twice is measured once, and a plan is not taken for the uncached model."""
+    given = ["--model", "tiny.safetensors", "--batch", "4"]
+    names = ["a/p.safetensors", "b/p.safetensors", "b/uncached.safetensors", "b/q.safetensors"]
+    for number, name in enumerate(names):
+        Path(name).parent.mkdir(exist_ok=True)
+        options = ["--policy", "fora", "-o", f"interval={number + 2}", "--steps", "6", "--out", name]
+        assert CliRunner().invoke(app, ["plan", *given, *options]).exit_code == 0
+
+    run(*names, names[0], *given, "--no-fewer", "--json", "bench.json")
+
+    found = json.loads(Path("bench.json").read_text())
+    wanted = [*names[:3], "q"]
+    assert [row["method"] for row in found["rows"] if row["method"] != UNCACHED] == wanted
+    assert list(found["plans"]) == wanted
+    assert found["batch"] == 4
+    bounds = [row["bound"] for row in found["rows"] if row["method"] != UNCACHED]
+    assert bounds == sorted(set(bounds))
 
 
 class Shifted(torch.nn.Module):

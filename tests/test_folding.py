@@ -104,6 +104,19 @@ def test_what_is_computed_once_counts_in_the_budget() -> None:
     compiled(which, plan, max_slot_bytes=needed - 1, timesteps=None)
 
 
+def test_a_budget_has_finer_variants_made_beside_what_is_computed_once() -> None:
+    """Delta-DiT needs half of the slots with one variant more; the budget for slots is what folding leaves."""
+    which = case("dit")
+    plan = tcc.plans.delta_dit(which.info, num_steps=4)
+    coarse = compiled(which, plan).new_session()
+    allowed = coarse.slot_bytes + coarse.folded_bytes - 1
+    fine = compiled(which, plan, max_slot_bytes=allowed).new_session()
+    assert fine.slot_bytes < coarse.slot_bytes
+    assert fine.slot_bytes + fine.folded_bytes <= allowed
+    with pytest.raises(PlanError, match=r"slots take .* and max_slot_bytes allows .*\. The largest: "):
+        compiled(which, plan, max_slot_bytes=fine.slot_bytes - 1)
+
+
 def test_computing_once_takes_no_more_memory_than_a_step() -> None:
     """The values of 50 steps are more than twice what a step takes: they are computed a few steps at a time."""
     which, steps = case("dit"), 50

@@ -242,7 +242,13 @@ def test_weights_may_change_in_place_and_not_be_replaced() -> None:
     assert torch.equal(run(pipe, "dit", steps=2), made)
     pipe.transformer = compiled
     model.transformer_blocks[0].attn1.to_q = nn.Sequential(layer, nn.Linear(32, 32))
-    with pytest.raises(CallError, match=r"were replaced after it was compiled, by an adapter .* call tcc.compile anew"):
+    changed = r"were replaced after it was compiled, by an adapter .*, or cast, or moved, .* call tcc.compile anew"
+    with pytest.raises(CallError, match=changed):
+        run(pipe, "dit", steps=2)
+    model.transformer_blocks[0].attn1.to_q = layer
+    run(pipe, "dit", steps=2)
+    layer.half()
+    with pytest.raises(CallError, match=changed):
         run(pipe, "dit", steps=2)
 
 

@@ -198,6 +198,11 @@ def test_the_shapes_not_used_for_longest_are_dropped_with_a_warning() -> None:
     assert made == [1, 2, 3, 2]
     with pytest.raises(CallError, match="max_shapes=0, calls_per_step=1: both are 1 at least"):
         tcc.compile(model, policy, max_shapes=0)
+    with pytest.raises(CallError, match=r"max_slot_bytes='20MiB': give a whole number of bytes, such as 20 \* 2\*\*20"):
+        tcc.compile(model, policy, max_slot_bytes="20MiB")  # type: ignore[arg-type]
+    for timesteps in ("soon", iter([900, 100])):
+        with pytest.raises(CallError, match=r"timesteps=.*: give a tensor or a list of numbers, one per step"):
+            tcc.compile(model, policy, timesteps=timesteps)  # type: ignore[arg-type]
 
 
 def test_another_dtype_is_refused_with_the_remedy() -> None:

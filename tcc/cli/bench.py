@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from tcc.cli import options, record, screen
 from tcc.cli.calls import Calls
 from tcc.cli.compare import Task
 from tcc.cli.demo import make_plans
-from tcc.cli.harness import Harness, device_named
+from tcc.cli.harness import UNCACHED, Harness, device_named
 from tcc.cli.lines import Line, failures, plot, table
 from tcc.cli.policies import find_policy, parse_options
 from tcc.cli.sample import seeded_noise
@@ -73,12 +74,14 @@ class Request:
 
     Attributes:
         name: its name in the table.
+        text: how it is asked for.
         family: what it counts as in the plot: its policy.
         make: makes it, for so many steps.
         steps: the steps that it has, where it is made already.
     """
 
     name: str
+    text: str
     family: str
     make: Callable[[ModelInfo, int], CachePlan]
     steps: int | None = None
@@ -123,7 +126,7 @@ def bench(
       tcc bench 'tprr keep=0.25 attention=cached level=out' --model DiT-S/2 --batch 2 --threads 1 --fold-timesteps
       tcc bench 'forecast i_steps=7' --model mymodels:flux --steps 20 --device cuda --dtype bfloat16
     """
-    requests = [_request(text) for text in plan or ()]
+    requests = _distinct([_request(text) for text in plan or ()])
     count = _steps(requests, steps)
     subject = _subject(model, batch, input_size, device_named(device), getattr(torch, dtype))
     task = _task(subject, subject.model, seed, cfg) if isinstance(subject.model, Architecture) else None
@@ -151,7 +154,7 @@ def bench(
     if png is not None:
         plot(lines, title, png)
         screen.note(f"wrote {png}")
-    settings = {"model": subject.label, "batch": batch, "steps": count, "seed": seed}
+    settings = {"model": subject.label, "batch": info.batch, "steps": count, "seed": seed}
     settings |= {"backend": backend, "mode": mode, "regional": regional, "dtype": dtype}
     rows = [line.as_dict() for line in lines]
     shown = {name: facts(made) for (name, _), made in plans.items()}
@@ -185,10 +188,20 @@ def _request(text: str) -> Request:
     if text.endswith(_FILE) and "=" not in text:
         loaded = CachePlan.load(text)
         family = str(loaded.policy.get("name", "plan"))
-        return Request(Path(text).stem, family, lambda info, _: loaded, loaded.num_steps)
-    name, *given = shlex.split(text) or [text]
+        return Request(Path(text).stem, text, family, lambda info, _: loaded, loaded.num_steps)
+    try:
+        name, *given = shlex.split(text) or [text]
+    except ValueError as error:
+        raise PlanError(f"{text}: {str(error).lower()}: a policy is written as 'NAME OPTION=VALUE ...'") from error
     policy, chosen = find_policy(name), parse_options(name, given)
-    return Request(text, name, lambda info, steps: policy(info, num_steps=steps, **chosen))
+    return Request(text, text, name, lambda info, steps: policy(info, num_steps=steps, **chosen))
+
+
+def _distinct(requests: Sequence[Request]) -> list[Request]:
+    """The same, each once; files of one name in several folders are named with their paths."""
+    once = list({request.text: request for request in requests}.values())
+    names = Counter([UNCACHED, *(request.name for request in once)])
+    return [replace(request, name=request.text) if names[request.name] > 1 else request for request in once]
 
 
 def _plans(requests: Sequence[Request], info: ModelInfo, steps: int) -> dict[tuple[str, str], CachePlan]:

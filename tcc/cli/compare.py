@@ -228,6 +228,7 @@ def compare(
         at_most: seconds after which no further round begins.
         progress: called as `progress(steps_done, all_steps)`.
     """
+    assert len({method.name for method in methods}) == len(methods), "methods of one name would share their numbers"
     runs = {
         m.name: Run(m.kinds, lambda m=m: task.denoise(m.open(), m.num_steps, m.sampler))  # type: ignore[misc]
         for m in methods
