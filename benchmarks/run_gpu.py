@@ -36,6 +36,9 @@ NEEDS = {"diffusers": "FirstBlockCache, TaylorSeer, MagCache, PyramidAttentionBr
 BENCH = [sys.executable, "-P", "-m", "tcc", "bench"]  # -P: else the checkout's tcc/, which has no passes/, comes first
 TOKENS = "tprr k1=1 k2=1 attention=cached level=out keep"
 PEERS = "FORA N=2,FirstBlockCache 0.1,TaylorSeer N=3,DBCache F1B0 0.08"
+#: The files with tests for a GPU, the quickest first: what is slow may be stopped.
+TESTS = ("test_cuda_graphs.py", "test_whole_run.py", "test_timing.py", "test_train_learning.py",
+         "export/test_tensorrt.py", "test_memory.py")  # fmt: skip
 SCALING = shlex.split("--tokens 256 1024 4096 --batch 1 16 --blocks 4 --steps 10 250 --variants 2 --width 1152")
 SMALL_SCALING = shlex.split("--tokens 16 --batch 1 --blocks 2 --steps 2 --variants 2 --width 32 --rounds 1")
 
@@ -67,32 +70,29 @@ def parts(device: str) -> list[Part]:
     size, images, steps, dtype = ("DiT-S/8", 2, 3, "float32") if small else ("DiT-XL/2", 16, 20, "bfloat16")
     plans = ["fora interval=2", f"{TOKENS}=0.5"]
     sizes = ["--model", size, "--steps", str(steps), "--dtype", dtype, *common, *fast]
-    many = [*BENCH, *plans, *sizes, "--batch", str(2 * images), "--json", "{out}/xl.json"]
+    many = [*sizes, "--batch", str(2 * images), "--regional", "--json", "{out}/xl.json"]
     one = [*BENCH, *plans, *sizes, "--batch", "2", "--mode", "reduce-overhead", "--json", "{out}/xl-one.json"]
     peers = [sys.executable, str(HERE / "peers.py"), *common, *fast, "--results", "{out}", "--steps", str(steps)]
-    peers += ["--dtype", dtype, "--batch", str(images), "--deadline", "40"]  # xl has compiled the uncached models
+    peers += ["--dtype", dtype, "--batch", str(images), "--regional", "--deadline", "40"]  # xl has compiled as much
     peers += ["--model", "reference" if small else "dit-xl", "--only", "nothing" if small else PEERS]
     whole = [sys.executable, str(HERE / "whole_run.py"), *common, "--model", "DiT-S/8" if small else "DiT-S/2"]
     whole += ["--steps", str(steps), "--dtype", dtype, "--regional", "--json", "{out}/whole.json"]
     whole += ["--rounds", "1"] if small else []
     tests = [sys.executable, "-P", "-m", "pytest", "-v", "-m", "gpu", "-W", "default", "-p", "no:cacheprovider"]
-    tests += ["--junitxml", "{out}/tests.xml", *map(str, gpu_tests())]
+    tests += ["-p", "no:randomly", "--junitxml", "{out}/tests.xml", *(str(HERE.parent / "tests" / t) for t in TESTS)]
     scaling = [sys.executable, str(HERE / "scaling.py"), "running", *common, "--results", "{out}", "--models", "dit"]
     scaling += ["--dtype", dtype, *(SMALL_SCALING if small else SCALING)]
     regional = "tcc's blocks compiled once (compare with uncached tcc)"
     return [
         Part("tests", "the tests marked gpu", tuple(tests), 90, ("pytest", "hypothesis")),
-        Part("xl", f"{size}, {images} images, {dtype}", tuple(many), 140),
-        Part("xl-one", f"{size}, one image, {dtype}, CUDA graphs, {regional}", (*one, "--regional"), 60),
+        # two parts: a command writes its rows when all are measured, and compiling XL/2 is most of the time
+        Part("xl", f"{size}, {images} images, {dtype}, layers, {regional}", (*BENCH, plans[0], *many), 120),
+        Part("xl-tokens", f"{size}, {images} images, {dtype}, tokens, {regional}", (*BENCH, plans[1], *many), 60),
+        Part("xl-one", f"{size}, one image, {dtype}, CUDA graphs, {regional}", (*one, "--regional"), 50),
         Part("whole", "a run step by step, with CUDA graphs, and as one graph", tuple(whole), 40),
-        Part("peers", f"other caches, {images} images, {dtype}", tuple(peers), 80),
-        Part("scaling", f"time and memory against tokens, batch and steps, {dtype}", tuple(scaling), 50),
+        Part("peers", f"other caches, {images} images, {dtype}", tuple(peers), 60),
+        Part("scaling", f"time and memory against tokens, batch and steps, {dtype}", tuple(scaling), 40),
     ]
-
-
-def gpu_tests() -> list[Path]:
-    """The test files that have tests for a GPU."""
-    return sorted(path for path in (HERE.parent / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text())
 
 
 def run(part: Part, out: Path, seconds: float) -> dict[str, Any]:

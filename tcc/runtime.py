@@ -81,6 +81,20 @@ class Executable:
         same = len({binding.variant for binding in self.program.bindings}) == 1
         return same and not self.program.slots and self.folding is None
 
+    @functools.cached_property
+    def tensors(self) -> list[dict[str, torch.Tensor]]:
+        """What every step is given beside inputs and slots, on the model's device: copied once for all sessions."""
+        device = self.program.captured.inputs[0].device
+        copies: dict[int, torch.Tensor] = {}
+
+        def copy(tensor: torch.Tensor) -> torch.Tensor:
+            if id(tensor) not in copies:
+                copies[id(tensor)] = tensor.to(device)
+            return copies[id(tensor)]
+
+        with torch.inference_mode(False):
+            return [{name: copy(t) for name, t in binding.tensors.items()} for binding in self.program.bindings]
+
     def buffers(self, session: object) -> Buffers:
         """What `session` writes to until it is gone.
 
@@ -244,22 +258,19 @@ class Session:
         self._buffers = executable.buffers(self)
         self._slots, self._folded = self._buffers.slots, self._buffers.folded
         self.start = self.step = start
-        self._steps = [self._bind(step) for step in range(len(executable.program.bindings))]
+        numbers = torch.arange(start, self.num_steps, device=self._captured.inputs[0].device).split(1)
+        # copies: compiled code may want memory that is aligned
+        self._steps = [self._bind(step, number.clone()) for step, number in enumerate(numbers)]
         seen = self._captured
         watched = watched and not executable.alike
         self._watch = Watch(seen.noise_level, seen.samples, start, self.num_steps) if watched else None
         self._failed: int | None = None
 
-    def _bind(self, step: int) -> tuple[Runner, list[torch.Tensor]]:
+    def _bind(self, step: int, number: torch.Tensor) -> tuple[Runner, list[torch.Tensor]]:
         """The function and the extra inputs of `step`, looked up once so that a step only calls."""
-        binding = self.executable.program.bindings[step]
-        device = self._captured.inputs[0].device
-        given = {**binding.tensors, "step": torch.tensor([self.start + step])}
-        extras = [
-            self._slots[name] if name in self._slots else given[name].to(device)
-            for name in self.executable.extras[binding.variant]
-        ]
-        return self._runner(binding.variant), extras
+        variant = self.executable.program.bindings[step].variant
+        given = {**self.executable.tensors[step], "step": number, **self._slots}
+        return self._runner(variant), [given[name] for name in self.executable.extras[variant]]
 
     def _runner(self, variant: int) -> Runner:
         runner, replays = self.executable.runners[variant], self._buffers.replays
@@ -274,7 +285,7 @@ class Session:
     @property
     def num_steps(self) -> int:
         """The steps of the plan; those before `start` are not run."""
-        return self.start + len(self._steps)
+        return self.start + len(self.executable.program.bindings)
 
     @property
     def slot_bytes(self) -> int:

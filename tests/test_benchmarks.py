@@ -52,6 +52,15 @@ def test_every_part_is_called_as_its_command_line_is(scripts: dict[str, ModuleTy
         assert asked["device"] == device
 
 
+def test_no_file_with_tests_for_a_gpu_is_left_out(scripts: dict[str, ModuleType]) -> None:
+    """They are named, in an order of their own."""
+    folder = Path(__file__).parent
+    marked = {
+        str(path.relative_to(folder)) for path in folder.rglob("test_*.py") if "pytest.mark.gpu\n" in path.read_text()
+    }
+    assert set(scripts["run_gpu"].TESTS) == marked
+
+
 def test_parts_that_fail_or_take_too_long_say_so(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
     """The others run; tables are of what was measured."""
     gpu = scripts["run_gpu"]
