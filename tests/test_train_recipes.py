@@ -291,6 +291,22 @@ def test_the_gradient_is_that_of_error_and_cost() -> None:
         assert float(gradient[unit]) == pytest.approx(slope, rel=1e-4)
 
 
+def test_gradients_of_float16_models_do_not_vanish() -> None:
+    """They are those of float32, but for the rounding: a mean of small squares has gradients below float16's range."""
+    found = []
+    for dtype in (torch.float32, torch.float16):
+        made = dit(batch=4, in_channels=1, learn_sigma=True)
+        with torch.no_grad():
+            for parameter in made.model.final_layer.parameters():  # type: ignore[union-attr, operator]
+                parameter.mul_(0.01)  # outputs, and so errors, as small as those of neighbouring steps
+        case = Case(made.model.to(dtype), (made.args[0].to(dtype), *made.args[1:]), {})
+        weights = router(choices_of_pairs(NUM_STEPS, sites()), 0.4)
+        pairs(Objective(Student(case.info, sites()), Budget(price=1e-9))).accumulate(weights, seeded())
+        found.append(torch.cat([row.grad for row in weights.logits.values() if row.grad is not None]))
+    assert float(torch.cosine_similarity(*found, dim=0)) > 0.999
+    assert float(found[1].norm() / found[0].norm()) == pytest.approx(1, abs=0.02)
+
+
 def test_the_final_stream_can_be_compared() -> None:
     """TokenCache's loss is that of the stream after the last block."""
     choices = choices_of_pairs(2, sites())

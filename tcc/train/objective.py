@@ -20,6 +20,10 @@ __all__ = ["Objective", "Recipe", "StepLoss", "Target"]
 
 Target = Literal["output", "stream"]
 
+#: The factor of the loss of a float16 model on the way back: gradients of a mean over many elements, of an error of
+#: 1e-3 and less, are below what float16 can tell from 0.
+_HALF_SCALE = 1024.0
+
 
 @dataclass(frozen=True)
 class StepLoss:
@@ -106,11 +110,14 @@ class Objective:
         given = weights(step, None if weights.reads is None else teacher.streams[weights.reads])
         if self.drop:
             stored = {site: torch.zeros_like(value) for site, value in stored.items()}
+        scale = _HALF_SCALE if any(value.dtype == torch.float16 for value in stored.values()) else 1.0
+        if scale != 1:
+            given = {site: _unscaled(weight, scale) for site, weight in given.items()}
         mixed = self.student.mix(stored, given, *args, **kwargs)
         pairs = zip(self._compared(mixed), self._compared(teacher), strict=True)
         error = torch.stack([_squared(one - other) for one, other in pairs]).mean()
         cost = self.budget.cost(given)
-        (share * (error + cost)).backward()  # type: ignore[no-untyped-call]
+        (scale * share * (error + cost)).backward()  # type: ignore[no-untyped-call]
         output = pytree.tree_map_only(Tensor, Tensor.detach, mixed.output)
         return StepLoss(step, float(error.detach()), float(cost.detach())), Values(output, mixed.stored, {})
 
@@ -130,6 +137,14 @@ class Objective:
         if self.target == "stream":
             return [values.streams["out.stream"]]
         return [tensor for tensor in tensors_of(values.output) if tensor.is_floating_point()]
+
+
+def _unscaled(weight: Tensor, scale: float) -> Tensor:
+    """The same weight, whose gradient is divided by `scale` on its way to the parameters: they are float32 there."""
+    weight = weight * 1.0  # a tensor of its own: sites may share one
+    if weight.requires_grad:
+        weight.register_hook(lambda gradient: gradient / scale)  # type: ignore[no-untyped-call]
+    return weight
 
 
 def _squared(gap: Tensor) -> Tensor:
