@@ -16,6 +16,7 @@ from tcc.calibrate import calibrate
 from tcc.cli import options, screen
 from tcc.cli.sample import seeded_noise
 from tcc.cli.subjects import dit_inputs, load_pixel_dit, look
+from tcc.cli.train_options import check_apart
 from tcc.driver import CompiledModel
 from tcc.driver import compile as compile_model
 from tcc.info import ModelInfo
@@ -90,6 +91,7 @@ def steps(
       tcc train steps --i-steps 18 --out forecast18.safetensors
       tcc train steps --steps 20 --i-steps 7 --order 1 --evaluations 100 --out forecast7.safetensors
     """
+    check_apart(model, {"--out": out, "--json": json})
     run = _run(model, images, num_steps, cfg)
     info = look(run.dit, dit_inputs(run.dit.config, run.rows), {}, model)
     policy = functools.partial(_plan, info, num_steps, order, level)
@@ -151,6 +153,7 @@ def errors(
       tcc train errors --out errors50.safetensors
       tcc plan --policy smoothcache -o errors=errors50.safetensors -o alpha=0.1
     """
+    check_apart(model, {"--out": out})
     run = _run(model, images, num_steps, cfg)
     info = look(run.dit, dit_inputs(run.dit.config, run.rows), {}, model)
     with screen.status("sampling without a cache"):

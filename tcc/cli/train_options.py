@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,7 +17,7 @@ from tcc.train.loop import Settings
 from tcc.train.objective import Target
 from tcc.train.weights import Budget, Choices, choices_of_pairs
 
-__all__ = ["LEARN", "Learning"]
+__all__ = ["LEARN", "Learning", "check_apart"]
 
 Kept = Literal["out", "delta", "block"]
 
@@ -174,6 +174,22 @@ PlanOptions = Annotated[
 ]
 
 
+def check_apart(model: str, written: Mapping[str, Path | None]) -> None:
+    """Refuse files that would be written over each other, or over the model's weights.
+
+    Args:
+        model: what `--model` names.
+        written: the files, by what they are called.
+
+    Raises:
+        typer.BadParameter: two are one file.
+    """
+    found = {Path(model).resolve(): "--model"} if Path(model).is_file() else {}
+    for name, path in written.items():
+        if path is not None and (other := found.setdefault(path.resolve(), name)) != name:
+            raise typer.BadParameter(f"{path} is the file of {other} too: name another one", param_hint=name)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Learning:
     """What is learned from what, for how long, and what is written."""
@@ -217,6 +233,8 @@ class Learning:
             raise typer.BadParameter("dpm-solver-2 evaluates twice per step: give an even number", param_hint="--steps")
         if self.kind == "pairs":
             self._check_pairs()
+        written = {"--out": self.out, "the training's state": self.state, "--json": self.json}
+        check_apart(self.model, written | {"--learned": self.learned})
 
     def _check_pairs(self) -> None:
         if self.data is None:
