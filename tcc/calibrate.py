@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import fx
 
 from tcc.errors import PlanError
 from tcc.info import ModelInfo
 from tcc.passes.sites import Site
+from tcc.tensors_file import write_tensors
 
 __all__ = ["Calibration", "Recorder", "calibrate"]
 
@@ -91,10 +91,14 @@ class Calibration:
         return [self.sites.index(site) for site in sites]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as one safetensors file."""
+        """Write it as one safetensors file.
+
+        Raises:
+            PlanError: the file cannot be written.
+        """
         header = json.dumps({"version": 1, "sites": list(self.sites)})
         tables = {name: getattr(self, name).contiguous() for name in _TABLES}
-        safetensors.torch.save_file(tables, path, metadata={_HEADER: header})
+        write_tensors(tables, path, {_HEADER: header}, what="the calibration", error=PlanError)
 
     @staticmethod
     def of(errors: Calibration | str | os.PathLike[str]) -> Calibration:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 
 from tcc.errors import PlanError
+from tcc.tensors_file import write_tensors
 
 __all__ = ["Importance", "Learned", "Probes", "Router", "load_learned", "save_learned"]
 
@@ -118,12 +118,16 @@ _KINDS: dict[str, type[Router] | type[Importance] | type[Probes]] = {
 
 
 def save_learned(learned: Learned, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
-    """Write what was learned as one safetensors file: a JSON header and the tensors, stored as `dtype`."""
+    """Write what was learned as one safetensors file: a JSON header and the tensors, stored as `dtype`.
+
+    Raises:
+        PlanError: the file cannot be written.
+    """
     content = {field.name: getattr(learned, field.name) for field in fields(learned)}
     tensors = {name: t.detach().to("cpu", dtype).contiguous() for name, t in content.items() if torch.is_tensor(t)}
     header: dict[str, Any] = {name: list(value) for name, value in content.items() if name not in tensors}
     header |= {"kind": type(learned).__name__.lower(), "version": 1}
-    safetensors.torch.save_file(tensors, path, metadata={_HEADER: json.dumps(header)})
+    write_tensors(tensors, path, {_HEADER: json.dumps(header)}, what="what was learned", error=PlanError)
 
 
 def load_learned(path: str | os.PathLike[str]) -> Learned:

@@ -150,6 +150,12 @@ def test_a_calibration_survives_its_file(tmp_path: Path) -> None:
         )
 
 
+def test_a_file_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    """A folder is in its place."""
+    with pytest.raises(PlanError, match=r"the calibration cannot be written .*: write to"):
+        calibration().save(tmp_path)
+
+
 def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     """Missing, text, cut off."""
     with pytest.raises(PlanError, match=r"there is no file .*errors\.safetensors"):

@@ -227,6 +227,14 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         load_predictor(tmp_path / "missing")
 
 
+def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
+    """A predictor and what was learned; safetensors raises an error of its own."""
+    with pytest.raises(PlanError, match=r"missing.p\.partial: the predictor cannot be written .*: write to"):
+        scrambled("table").save(tmp_path / "missing" / "p")
+    with pytest.raises(PlanError, match=r"missing.s: what was learned cannot be written"):
+        save_learned(Router(torch.zeros(1, 1), ("a.out",)), tmp_path / "missing" / "s")
+
+
 # --- what was learned, as files
 
 

@@ -240,6 +240,8 @@ def test_states_of_other_runs_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no state")
     with pytest.raises(TrainError, match="is no state of a training"):
         ended(9, tmp_path / "text")
+    with pytest.raises(TrainError, match=r"the training's state cannot be written .*: write to another place"):
+        ended(1, tmp_path / "missing" / "state")
 
 
 def test_other_models_and_recipes_are_other_runs(tmp_path: Path) -> None:

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tcc.errors import TrainError
+from tcc.tensors_file import write_tensors
 from tcc.train.objective import Recipe, StepLoss
 from tcc.train.weights import Weights
 from tcc.train.world import World
@@ -113,7 +113,7 @@ def train(
 
     Raises:
         TrainError: a loss or a gradient is not finite (names the denoising step; the state before it is saved), the
-            state is that of another run, or there are more processes than groups.
+            state is that of another run or cannot be written, or there are more processes than groups.
         KeyboardInterrupt: passed on, after the state of the last whole iteration has been saved.
     """
     run = _Run(weights, recipe, settings, state, world or World())
@@ -228,7 +228,7 @@ class _Run:
         header = {"iteration": report.iteration, "seconds": report.seconds, "run": self._identity}
         header |= {"losses": [repr(report.error), repr(report.cost)]}
         partial = self.path.with_name(self.path.name + ".partial")
-        safetensors.torch.save_file(tensors, partial, metadata={_HEADER: json.dumps(header)})
+        write_tensors(tensors, partial, {_HEADER: json.dumps(header)}, what="the training's state", error=TrainError)
         os.replace(partial, self.path)
 
     def _resume(self, path: Path) -> None:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import safetensors
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from tcc.errors import PlanError
 from tcc.info import ModelInfo
 from tcc.learned import Importance, Probes
+from tcc.tensors_file import write_tensors
 
 __all__ = ["FORMS", "NetworkPredictor", "Predictor", "Sizes", "StreamPredictor", "TablePredictor", "load_predictor"]
 
@@ -118,11 +118,15 @@ class Predictor(nn.Module, ABC):
         return self.importance()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the weights and sizes as one safetensors file, replacing it atomically."""
+        """Write the weights and sizes as one safetensors file, replacing it atomically.
+
+        Raises:
+            PlanError: the file cannot be written.
+        """
         header = {"form": self.form, "sizes": asdict(self.sizes), "mean": self.held, "version": 1}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         partial = Path(f"{os.fspath(path)}.partial")
-        safetensors.torch.save_file(tensors, partial, metadata={_HEADER: json.dumps(header)})
+        write_tensors(tensors, partial, {_HEADER: json.dumps(header)}, what="the predictor", error=PlanError)
         os.replace(partial, path)
 
     def _normal(self, *shape: int, std: float) -> nn.Parameter:
