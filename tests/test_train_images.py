@@ -99,10 +99,19 @@ def test_folders_without_images_say_what_was_expected(tmp_path: Path) -> None:
         opened(tmp_path)
 
 
-def test_broken_files_are_named(tmp_path: Path) -> None:
-    """When they are read."""
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "broken.png").write_bytes(b"not a picture")
+def test_broken_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When they are read, whatever the decoder stumbles on: no image, damaged parts, a size beyond all bounds."""
+    write(tmp_path / "a" / "broken.png", np.zeros((8, 8)))
+    broken = tmp_path / "a" / "broken.png"
+    whole = broken.read_bytes()
+    pixels = whole.index(b"IDAT") - 4
+    short = whole[:pixels] + b"\0\0\0\4IDAT" + whole[pixels + 8 : pixels + 12] + bytes(30)  # and a nameless chunk
+    for damage in (b"not a picture", whole[: pixels + 10], short):
+        broken.write_bytes(damage)
+        with pytest.raises(TrainError, match=r"broken\.png cannot be read as an image .*: repair or remove it"):
+            opened(tmp_path).take(torch.tensor([0]))
+    broken.write_bytes(whole)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(TrainError, match=r"broken\.png cannot be read as an image"):
         opened(tmp_path).take(torch.tensor([0]))
 

@@ -12,7 +12,7 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from tcc.data import fashion_mnist
@@ -92,7 +92,7 @@ class FolderImages:
         try:
             with Image.open(path) as file:
                 image = file.convert("L" if self.channels == 1 else "RGB")
-        except (UnidentifiedImageError, OSError) as error:
+        except Exception as error:  # what its decoders raise of damaged bytes has no common base
             raise TrainError(f"{path} cannot be read as an image ({error}): repair or remove it") from error
         height, width = self.size
         scale = max(height / image.height, width / image.width)
