@@ -82,6 +82,8 @@ def test_fashion_mnist_files_are_recognised(tmp_path: Path) -> None:
         open_images(tmp_path, size=(8, 8), channels=4, num_classes=10)
     with pytest.raises(TrainError, match="holds Fashion-MNIST, grey squares; the model takes 3 x 8 x 8"):
         opened(tmp_path)
+    with pytest.raises(TrainError, match=r"images of Fashion-MNIST with labels up to 8, and the model knows 8 "):
+        opened(tmp_path, size=(32, 32), channels=1, num_classes=8)
 
 
 def test_folders_without_images_say_what_was_expected(tmp_path: Path) -> None:
@@ -158,9 +160,33 @@ def test_latents_are_files_of_tensors(tmp_path: Path) -> None:
         open_latents(tmp_path, only="label")
     save_file({"x": torch.zeros(4, 4, 4), "y": torch.tensor(0)}, tmp_path / "3.safetensors")
     other = open_latents(tmp_path, only="y")
+    with pytest.raises(TrainError, match=r"3\.safetensors has a tensor 'x' of \[4, 4, 4\]: expected \[4, 8, 8\]"):
+        open_images(tmp_path, size=(8, 8), channels=4, num_classes=3).take(torch.tensor([3]))
     assert other.digest() != before
     with pytest.raises(TrainError, match=r"the samples 0\.safetensors, 3\.safetensors have other tensors"):
         other.take(torch.tensor([0, 3]))
     (tmp_path / "4.safetensors").write_bytes(b"none")
     with pytest.raises(TrainError, match=r"4\.safetensors cannot be read as safetensors"):
         open_latents(tmp_path).take(torch.tensor([4]))
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (torch.tensor(4), r"0\.safetensors has label 4, and the model knows labels 0\.\.3"),
+        (torch.tensor(-1), r"has label -1, and the model knows"),
+        (torch.tensor([1]), r"'y' of shape \[1\] and dtype torch\.int64: a label is one number, int64"),
+        (torch.tensor(1.0), r"'y' of shape \[\] and dtype torch\.float32"),
+    ],
+)
+def test_labels_of_latents_are_the_models(tmp_path: Path, label: torch.Tensor, message: str) -> None:
+    """A class or, where the model has one, the null class; else the file is named."""
+    content = {"x": torch.zeros(4, 8, 8)}
+    options: dict[str, Any] = {"size": (8, 8), "channels": 4, "num_classes": 3}
+    save_file(content | {"y": torch.tensor(3)}, tmp_path / "0.safetensors")
+    assert open_images(tmp_path, **options, null_class=3).take(torch.tensor([0]))[1].tolist() == [3]
+    with pytest.raises(TrainError, match=r"0\.safetensors has label 3, and the model knows labels 0\.\.2"):
+        open_images(tmp_path, **options)
+    save_file(content | {"y": label}, tmp_path / "0.safetensors")
+    with pytest.raises(TrainError, match=message):
+        open_images(tmp_path, **options, null_class=3)

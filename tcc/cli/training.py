@@ -182,7 +182,11 @@ def _recipe(given: Learning, model: Architecture, objective: Objective, choices:
     if given.kind == "pairs":
         assert given.data is not None
         images = open_images(
-            given.data, size=config.input_size, channels=config.in_channels, num_classes=config.num_classes
+            given.data,
+            size=config.input_size,
+            channels=config.in_channels,
+            num_classes=config.num_classes,
+            null_class=config.null_class,
         )
         calls = images_with_labels(info, images, config.null_class)
         return Pairs(objective, calls, choices, given.steps, given.sampled_by(model, clip=False))

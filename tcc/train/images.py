@@ -110,10 +110,14 @@ class FolderLatents:
     Attributes:
         files: the files.
         only: the one tensor that the model is told; None for all but `x`, by name.
+        shape: of every `x`; None where they only have to agree.
+        labels: how many labels there are, of which `only` is one; None where it is anything.
     """
 
     files: tuple[Path, ...]
     only: str | None = None
+    shape: tuple[int, ...] | None = None
+    labels: int | None = None
 
     def __len__(self) -> int:
         return len(self.files)
@@ -122,7 +126,7 @@ class FolderLatents:
         """The tensors `x`, `[N, ...]`, and the others, `[N, ...]` by name or that which is the only one.
 
         Raises:
-            TrainError: a file cannot be read, or lacks a tensor.
+            TrainError: a file cannot be read, lacks a tensor, or has another than is expected.
         """
         samples = [self._read(self.files[number]) for number in picked.tolist()]
         try:
@@ -145,18 +149,26 @@ class FolderLatents:
         for name in ("x", *([] if self.only is None else [self.only])):
             if name not in sample:
                 raise TrainError(f"{path} has no tensor '{name}': it has {', '.join(sorted(sample)) or 'none'}")
+        if self.shape is not None and tuple(sample["x"].shape) != self.shape:
+            raise TrainError(f"{path} has a tensor 'x' of {list(sample['x'].shape)}: expected {list(self.shape)}")
+        if self.only is not None and self.labels is not None:
+            _check_label(path, self.only, sample[self.only], self.labels)
         return sample
 
 
-def open_latents(folder: str | Path, *, only: str | None = None) -> FolderLatents:
+def open_latents(
+    folder: str | Path, *, only: str | None = None, shape: tuple[int, ...] | None = None, labels: int | None = None
+) -> FolderLatents:
     """The latents in `folder` and its sub-folders: see `FolderLatents`. They are as the model takes them, scaled.
 
     Args:
         folder: where they are.
         only: see `FolderLatents`.
+        shape: likewise.
+        labels: likewise.
 
     Raises:
-        TrainError: there is no such folder, it holds no safetensors files, or the first lacks a tensor.
+        TrainError: there is no such folder, it holds no safetensors files, or the first is not as it should be.
     """
     root = _folder(folder)
     files = tuple(sorted(root.rglob("*.safetensors")))
@@ -165,19 +177,22 @@ def open_latents(folder: str | Path, *, only: str | None = None) -> FolderLatent
             f"{root} holds no latents: expected one safetensors file per sample, with the latent as tensor 'x' and "
             f"what the model is told of it {f'as {only!r}' if only else 'as others'}"
         )
-    found = FolderLatents(files, only)
+    found = FolderLatents(files, only, shape, labels)
     found.take(torch.tensor([0]))
     return found
 
 
-def open_images(folder: str | Path, *, size: tuple[int, int], channels: int, num_classes: int) -> Images:
+def open_images(
+    folder: str | Path, *, size: tuple[int, int], channels: int, num_classes: int, null_class: int | None = None
+) -> Images:
     """The images in `folder`: the Fashion-MNIST files, or one sub-folder of image files per class.
 
     Args:
         folder: where they are. Labels are the numbers of the sub-folders in alphabetical order.
         size: height and width to bring them to.
         channels: 1 or 3; of other models the folder holds latents with a label `y`, see `open_latents`.
-        num_classes: how many labels the model knows.
+        num_classes: how many classes the model knows.
+        null_class: the label after those, of no class; latents may have it.
 
     Raises:
         TrainError: there is no such folder, it holds no images, or more classes than the model knows; or its IDX files
@@ -185,16 +200,14 @@ def open_images(folder: str | Path, *, size: tuple[int, int], channels: int, num
     """
     root = _folder(folder)
     if channels not in (1, 3):
-        return open_latents(root, only="y")
+        labels = num_classes if null_class is None else max(num_classes, null_class + 1)
+        return open_latents(root, only="y", shape=(channels, *size), labels=labels)
     if any(root.glob("train-images-idx3-ubyte*")):
         if channels != 1 or size[0] != size[1]:
             raise TrainError(
                 f"{root} holds Fashion-MNIST, grey squares; the model takes {channels} x {size[0]} x {size[1]}"
             )
-        try:
-            return MemoryImages(*fashion_mnist.load(root, "train", size[0]))
-        except (ValueError, EOFError, OSError, zlib.error) as error:
-            raise TrainError(f"{root} holds damaged Fashion-MNIST files ({error}): fetch them again") from error
+        return _open_fashion_mnist(root, size[0], num_classes)
     known = set(Image.registered_extensions())
     classes = sorted(path for path in root.iterdir() if path.is_dir())
     files = tuple(
@@ -213,6 +226,30 @@ def open_images(folder: str | Path, *, size: tuple[int, int], channels: int, num
             f"{root} has {len(classes)} sub-folders, one per class, and the model knows {num_classes} classes"
         )
     return FolderImages(files, size, channels)
+
+
+def _check_label(path: Path, name: str, label: Tensor, count: int) -> None:
+    if label.dim() or label.dtype != torch.int64:
+        found = f"of shape {list(label.shape)} and dtype {label.dtype}"
+        raise TrainError(f"{path} has a tensor '{name}' {found}: a label is one number, int64")
+    if not 0 <= int(label) < count:
+        raise TrainError(
+            f"{path} has label {int(label)}, and the model knows labels 0..{count - 1}: give latents with its labels"
+        )
+
+
+def _open_fashion_mnist(root: Path, size: int, num_classes: int) -> MemoryImages:
+    try:
+        images = MemoryImages(*fashion_mnist.load(root, "train", size))
+    except (ValueError, EOFError, OSError, zlib.error) as error:
+        raise TrainError(f"{root} holds damaged Fashion-MNIST files ({error}): fetch them again") from error
+    last = int(images.labels.max()) if len(images) else -1
+    if not 0 <= last < num_classes:
+        raise TrainError(
+            f"{root} holds {len(images)} images of Fashion-MNIST with labels up to {last}, and the model knows "
+            f"{num_classes} classes: give a model of 10 classes, or other images"
+        )
+    return images
 
 
 def _folder(folder: str | Path) -> Path:
