@@ -204,6 +204,7 @@ def test_longer_cycles_and_guidance_need_trajectories(run: Invoke) -> None:
         (["--recipe", "pairs"], "give --data"),
         ([*data, "--k1", "2"], "pairs have one P-step each"),
         ([*data, "--cfg", "2"], "pairs are without guidance"),
+        ([*data, "--recipe", "trajectory"], "trajectories begin from noise: leave out --data, or use --recipe pairs"),
         ([*data, "--groups", "3"], "4 images do not make 3 equal groups"),
     ):
         assert message in plain(run("router", *SHORT, "--out", "x.safetensors", *wrong, exit_code=2).output)

@@ -233,6 +233,10 @@ class Learning:
             raise typer.BadParameter("dpm-solver-2 evaluates twice per step: give an even number", param_hint="--steps")
         if self.kind == "pairs":
             self._check_pairs()
+        elif self.data is not None:
+            raise typer.BadParameter(
+                "trajectories begin from noise: leave out --data, or use --recipe pairs", param_hint="--data"
+            )
         written = {"--out": self.out, "the training's state": self.state, "--json": self.json}
         check_apart(self.model, written | {"--learned": self.learned})
 
