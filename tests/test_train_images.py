@@ -52,6 +52,27 @@ def test_folders_are_classes_in_alphabetical_order(folder: Path) -> None:
     assert torch.equal(pixels[3], pixels[0])
 
 
+def test_numbered_folders_are_classes_by_number(tmp_path: Path) -> None:
+    """As text 10 would come before 2; what is hidden is no class."""
+    for name in ("10", "2", "0", ".ipynb_checkpoints"):
+        write(tmp_path / name / "x.png", np.full((8, 8), 0 if name == "10" else 255))
+    write(tmp_path / "0" / ".trash" / "x.png", np.zeros((8, 8)))
+    images = opened(tmp_path)
+    pixels, labels = images.take(torch.arange(len(images)))
+    assert labels.tolist() == [0, 1, 2]
+    assert pixels[:, 0, 0, 0].tolist() == [1.0, 1.0, -1.0]
+
+
+def test_what_would_shift_labels_is_refused(folder: Path) -> None:
+    """A class without images; images that are in no class."""
+    write(folder / "loose.png", np.zeros((8, 8)))
+    with pytest.raises(TrainError, match=r"holds 1 images beside its sub-folders, such as loose\.png: move them"):
+        opened(folder)
+    (folder / "aa" / "deeper").mkdir(parents=True)
+    with pytest.raises(TrainError, match=r"aa holds no images, and would count as a class: remove it"):
+        opened(folder)
+
+
 def test_pictures_are_covered_and_cropped_at_the_center(folder: Path) -> None:
     """The middle half of a wide picture is what is left: here all red, up to the filter's reach at the borders."""
     pixels, _ = opened(folder).take(torch.tensor([2]))

@@ -171,7 +171,7 @@ def open_latents(
         TrainError: there is no such folder, it holds no safetensors files, or the first is not as it should be.
     """
     root = _folder(folder)
-    files = tuple(sorted(root.rglob("*.safetensors")))
+    files = tuple(path for path in _visible(root) if path.suffix == ".safetensors")
     if not files:
         raise TrainError(
             f"{root} holds no latents: expected one safetensors file per sample, with the latent as tensor 'x' and "
@@ -188,15 +188,16 @@ def open_images(
     """The images in `folder`: the Fashion-MNIST files, or one sub-folder of image files per class.
 
     Args:
-        folder: where they are. Labels are the numbers of the sub-folders in alphabetical order.
+        folder: where they are. Labels are the numbers of the sub-folders, from 0, in alphabetical order, or by number
+            where all are named by numbers. Hidden ones are left out.
         size: height and width to bring them to.
         channels: 1 or 3; of other models the folder holds latents with a label `y`, see `open_latents`.
         num_classes: how many classes the model knows.
         null_class: the label after those, of no class; latents may have it.
 
     Raises:
-        TrainError: there is no such folder, it holds no images, or more classes than the model knows; or its IDX files
-            are damaged.
+        TrainError: there is no such folder, it or a class of it holds no images, there are more classes than the
+            model knows, or images beside them; or its IDX files are damaged.
     """
     root = _folder(folder)
     if channels not in (1, 3):
@@ -208,14 +209,8 @@ def open_images(
                 f"{root} holds Fashion-MNIST, grey squares; the model takes {channels} x {size[0]} x {size[1]}"
             )
         return _open_fashion_mnist(root, size[0], num_classes)
-    known = set(Image.registered_extensions())
-    classes = sorted(path for path in root.iterdir() if path.is_dir())
-    files = tuple(
-        (path, label)
-        for label, inside in enumerate(classes)
-        for path in sorted(inside.rglob("*"))
-        if path.suffix.lower() in known
-    )
+    classes, loose = _classes(root)
+    files = tuple((path, label) for label, inside in enumerate(classes.values()) for path in inside)
     if not files:
         raise TrainError(
             f"{root} holds no images: expected one sub-folder per class with PNG, JPEG or other image files, as in "
@@ -225,7 +220,34 @@ def open_images(
         raise TrainError(
             f"{root} has {len(classes)} sub-folders, one per class, and the model knows {num_classes} classes"
         )
+    for name in (name for name, inside in classes.items() if not inside):
+        raise TrainError(f"{root / name} holds no images, and would count as a class: remove it, or add its images")
+    if loose:
+        raise TrainError(
+            f"{root} holds {len(loose)} images beside its sub-folders, such as {loose[0].name}: move them into their "
+            "classes' folders"
+        )
     return FolderImages(files, size, channels)
+
+
+def _classes(root: Path) -> tuple[dict[str, list[Path]], list[Path]]:
+    """The images of every sub-folder, in the order of the classes, and those beside the sub-folders."""
+    known = set(Image.registered_extensions())
+    shown = [path for path in sorted(root.iterdir()) if not path.name.startswith(".")]
+    names = [path.name for path in shown if path.is_dir()]
+    counted = all(name.isdecimal() for name in names)  # as text, 10 comes before 2
+    names.sort(key=lambda name: (int(name) if counted else 0, name))
+    found = {name: [path for path in _visible(root / name) if path.suffix.lower() in known] for name in names}
+    return found, [path for path in shown if path.is_file() and path.suffix.lower() in known]
+
+
+def _visible(root: Path) -> list[Path]:
+    """All files in a folder and its sub-folders, sorted, but hidden ones and those in hidden folders."""
+    return [
+        path
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
+    ]
 
 
 def _check_label(path: Path, name: str, label: Tensor, count: int) -> None:
