@@ -210,8 +210,8 @@ def test_longer_cycles_and_guidance_need_trajectories(run: Invoke) -> None:
         assert message in plain(run("router", *SHORT, "--out", "x.safetensors", *wrong, exit_code=2).output)
 
 
-def test_user_mistakes_are_one_line(run: Invoke) -> None:
-    """An empty folder, a model that is no DiT file, a learning rate of zero."""
+def test_user_mistakes_are_one_line(run: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty folder, a model that is no DiT file, a learning rate of zero, a seed or a device that is none."""
     Path("empty").mkdir()
     out = ["--out", "plan.safetensors", "--iterations", "1"]
     result = run("router", *SHORT, *out, "--data", "empty", exit_code=1)
@@ -220,6 +220,10 @@ def test_user_mistakes_are_one_line(run: Invoke) -> None:
     assert "the learning rate is in (0, 100]" in plain(run("router", *SHORT, *out, "--lr", "0", exit_code=1).output)
     assert "policy l2c has no option 'keep'" in plain(run("router", *SHORT, *out, "-o", "keep=1", exit_code=1).output)
     assert not Path("plan.safetensors").exists()
+    assert "value for '--seed'" in plain(run("router", *SHORT, *out, "--seed", "9" * 20, exit_code=2).output)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    result = run("router", *SHORT, *out, "--device", "cuda", exit_code=1)
+    assert "error: --device cuda: torch sees 0 CUDA devices here: give cpu" in plain(result.output)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from tcc.calibrate import calibrate
 from tcc.cli import options, screen
 from tcc.cli.sample import seeded_noise
 from tcc.cli.subjects import dit_inputs, load_pixel_dit, look
-from tcc.cli.train_options import check_apart
+from tcc.cli.train_options import MAX_SEED, check_apart
 from tcc.driver import CompiledModel
 from tcc.driver import compile as compile_model
 from tcc.info import ModelInfo
@@ -77,7 +77,7 @@ def steps(
     images: Images = 10,
     cfg: options.Cfg = 1.5,
     evaluations: Annotated[int, typer.Option(min=1, help="Placements to measure.")] = 300,
-    seed: Annotated[int, typer.Option(help="Seed of the noise and of the search.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the noise and of the search.")] = 0,
     backend: options.Backend = "inductor",
     plan_batch: PlanBatch = 20,
 ) -> None:

@@ -17,9 +17,12 @@ from tcc.train.loop import Settings
 from tcc.train.objective import Target
 from tcc.train.weights import Budget, Choices, choices_of_pairs
 
-__all__ = ["LEARN", "Learning", "check_apart"]
+__all__ = ["LEARN", "MAX_SEED", "Learning", "check_apart"]
 
 Kept = Literal["out", "delta", "block"]
+
+#: What torch's generators take, less the next one, which some draws have.
+MAX_SEED = 2**63 - 2
 
 LEARN, _PLAN, _RUN = "What is learned from what", "The plan", "How long and where"
 
@@ -156,7 +159,9 @@ Rate = Annotated[
         rich_help_panel=_RUN,
     ),
 ]
-TrainSeed = Annotated[int, typer.Option(help="Seed of everything that is drawn.", rich_help_panel=_RUN)]
+TrainSeed = Annotated[
+    int, typer.Option(min=0, max=MAX_SEED, help="Seed of everything that is drawn.", rich_help_panel=_RUN)
+]
 Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to train.", rich_help_panel=_RUN)]
 Fast = Annotated[bool, typer.Option("--compile", help="Compile teacher and student first.", rich_help_panel=_RUN)]
 PlanBatch = Annotated[int, typer.Option(min=1, help="Rows of one model call under the plan.", rich_help_panel=_PLAN)]

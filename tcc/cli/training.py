@@ -15,6 +15,7 @@ import torch
 import typer
 
 from tcc.cli import screen
+from tcc.cli.harness import device_named
 from tcc.cli.policies import find_policy, parse_options
 from tcc.cli.subjects import dit_inputs, load_subject, look
 from tcc.cli.train_options import Learning
@@ -117,7 +118,12 @@ def run_training(
     *,
     drop: bool = False,
 ) -> None:
-    """Train, and write what came out, in one process or several."""
+    """Train, and write what came out, in one process or several.
+
+    Raises:
+        CallError: there is no such device.
+    """
+    device_named(given.device)
     with join_world(given.device) as world:
         model = _model(given.model).to(given.device)
         evaluations = given.sampled_by(model).evaluations(given.steps)
