@@ -38,7 +38,7 @@ class Calibration:
         square_change: mean (v - v')^2, likewise.
 
     Raises:
-        PlanError: the shapes do not agree.
+        PlanError: the shapes do not agree, or a number is not finite.
     """
 
     sites: tuple[str, ...]
@@ -57,6 +57,20 @@ class Calibration:
                     f"a calibration of {len(self.sites)} sites has tables [steps, sites] and [back, steps, sites], "
                     f"and '{name}' is {list(getattr(self, name).shape)}"
                 )
+        for name in _TABLES:
+            self._check_finite(name)
+
+    def _check_finite(self, name: str) -> None:
+        bad = ~getattr(self, name).isfinite()
+        if name.endswith("_change"):
+            for k in range(1, self.back + 1):
+                bad[k - 1, :k] = False  # nothing is so many steps earlier
+        if bool(bad.any()):
+            *_, step, column = bad.nonzero()[0].tolist()
+            raise PlanError(
+                f"step {step}, site '{self.sites[column]}': the measured '{name}' is not finite: check that the "
+                "model's weights and inputs are, and measure anew"
+            )
 
     @property
     def num_steps(self) -> int:
@@ -110,7 +124,7 @@ class Calibration:
         """Read a file that `save` wrote.
 
         Raises:
-            PlanError: there is no such file, or it is no calibration.
+            PlanError: there is no such file, it is no calibration, or one of numbers that are not finite.
         """
         if not Path(path).is_file():
             raise PlanError(f"there is no file {path}")
@@ -118,6 +132,8 @@ class Calibration:
             with safetensors.safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})[_HEADER])
                 return Calibration(tuple(header["sites"]), *(file.get_tensor(name) for name in _TABLES))
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from error
         except (safetensors.SafetensorError, KeyError, ValueError) as error:
             raise PlanError(f"{path} is not a calibration: make one with `tcc train errors`") from error
 
@@ -200,7 +216,7 @@ class Recorder:
         """The means over all runs.
 
         Raises:
-            PlanError: no run came to its last step.
+            PlanError: no run came to its last step, or a value was not finite.
         """
         if not bool(self._runs.all()):
             done = int(self._runs.count_nonzero())

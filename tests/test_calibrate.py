@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tcc.calibrate import Calibration, Recorder, calibrate
@@ -183,6 +185,26 @@ def test_what_cannot_be_measured_is_refused() -> None:
     tables = [torch.zeros(2, 1), torch.zeros(2, 1), torch.zeros(1, 2, 1), torch.zeros(2, 2, 1)]
     with pytest.raises(PlanError, match=r"and 'square_change' is \[2, 2, 1\]"):
         Calibration(("a.mlp.out",), *tables)
+
+
+def test_what_is_not_finite_is_refused(tmp_path: Path) -> None:
+    """With step and site: plans would be made from it. Changes from before the run are none, and no mistake."""
+    with pytest.raises(PlanError, match=r"step 0, site 'blocks\.0\.attn\.out': the measured 'absolute' is not finite"):
+        calibrate(guided().info, lambda model: run(lambda x, t, y: model(x * torch.nan, t, y)), num_steps=STEPS)
+    change = torch.full((2, 3, 1), torch.nan)
+    change[0, 1:] = 1.0
+    change[1, 2:] = torch.inf
+    with pytest.raises(PlanError, match=r"step 2, site 'a.mlp.out': the measured 'square_change' is not finite"):
+        Calibration(("a.mlp.out",), torch.ones(3, 1), torch.ones(3, 1), change.nan_to_num(posinf=1.0), change)
+    found = calibration()
+    found.save(tmp_path / "errors")
+    tables = load_file(tmp_path / "errors")
+    with safe_open(tmp_path / "errors", "pt") as file:
+        header = file.metadata()
+    tables["square"][3, 1] = torch.nan
+    save_file(tables, tmp_path / "errors", header)
+    with pytest.raises(PlanError, match=f"errors: step 3, site '{found.sites[1]}': the measured 'square'"):
+        Calibration.load(tmp_path / "errors")
 
 
 def test_columns_must_fit_the_plan() -> None:
