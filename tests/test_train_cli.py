@@ -216,6 +216,7 @@ def test_user_mistakes_are_one_line(run: Invoke, monkeypatch: pytest.MonkeyPatch
     out = ["--out", "plan.safetensors", "--iterations", "1"]
     result = run("router", *SHORT, *out, "--data", "empty", exit_code=1)
     assert "error: empty holds no images: expected one sub-folder per class" in plain(result.output)
+    assert "has random weights" in plain(run("router", "--model", "DiT-S/2", *out, exit_code=1).output)
     assert "unknown model 'nothing'" in plain(run("router", "--model", "nothing", *out, exit_code=1).output)
     assert "the learning rate is in (0, 100]" in plain(run("router", *SHORT, *out, "--lr", "0", exit_code=1).output)
     assert "policy l2c has no option 'keep'" in plain(run("router", *SHORT, *out, "-o", "keep=1", exit_code=1).output)

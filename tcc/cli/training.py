@@ -169,7 +169,13 @@ def _check_learned(weights: Weights, report: Report) -> None:
 
 
 def _model(name: str) -> Architecture:
-    model = load_subject(name, batch=1, input_size=32).model
+    subject = load_subject(name, batch=1, input_size=32, device="meta")  # random weights are refused: none are drawn
+    if subject.random:
+        raise ModelError(
+            f"{name} has random weights, from which there is nothing to learn: use 'reference' or a file of trained "
+            "weights"
+        )
+    model = subject.model
     if not isinstance(model, Architecture) or not model.config.num_classes:
         raise ModelError(
             f"{name} is not a class-conditional model of tcc.models, and the command calls model(x, t, y): say in "
