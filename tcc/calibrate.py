@@ -116,7 +116,13 @@ class Calibration:
 
     @staticmethod
     def of(errors: Calibration | str | os.PathLike[str]) -> Calibration:
-        """`errors` itself, or what its file holds (see `load`)."""
+        """`errors` itself, or what its file holds (see `load`).
+
+        Raises:
+            PlanError: it is neither a calibration nor the file of one.
+        """
+        if not isinstance(errors, (Calibration, str, os.PathLike)):
+            raise PlanError(f"errors={errors!r:.40}: give a Calibration, or its file (`tcc train errors` writes one)")
         return errors if isinstance(errors, Calibration) else Calibration.load(errors)
 
     @staticmethod

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, get_args, get_origin
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +17,9 @@ from tcc.cli.policies import options_of
 from tcc.errors import PlanError
 from tcc.learned import Importance, Router
 from tcc.plan import CachePlan
-from tcc.plans import POLICIES, choose_tokens, deepcache
+from tcc.plans import POLICIES, choose_tokens, deepcache, tprr_steps
+from tcc.plans.forecast import even_steps
+from tcc.plans.tokens import choose_blocks
 from tests.tiny_models import case
 
 STEPS, BLOCKS, TOKENS = 4, 2, 16
@@ -58,6 +62,15 @@ MODES: dict[str, list[dict[str, Any]]] = {
 }
 
 
+#: The options that are flags.
+FLAGS = {
+    (policy, option.name)
+    for policy in POLICIES
+    for option in options_of(POLICIES[policy]).values()
+    if isinstance(option.default, bool)
+}
+
+
 def numeric(policy: str) -> Iterator[tuple[str, set[type]]]:
     """The options that take numbers, and of which types; `num_steps` first."""
     yield "num_steps", {int}
@@ -92,9 +105,55 @@ def test_any_other_number_gives_a_plan_or_our_error(policy: str) -> None:
                 assert float in kinds or not isinstance(value, float), f"{policy}({name}={value}) is no whole number"
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_numbers_of_numpy_are_numbers(policy: str) -> None:
+    """The plan is the same, and its file records the options."""
+    for mode in MODES.get(policy, [{}]):
+        given = {
+            "num_steps": STEPS,
+            "seed": 1,
+            "blocks": [0, 1],
+            "i_steps": [0, 2],
+            "share": 0.5,
+            "k1": 2,
+            "keep": 0.25,
+        }
+        known = {"num_steps", *options_of(POLICIES[policy])}
+        options = {name: value for name, value in given.items() if name in known and (policy, name) not in FLAGS}
+        plain = POLICIES[policy](case("dit").info, **(mode | options))
+        numbers = {name: np.asarray(value)[()] for name, value in options.items()}
+        found = POLICIES[policy](case("dit").info, **(mode | numbers))
+        assert found.actions == plain.actions
+        assert json.dumps(dict(found.policy)) == json.dumps(dict(plain.policy))
+        assert type(found.num_steps) is int
+
+
+def test_schedules_of_numpy_numbers_are_of_pythons() -> None:
+    """They go into JSON."""
+    two = np.int64(2)
+    for steps in (tprr_steps(6, two, two, 0.5), even_steps(6, two), choose_blocks(case("dit").info, np.arange(2))):
+        assert {type(step) for step in steps} == {int}
+
+
+@pytest.mark.parametrize(("policy", "flag"), sorted(FLAGS))
+@pytest.mark.parametrize("value", ["false", "no", 0, None])
+def test_flags_are_true_or_false(policy: str, flag: str, value: Any) -> None:
+    """Words are not: every one but the empty one would count as true."""
+    for mode in MODES.get(policy, [{}]):
+        with pytest.raises(PlanError, match=re.escape(f"{flag}={value!r}: expected True or False")):
+            POLICIES[policy](case("dit").info, **{"num_steps": STEPS, **mode, flag: value})
+
+
 @pytest.mark.parametrize(
     ("policy", "options", "message"),
     [
+        ("tprr", {"cycle": "foo"}, "cycle='foo': use one of p_steps, length"),
+        ("tokencache", {"scores": "random", "cycle": "foo"}, "cycle='foo': use one of p_steps, length"),
+        ("l2c", {"router": None}, "router=None: give a Router, or its file"),
+        ("learning_to_drop", {"router": importance()}, "give a Router, or its file"),
+        ("metric", {"errors": None}, "errors=None: give a Calibration, or its file"),
+        ("smoothcache", {"errors": 5}, "errors=5: give a Calibration, or its file"),
+        ("smoothcache", {"schedule": 5}, "schedule=5: give a JSON file"),
         ("random_drop", {"seed": -1}, "seed=-1: expected a whole number, 0 or more"),
         ("random_units", {"seed": -1}, "seed=-1: expected a whole number, 0 or more"),
         ("toca", {"score": "random", "seed": -1}, "seed=-1: expected a whole number, 0 or more"),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 
 from tcc.errors import PlanError
 
-__all__ = ["check_i_steps", "check_keep", "check_number", "check_seed", "check_share", "check_whole"]
+__all__ = ["check_i_steps", "check_keep", "check_known", "check_number", "check_seed", "check_share", "check_whole"]
 
 
 def check_whole(name: str, value: object, least: int, most: int | None = None) -> None:
@@ -15,6 +16,12 @@ def check_whole(name: str, value: object, least: int, most: int | None = None) -
     if not _is_whole(value) or value < least or (most is not None and value > most):  # type: ignore[operator]
         allowed = f"{least} or more" if most is None else f"{least}..{most}"
         raise PlanError(f"{name}={value}: expected a whole number, {allowed}")
+
+
+def check_known(name: str, value: object, known: Sequence[str]) -> None:
+    """Refuse what is none of the values that an option has."""
+    if value not in known:
+        raise PlanError(f"{name}={value!r}: use one of {', '.join(known)}")
 
 
 def check_number(
@@ -54,8 +61,8 @@ def check_i_steps(name: str, steps: object, num_steps: int) -> tuple[int, ...]:
     found = list(steps) if isinstance(steps, Iterable) else []
     if not all(_is_whole(step) and 0 <= step < num_steps for step in found) or 0 not in found:
         raise PlanError(f"{name}={steps}: steps are 0..{num_steps - 1}, and the first computes everything")
-    return tuple(sorted(set(found)))
+    return tuple(sorted({int(step) for step in found}))
 
 
 def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)  # numpy's whole numbers too

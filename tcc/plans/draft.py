@@ -15,7 +15,7 @@ from tcc.info import ModelInfo
 from tcc.learned import Importance, Probes, load_learned
 from tcc.passes.sites import Site
 from tcc.plan import Action, CachePlan, Compute, Reuse, Update
-from tcc.plans.checks import check_i_steps, check_keep, check_number, check_seed, check_whole
+from tcc.plans.checks import check_i_steps, check_keep, check_known, check_number, check_seed, check_whole
 from tcc.plans.forecast import even_steps
 from tcc.plans.placement import Cycle, percentile_steps, step_means, tprr_steps
 from tcc.plans.ranking import (
@@ -76,8 +76,7 @@ class Options:
             "sets": ("step", "cycle"),
         }
         for name, values in known.items():
-            if getattr(self, name) not in values:
-                raise PlanError(f"{name}={getattr(self, name)!r}: use one of {', '.join(values)}")
+            check_known(name, getattr(self, name), values)
         check_whole("num_steps", self.num_steps, 1)
         check_number("rotate", self.rotate, 0)
         if self.cell is not None:

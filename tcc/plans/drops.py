@@ -12,10 +12,12 @@ from tcc.plan import CachePlan, Skip
 from tcc.plans.branches import branch_plan, branch_sites, p_steps
 from tcc.plans.checks import check_seed, check_share
 from tcc.plans.l2c import find_router, name_of, scored_below
+from tcc.plans.options import plain_options
 
 __all__ = ["learning_to_drop", "random_drop"]
 
 
+@plain_options
 def random_drop(info: ModelInfo, *, num_steps: int, share: float = 0.1, interval: int = 2, seed: int = 0) -> CachePlan:
     """Drop random branches of the P-steps: nothing is added to the stream there.
 
@@ -40,6 +42,7 @@ def random_drop(info: ModelInfo, *, num_steps: int, share: float = 0.1, interval
     return branch_plan(info, num_steps, names, {units[i] for i in drawn}, policy, Skip())
 
 
+@plain_options
 def learning_to_drop(
     info: ModelInfo,
     *,

@@ -9,10 +9,12 @@ from tcc.info import ModelInfo
 from tcc.plan import CachePlan
 from tcc.plans.branches import Kept, branch_plan, branch_sites
 from tcc.plans.checks import check_whole
+from tcc.plans.options import plain_options
 
 __all__ = ["fora"]
 
 
+@plain_options
 def fora(
     info: ModelInfo,
     *,

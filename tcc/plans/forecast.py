@@ -11,6 +11,7 @@ from tcc.info import ModelInfo
 from tcc.plan import Action, CachePlan, Compute, Reuse
 from tcc.plans.branches import block_sites, branch_sites
 from tcc.plans.checks import check_i_steps, check_whole
+from tcc.plans.options import plain_options
 
 __all__ = ["even_steps", "forecast", "forecast_actions", "polynomial_weights"]
 
@@ -41,6 +42,7 @@ def polynomial_weights(computed: Sequence[int], step: int, order: int) -> tuple[
     return tuple(math.prod((step - b) / (a - b) for b in points if b != a) for a in points)
 
 
+@plain_options
 def forecast(
     info: ModelInfo,
     *,

@@ -16,11 +16,13 @@ from tcc.info import ModelInfo
 from tcc.plan import CachePlan
 from tcc.plans.branches import Kept, branch_plan, branch_sites, p_steps
 from tcc.plans.checks import check_seed, check_share
+from tcc.plans.options import plain_options
 from tcc.site_name import SiteName
 
 __all__ = ["bottom_up", "metric", "random_units", "time_cut", "top_down"]
 
 
+@plain_options
 def bottom_up(
     info: ModelInfo, *, num_steps: int, share: float = 0.5, interval: int = 2, sites: Kept = "out"
 ) -> CachePlan:
@@ -44,6 +46,7 @@ def bottom_up(
     return branch_plan(info, num_steps, names, cached, policy)
 
 
+@plain_options
 def top_down(
     info: ModelInfo, *, num_steps: int, share: float = 0.5, interval: int = 2, sites: Kept = "out"
 ) -> CachePlan:
@@ -67,6 +70,7 @@ def top_down(
     return branch_plan(info, num_steps, names, cached, policy)
 
 
+@plain_options
 def random_units(
     info: ModelInfo, *, num_steps: int, share: float = 0.5, interval: int = 2, seed: int = 0, sites: Kept = "out"
 ) -> CachePlan:
@@ -96,6 +100,7 @@ def random_units(
     return branch_plan(info, num_steps, names, cached, policy)
 
 
+@plain_options
 def metric(
     info: ModelInfo,
     *,
@@ -138,6 +143,7 @@ def metric(
     return branch_plan(info, num_steps, outs, cached, policy)
 
 
+@plain_options
 def time_cut(info: ModelInfo, *, num_steps: int, cut: float = 0.5, interval: int = 2, sites: Kept = "out") -> CachePlan:
     """One cutoff in time: before it P-steps reuse all branches, after it every step computes everything.
 

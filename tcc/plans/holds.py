@@ -11,6 +11,7 @@ from tcc.info import ModelInfo
 from tcc.plan import Action, CachePlan, Compute, Hold, Reuse
 from tcc.plans.branches import block_sites
 from tcc.plans.checks import check_i_steps, check_number, check_share, check_whole
+from tcc.plans.options import plain_options
 
 __all__ = ["deepcache", "deepcache_steps", "delta_dit", "faster_diffusion"]
 
@@ -20,6 +21,7 @@ KEY_STEPS = (0, 1, 2, 3, 5, 10, 15, 25, 35)
 MAX_POWER = 10
 
 
+@plain_options
 def delta_dit(
     info: ModelInfo, *, num_steps: int, interval: int = 2, span: int | None = None, boundary: float = 0.5
 ) -> CachePlan:
@@ -93,6 +95,7 @@ def _around(num_steps: int, count: int, center: int, power: float) -> tuple[int,
     return (0, *(int(x) + center for x in offsets[1:-1]))
 
 
+@plain_options
 def deepcache(
     info: ModelInfo,
     *,
@@ -126,6 +129,7 @@ def deepcache(
     return _held(info, num_steps, computed, _streams(info, len(info.blocks) - rear), policy)
 
 
+@plain_options
 def faster_diffusion(
     info: ModelInfo, *, num_steps: int, key_steps: Sequence[int] | int | None = None, decoder: int | None = None
 ) -> CachePlan:

@@ -12,12 +12,14 @@ from tcc.learned import Router, load_learned
 from tcc.plan import CachePlan
 from tcc.plans.branches import Kept, branch_plan
 from tcc.plans.checks import check_number, check_whole
+from tcc.plans.options import plain_options
 from tcc.plans.routers import read_published_router
 from tcc.site_name import SiteName
 
 __all__ = ["find_router", "l2c", "name_of", "scored_below"]
 
 
+@plain_options
 def l2c(
     info: ModelInfo,
     *,
@@ -80,6 +82,8 @@ def find_router(
         PlanError: it does not fit the model, the number of steps or the options.
     """
     check_whole("num_steps", num_steps, 1)
+    if not isinstance(router, (Router, str, os.PathLike)):
+        raise PlanError(f"router={router!r:.40}: give a Router, or its file (`tcc train router --learned` writes one)")
     if not isinstance(router, Router) and Path(router).suffix in (".pt", ".pth"):
         found: Any = read_published_router(router, info, num_steps=num_steps, shifted=shifted)
     elif shifted:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from tcc.errors import PlanError
-from tcc.plans.checks import check_share, check_whole
+from tcc.plans.checks import check_known, check_share, check_whole
 
 __all__ = ["Cycle", "first_evaluations", "percentile_steps", "step_means", "tprr_steps"]
 
@@ -26,12 +26,14 @@ def tprr_steps(num_steps: int, k1: int, k2: int, boundary: float, cycle: Cycle =
         cycle: how to read the interval: `p_steps`, K P-steps after each I-step; `length`, one I-step every K steps.
 
     Raises:
-        PlanError: the number of steps, an interval or the boundary is out of range.
+        PlanError: the number of steps, an interval or the boundary is out of range, or there is no such cycle.
     """
+    check_known("cycle", cycle, get_args(Cycle))
     check_whole("num_steps", num_steps, 1)
     for name, interval in (("k1", k1), ("k2", k2)):
         check_whole(name, interval, 0 if cycle == "p_steps" else 1)
     check_share("boundary", boundary)
+    k1, k2 = int(k1), int(k2)  # the steps are Python's numbers, whichever these are
     steps, step = [], 0
     while step < num_steps:
         steps.append(step)

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from tcc.calibrate import Calibration
@@ -15,6 +16,7 @@ from tcc.info import ModelInfo
 from tcc.plan import CachePlan
 from tcc.plans.branches import Kept, branch_plan, branch_sites
 from tcc.plans.checks import check_number, check_whole
+from tcc.plans.options import plain_options
 from tcc.site_name import SiteName
 
 __all__ = ["smoothcache"]
@@ -23,6 +25,7 @@ __all__ = ["smoothcache"]
 _COMPONENTS = {"attn1": "attn", "attn2": "cross", "ff": "mlp"}
 
 
+@plain_options
 def smoothcache(
     info: ModelInfo,
     *,
@@ -64,6 +67,8 @@ def smoothcache(
     names = branch_sites(info, sites)
     if (errors is None) == (schedule is None):
         raise PlanError("smoothcache takes errors= (a calibration) or schedule= (a JSON file): give one of them")
+    if not isinstance(schedule, (str, os.PathLike, NoneType)):
+        raise PlanError(f"schedule={schedule!r:.40}: give a JSON file")
     policy: dict[str, Any] = {"name": "smoothcache", "sites": sites}
     if schedule is not None:
         computed = _read_schedule(schedule, info, names, num_steps)

@@ -12,6 +12,7 @@ from tcc.plan import CachePlan
 from tcc.plans.branches import Kept, branch_sites
 from tcc.plans.checks import check_whole
 from tcc.plans.forecast import forecast_actions
+from tcc.plans.options import plain_options
 
 __all__ = ["forecast_weights", "taylorseer", "taylorseer_steps"]
 
@@ -46,6 +47,7 @@ def forecast_weights(computed: Sequence[int], step: int, order: int) -> tuple[fl
     return tuple(float(w) for w in np.asarray(weights)[::-1][: order + 1])
 
 
+@plain_options
 def taylorseer(
     info: ModelInfo,
     *,

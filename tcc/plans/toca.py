@@ -16,6 +16,7 @@ from tcc.passes.sites import Site
 from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, TopK, Update
 from tcc.plans.branches import branch_sites
 from tcc.plans.checks import check_number, check_seed, check_share, check_whole
+from tcc.plans.options import plain_options
 from tcc.plans.tokens import grid_cells, with_others
 from tcc.scores import Attended, Entropy, Fixed, Norm, Score, Stale, Term
 from tcc.site_name import SiteName
@@ -93,6 +94,7 @@ class _Options:
     sensitive: bool
 
 
+@plain_options
 def toca(
     info: ModelInfo,
     *,
@@ -179,6 +181,7 @@ def _with_arguments_of(documented: Policy) -> Callable[[Policy], Policy]:
     return add
 
 
+@plain_options
 @_with_arguments_of(toca)
 def duca(
     info: ModelInfo,

@@ -24,12 +24,14 @@ from tcc.info import ModelInfo
 from tcc.learned import Importance, Probes
 from tcc.plan import CachePlan
 from tcc.plans.draft import Draft, Options, Ranks
+from tcc.plans.options import plain_options
 from tcc.plans.placement import Cycle
 from tcc.plans.tokens import Level, TokenAttention
 
 __all__ = ["tokencache"]
 
 
+@plain_options
 def tokencache(
     info: ModelInfo,
     *,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -152,9 +153,9 @@ def choose_blocks(info: ModelInfo, blocks: Iterable[int] | None) -> tuple[int, .
         raise PlanError(f"blocks={blocks}: give a list of blocks, of 0..{total - 1}")
     chosen = tuple(range(total)) if blocks is None else tuple(blocks)
     for block in chosen:
-        if isinstance(block, bool) or not isinstance(block, int) or not 0 <= block < total:
+        if isinstance(block, bool) or not isinstance(block, Integral) or not 0 <= block < total:
             raise PlanError(f"blocks: there is no block {block}; the model has blocks 0..{total - 1}")
-    return chosen
+    return tuple(map(int, chosen))
 
 
 def pruned_sites(info: ModelInfo, blocks: Sequence[int], level: Level, attention: TokenAttention) -> list[Site]:

@@ -11,6 +11,7 @@ from tcc.errors import PlanError
 from tcc.info import ModelInfo
 from tcc.plan import Action, CachePlan, Compute, Update
 from tcc.plans.checks import check_keep
+from tcc.plans.options import plain_options
 from tcc.plans.placement import Cycle, tprr_steps
 from tcc.plans.tokens import (
     Choice,
@@ -25,6 +26,7 @@ from tcc.plans.tokens import (
 __all__ = ["tprr"]
 
 
+@plain_options
 def tprr(
     info: ModelInfo,
     *,

@@ -5,10 +5,12 @@ from __future__ import annotations
 from tcc.info import ModelInfo
 from tcc.plan import CachePlan
 from tcc.plans.checks import check_whole
+from tcc.plans.options import plain_options
 
 __all__ = ["full"]
 
 
+@plain_options
 def full(info: ModelInfo, *, num_steps: int) -> CachePlan:
     """Compute everything at every step: the uncached model, as a plan.
 
