@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -297,8 +298,15 @@ def test_settings_that_cannot_be_are_refused() -> None:
     """Before anything runs."""
     with pytest.raises(TrainError, match="nothing ends the training"):
         Settings()
-    for options in ({"lr": 0.0}, {"lr": math.nan}, {"lr": 1e38}, {"groups": 0}, {"iterations": -1}):
+    for options in ({"lr": 0.0}, {"lr": 1e38}, {"groups": 0}, {"iterations": -1}):
         with pytest.raises(TrainError, match=r"the learning rate is in \(0, 100\]"):
             Settings(**({"iterations": 1} | options))  # type: ignore[arg-type]
+    for name, wrong in (("iterations", 2.5), ("iterations", "5"), ("groups", 1.5), ("seed", 1.5), ("seed", True)):
+        with pytest.raises(TrainError, match=f"{name}={wrong!r}: expected a whole number"):
+            Settings(**({"iterations": 1} | {name: wrong}))  # type: ignore[arg-type]
+    for name, wrong in (("minutes", math.nan), ("minutes", math.inf), ("lr", math.nan), ("save_every", "30")):
+        with pytest.raises(TrainError, match=f"{name}={wrong!r}: expected a number, finite"):
+            Settings(**{name: wrong} | ({"minutes": 1.0} if name != "minutes" else {}))  # type: ignore[arg-type]
+    assert type(Settings(np.int64(3)).iterations) is int
     with pytest.raises(TrainError, match=r"2 processes share 1 group\(s\)"):
         train(Numbers(), Noisy(), Settings(1), world=World(0, 2))

@@ -326,6 +326,8 @@ def test_the_final_stream_can_be_compared() -> None:
     torch.testing.assert_close(loss.error, float(expected), **CLOSE)
     with pytest.raises(TrainError, match="needs a student that returns it"):
         Objective(Student(tiny().info, sites()), Budget(), "stream")
+    with pytest.raises(TrainError, match="target='streams': use one of output, stream"):
+        Objective(student(), Budget(), "streams")  # type: ignore[arg-type]
 
 
 def test_streams_are_collected_along_a_run() -> None:

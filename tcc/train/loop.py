@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class Settings:
         save_every: seconds after which the state is saved.
 
     Raises:
-        TrainError: a number is out of range, or nothing ends the training.
+        TrainError: a number is none or out of range, or nothing ends the training.
     """
 
     iterations: int | None = None
@@ -56,6 +57,15 @@ class Settings:
     def __post_init__(self) -> None:
         if self.iterations is None and self.minutes is None:
             raise TrainError("nothing ends the training: give a number of iterations or of minutes")
+        for name in ("iterations", "groups", "seed"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+                raise TrainError(f"{name}={value!r}: expected a whole number")
+            object.__setattr__(self, name, value if value is None else int(value))  # numpy's are none of JSON's
+        for name in ("minutes", "lr", "save_every"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, Real) and math.isfinite(value)):
+                raise TrainError(f"{name}={value!r}: expected a number, finite")
         if (self.iterations or 0) < 0 or (self.minutes or 0) < 0 or self.groups < 1 or not 0 < self.lr <= 100:
             raise TrainError(
                 f"iterations={self.iterations}, minutes={self.minutes}, groups={self.groups}, lr={self.lr}: the "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,9 @@ class Objective:
         target: `output` compares the whole output, variance channels too (Learning-to-Cache), and of several tensors
             all alike; `stream` the stream after the last block (TokenCache, L_mse).
         drop: what is not computed is nothing, instead of the stored value (Learning-to-Drop: Ma et al. 2024, Table 7).
+
+    Raises:
+        TrainError: there is no such target, or the student does not return it.
     """
 
     student: Student
@@ -82,6 +85,8 @@ class Objective:
     drop: bool = False
 
     def __post_init__(self) -> None:
+        if self.target not in get_args(Target):
+            raise TrainError(f"target={self.target!r}: use one of {', '.join(get_args(Target))}")
         if self.target == "stream" and "out.stream" not in self.student.streams:
             raise TrainError("the target 'stream' needs a student that returns it: Student(streams=['out.stream'])")
 
