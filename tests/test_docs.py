@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,33 @@ def test_blocks_that_do_not_run_say_why() -> None:
         for block in blocks((ROOT / name).read_text()):
             first = block.text.partition("\n")[0]
             assert not first.startswith(NOT_RUN) or len(first) > len(NOT_RUN) + 3, f"{name}, line {block.line}"
+
+
+def commands(name: str) -> Iterator[list[list[str]]]:
+    """The calls of tcc in each shell block of a document, as words without the comments."""
+    for block in blocks((ROOT / name).read_text()):
+        if block.info == "sh":
+            yield [words for line in block.text.splitlines() if (words := shlex.split(line, True))[:1] == ["tcc"]]
+
+
+def after(words: list[str], option: str) -> str:
+    """What an option of a call is given; "" without the option."""
+    return words[words.index(option) + 1] if option in words else ""
+
+
+@pytest.mark.parametrize("name", ["README.md", "benchmarks/README.md"])
+def test_shell_blocks_can_be_run_as_they_are(name: str) -> None:
+    """No training goes on with the state of another, and what is measured on a named model was planned for it."""
+    benches = 0
+    for calls in commands(name):
+        trained = [after(words, "--out") for words in calls if words[1] == "train"]
+        assert len(set(trained)) == len(trained)
+        plans = {(after(w, "--out"), after(w, "--model"), after(w, "--batch")) for w in calls if w[1] == "plan"}
+        for words in calls:
+            if words[1] == "bench":
+                benches += 1
+                assert (words[2], after(words, "--model"), after(words, "--batch")) in plans
+    assert benches
 
 
 def test_the_table_of_passes_is_the_pipeline() -> None:
