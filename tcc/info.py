@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rich.table import Table
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -17,6 +16,7 @@ from tcc.passes.pipeline import StepKind
 from tcc.passes.sites import Analysis, Site, analyse
 from tcc.plan import CachePlan, ModelKey
 from tcc.program import Program, Variant, build_program
+from tcc.tables import TextTable
 
 __all__ = ["ModelInfo", "inspect"]
 
@@ -117,12 +117,12 @@ class ModelInfo:
         macs = [count(variant.gm.graph.nodes, products=False) for variant in program.variants]
         return sum(macs[binding.variant] for binding in program.bindings) // self.batch
 
-    def table(self) -> Table:
+    def table(self) -> TextTable:
         """The sites as a table: shape, MACs per image, slot bytes, prunable or why not."""
         grid = " x ".join(map(str, self.grid)) or "not found"
         if self.image_tokens != (0, self.num_tokens):
             grid += f" from token {self.image_tokens[0]} on"
-        table = Table(
+        table = TextTable(
             title=f"{len(self.blocks)} blocks, {self.num_tokens} tokens (grid {grid}), batch {self.batch}, "
             f"{self.macs / 1e9:.4g} GMAC per image and step",
             caption=None if self.captured.noise_level is not None else _UNWATCHED,

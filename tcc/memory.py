@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from rich.table import Table
 
 from tcc.errors import PlanError
+from tcc.tables import TextTable
 
 if TYPE_CHECKING:
     from tcc.passes.sites import Site
@@ -69,10 +69,10 @@ class Memory:
         """The most bytes that hold a value at one step; `total` would be as low if any two slots could share."""
         return max((sum(s.bytes for s in self.slots if step in s.steps) for step in range(self.num_steps)), default=0)
 
-    def table(self) -> Table:
+    def table(self) -> TextTable:
         """The slots, largest first."""
         title = f"slots: {in_units(self.total)} allocated, at most {in_units(self.peak)} needed at one step"
-        table = Table(title=title)
+        table = TextTable(title=title)
         for column in ("slot", "shape", "dtype", "KiB", "steps", "buffer"):
             table.add_column(column, justify="right" if column == "KiB" else "left")
         for slot in sorted(self.slots, key=lambda slot: -slot.bytes):

@@ -74,6 +74,17 @@ def test_the_table_names_every_slot_once() -> None:
     assert cells[4:] == [["0-2", "3-5"], ["own", "blocks.0.attn.delta"]]
 
 
+def test_tables_are_printed_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    """As the README prints them."""
+    info = case("dit").info
+    print(info.table())  # noqa: T201 - what users do
+    print(plan_of(PHASES, 6).memory(info).table())  # noqa: T201 - likewise
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert any(line[:1] == ["2"] and line[1:2] == ["blocks,"] for line in lines)
+    assert any("blocks.1.mlp.delta" in line and "3-5" in line for line in lines)
+    assert all("Table" not in word for line in lines for word in line)
+
+
 def test_plans_share_variants_under_other_names() -> None:
     """A variant whose slot has another name in the next plan is not taken for that one."""
     which = case("dit")

@@ -15,14 +15,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.status import Status
 
-__all__ = ["Bar", "bar", "err", "fail", "note", "out", "status", "write_json"]
+from tcc.tables import PIPE_WIDTH
 
-_PIPE_WIDTH = 140  # where stdout is a file or a pipe it has no width of its own
+__all__ = ["Bar", "bar", "err", "fail", "note", "out", "status", "write_json"]
 
 
 def out() -> Console:
     """Where results go."""
-    return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
 
 
 def err() -> Console:
