@@ -311,7 +311,10 @@ def test_a_file_in_no_folder_is_a_usage_error(run: Invoke, option: str) -> None:
     assert option in result.output
 
 
-@pytest.mark.parametrize(("classes", "message"), [("0;1", "is not a list of numbers"), ("0,9", "classes 0..2")])
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [("0;1", "is not a list of numbers"), ("0,9", "classes 0..2"), ("2-1", "the range 2-1 runs backwards")],
+)
 def test_bad_classes_are_a_usage_error(run: Invoke, weights: str, classes: str, message: str) -> None:
     """Exit code 2, naming the option."""
     result = run("sample", "--model", weights, "--classes", classes, "--backend", "eager", exit_code=2)

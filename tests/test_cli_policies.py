@@ -41,6 +41,8 @@ def plain(text: str) -> str:
         (("-o", "rotate=maybe"), "option rotate=maybe: give true or false"),
         (("-o", "level=layer"), "option level=layer: give block or branch or out"),
         (("-o", "blocks=a-b"), "option blocks=a-b: give numbers such as 0-3,7 or none"),
+        (("-o", "blocks=5-2"), "option blocks=5-2: the range 5-2 runs backwards: write 2-5"),
+        (("-p", "forecast", "-o", "i_steps=0,3-2"), "option i_steps=0,3-2: the range 3-2 runs backwards"),
         (("-p", "l2c"), "policy l2c needs -o router=VALUE: a name or file"),
         (("-p", "flora"), "unknown policy 'flora': did you mean fora? Policies are full, fora"),
     ],

@@ -14,6 +14,7 @@ import typer
 
 __all__ = [
     "Backend",
+    "BackwardsError",
     "Batch",
     "Cfg",
     "Classes",
@@ -154,14 +155,19 @@ def numbers(text: str, option: str) -> list[int]:
     """
     try:
         return whole_numbers(text)
-    except ValueError as error:
+    except (ValueError, BackwardsError) as error:
         raise typer.BadParameter(str(error), param_hint=option) from error
+
+
+class BackwardsError(Exception):
+    """A range whose last number is below its first: no numbers at all, and no other reading of the text would do."""
 
 
 def whole_numbers(text: str) -> list[int]:
     """The numbers in `0,1,2` or `0-9` or a mixture.
 
     Raises:
+        BackwardsError: a range runs backwards.
         ValueError: not such a list.
     """
     found: list[int] = []
@@ -169,5 +175,7 @@ def whole_numbers(text: str) -> list[int]:
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise ValueError(f"{text!r} is not a list of numbers such as 0,1,2 or 0-9")
+        if dash and int(last) < int(first):
+            raise BackwardsError(f"the range {part.strip()} runs backwards: write {last}-{first}")
         found += range(int(first), int(last if dash else first) + 1)
     return found

@@ -15,7 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from rich.markup import escape
 from rich.table import Table
 
-from tcc.cli.options import whole_numbers
+from tcc.cli.options import BackwardsError, whole_numbers
 from tcc.errors import PlanError
 from tcc.plan import CachePlan
 from tcc.plans import POLICIES
@@ -58,9 +58,12 @@ class PolicyOption:
         Raises:
             PlanError: none does.
         """
-        for kind in self.types:
-            with contextlib.suppress(ValueError):
-                return _READERS[_family(kind)](kind, text)
+        try:
+            for kind in self.types:
+                with contextlib.suppress(ValueError):
+                    return _READERS[_family(kind)](kind, text)
+        except BackwardsError as error:
+            raise PlanError(f"option {self.name}={text}: {error}") from error
         raise PlanError(f"option {self.name}={text}: give {self.forms}")
 
 
