@@ -34,7 +34,7 @@ _EAGER, _COMPILED = "uncached, eager", "uncached, compiled"
 Out = Annotated[
     Path,
     typer.Option(
-        metavar="FILE", callback=options.in_a_folder, help="The picture to write: a row of images per method."
+        metavar="FILE", callback=options.picture_file, help="The picture to write: a row of images per method."
     ),
 ]
 Steps = Annotated[int, typer.Option(min=2, max=1000, help="DDIM steps.")]
@@ -67,6 +67,7 @@ def demo(
       tcc demo --threads 2 --json demo.json
       tcc demo --backend eager --rounds 1      a quick look, not compiled
     """
+    options.check_distinct(out=out, json=json)
     began = time.perf_counter()
     dit = load_pixel_dit(model)
     labels = torch.arange(min(10, dit.config.num_classes))

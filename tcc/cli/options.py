@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -30,24 +31,85 @@ __all__ = [
     "Threads",
     "TrainedName",
     "WeightsName",
+    "check_distinct",
     "in_a_folder",
     "numbers",
+    "picture_file",
+    "plan_file",
+    "samples_file",
     "spread",
     "whole_numbers",
 ]
 
 
 def in_a_folder(path: Path | None) -> Path | None:
-    """What is to be written, if its folder is there: said before hours of work, not after.
+    """What is to be written, if it can be: said before hours of work, not after.
 
     Raises:
-        typer.BadParameter: there is no such folder, or the path is a folder itself.
+        typer.BadParameter: there is no such folder or nothing can be written in it, or the path is a folder, a device
+            or a pipe, in whose place a file would be put.
     """
-    if path is not None and not path.absolute().parent.is_dir():
+    if path is None:
+        return None
+    if not path.absolute().parent.is_dir():
         raise typer.BadParameter(f"there is no folder {path.parent}: make it first")
-    if path is not None and path.is_dir():
+    if path.is_dir():
         raise typer.BadParameter(f"{path} is a folder: name a file")
+    if path.exists() and not path.is_file():
+        raise typer.BadParameter(f"{path} is a device or a pipe: name a file")
+    folder = path.absolute().parent
+    if not os.access(folder, os.W_OK | os.X_OK) or (path.exists() and not os.access(path.absolute(), os.W_OK)):
+        raise typer.BadParameter(f"{path} cannot be written: name a file in a folder of yours")
     return path
+
+
+def plan_file(path: Path | None) -> Path | None:
+    """A plan that is to be written, see `in_a_folder`.
+
+    Raises:
+        typer.BadParameter: there is no writing to it, or it is not named as plans are.
+    """
+    if in_a_folder(path) is not None and path is not None and path.suffix != ".safetensors":
+        raise typer.BadParameter(f"{path}: a plan is a .safetensors file: name it {path.stem}.safetensors")
+    return path
+
+
+def picture_file(path: Path | None) -> Path | None:
+    """A picture that is to be written, see `in_a_folder`.
+
+    Raises:
+        typer.BadParameter: there is no writing to it, or matplotlib knows no such format.
+    """
+    if in_a_folder(path) is not None and path is not None:
+        from matplotlib.backend_bases import FigureCanvasBase  # here: slow to import, and not every command draws
+
+        known = FigureCanvasBase.get_supported_filetypes()
+        if path.suffix[1:].lower() not in known:
+            raise typer.BadParameter(f"{path}: no such picture is written: .png is, and .{', .'.join(sorted(known))}")
+    return path
+
+
+def samples_file(path: Path | None) -> Path | None:
+    """A picture or numbers that are to be written, see `picture_file`.
+
+    Raises:
+        typer.BadParameter: it is neither, or there is no writing to it.
+    """
+    tensors = path is not None and path.suffix == ".safetensors"
+    return in_a_folder(path) if tensors else picture_file(path)
+
+
+def check_distinct(**paths: Path | None) -> None:
+    """Hold the files of one command, by option, against each other.
+
+    Raises:
+        typer.BadParameter: two are the same: the later would overwrite the earlier.
+    """
+    options: dict[Path, str] = {}
+    for name, path in paths.items():
+        if path is not None and options.setdefault(path.resolve(), name) != name:
+            both = f"--{options[path.resolve()]}, --{name}"
+            raise typer.BadParameter(f"{path} would be written twice: name two files", param_hint=both)
 
 
 _MODEL = (

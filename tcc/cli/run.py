@@ -70,7 +70,9 @@ Prepack = Annotated[
 ]
 Out = Annotated[
     Path,
-    typer.Option(metavar="FILE", callback=options.in_a_folder, help="A picture (.png), or the numbers (.safetensors)."),
+    typer.Option(
+        metavar="FILE", callback=options.samples_file, help="A picture (.png), or the numbers (.safetensors)."
+    ),
 ]
 
 

@@ -40,7 +40,7 @@ SamplerName = Annotated[
         "[bold]tcc plan --shifted[/] makes plans for it."
     ),
 ]
-Out = Annotated[Path, typer.Option(metavar="FILE", callback=options.in_a_folder, help="The picture to write.")]
+Out = Annotated[Path, typer.Option(metavar="FILE", callback=options.picture_file, help="The picture to write.")]
 
 
 def sample(

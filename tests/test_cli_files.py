@@ -1,0 +1,84 @@
+"""What commands are to write: refused before any work, where it cannot be written or would destroy something."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from tcc.cli import app
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty folder, and a wide terminal."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+
+
+def refused(*arguments: str) -> str:
+    """What a command says that refuses its options; no model is loaded for it."""
+    result = CliRunner().invoke(app, [*arguments, *(["BUNDLE"] if arguments[0] == "run" else ["--model", "nothing"])])
+    assert result.exit_code == 2, result.output
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m|│", "", result.output).split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("plan", "--out", "x.bogus"), "x.bogus: a plan is a .safetensors file: name it x.safetensors"),
+        (("plan", "--out", "x"), "x: a plan is a .safetensors file"),
+        (("plan", "--png", "x.bogus"), "x.bogus: no such picture is written: .png is, and .avif, .eps"),
+        (("plan", "--png", "x"), "x: no such picture is written"),
+        (("sample", "--out", "x.safetensors"), "x.safetensors: no such picture is written"),
+        (("demo", "--out", "x.txt"), "x.txt: no such picture is written"),
+        (("run", "--out", "x.txt"), "x.txt: no such picture is written"),
+    ],
+)
+def test_files_are_named_as_what_can_be_written(arguments: tuple[str, ...], message: str) -> None:
+    """Pictures by what matplotlib writes, plans as plans."""
+    assert message in refused(*arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("plan", "--out"), ("plan", "--png"), ("plan", "--json"), ("sample", "--out"), ("run", "--out")]
+)
+def test_nothing_but_a_file_is_overwritten(arguments: tuple[str, ...]) -> None:
+    """A writer that replaces what is there would put a file in the place of a pipe."""
+    name = "pipe.safetensors" if arguments[0] == "run" or arguments == ("plan", "--out") else "pipe.png"
+    os.mkfifo(name)
+    assert f"{name} is a device or a pipe: name a file" in refused(*arguments, name)
+    assert Path(name).is_fifo()
+
+
+@pytest.mark.parametrize("what", ["the folder", "the file"])
+def test_what_cannot_be_written_is_refused(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of others, and a file that is read-only. Patched: to the superuser everything is allowed."""
+    path, asked = tmp_path / "plan.safetensors", os.access
+    path.touch()
+    closed = tmp_path if what == "the folder" else path
+
+    def access(at: Any, mode: int) -> bool:
+        return asked(at, mode) and not (Path(at) == closed and mode & os.W_OK)
+
+    monkeypatch.setattr(os, "access", access)
+    assert "plan.safetensors cannot be written" in refused("plan", "--out", "plan.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "both"),
+    [
+        (("plan", "--out", "x.safetensors", "--json", "../{}/x.safetensors"), "--out, --json"),
+        (("plan", "--png", "x.png", "--json", "x.png"), "--png, --json"),
+        (("demo", "--out", "x.png", "--json", "x.png"), "--out, --json"),
+    ],
+)
+def test_no_file_is_written_twice(arguments: tuple[str, ...], both: str, tmp_path: Path) -> None:
+    """However the paths are spelled."""
+    said = refused(*(text.format(tmp_path.name) for text in arguments))
+    assert "would be written twice: name two files" in said
+    assert both in said
