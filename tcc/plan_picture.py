@@ -33,6 +33,7 @@ _LOOKS = {
 }
 _SHOWN = 6  # sizes of token sets, and scores, that a summary spells out
 _WIDTH = 100  # characters to a line of the schedule
+_CHARACTER = 0.094  # inches that a character of the title takes, on average and with a margin
 
 
 def facts(plan: CachePlan) -> dict[str, Any]:
@@ -89,13 +90,14 @@ def plot(plan: CachePlan, path: str | os.PathLike[str]) -> None:
 
     sites = plan.sites or ("(no site is cached)",)
     width = min(24.0, 3.4 + 0.19 * max(plan.num_steps, 24))
-    height = min(30.0, 1.9 + 0.19 * max(len(sites), 3))
+    title = textwrap.wrap(_title(plan), int(width / _CHARACTER))
+    height = min(30.0, 1.9 + 0.19 * max(len(sites), 3)) + 0.18 * (len(title) - 1)
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     labels = _draw_cells(axes, plan, sites)
     _label_axes(axes, plan, sites)
     _legend(figure, labels)
-    figure.suptitle(_title(plan), fontsize=11, x=0.02, ha="left")
+    figure.suptitle("\n".join(title), fontsize=11, x=0.02, ha="left")
     figure.savefig(path)
 
 
@@ -150,8 +152,8 @@ def _legend(figure: Figure, labels: list[str]) -> None:
 
 
 def _title(plan: CachePlan) -> str:
-    bound = f"   bound {plan.bound:.2f}x" if plan.cost else ""
-    return "\n".join(textwrap.wrap(_policy(plan), 110)) + bound
+    bound = f"   bound\N{NO-BREAK SPACE}{plan.bound:.2f}x" if plan.cost else ""
+    return _policy(plan) + bound
 
 
 def _label(action: Action) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from tcc.plan import Action, CachePlan, Compute, Cost, Hold, ModelKey, Reuse, Skip, TopK, Update
 from tcc.plan_picture import facts, plot, summary
@@ -141,6 +142,20 @@ def test_plans_of_any_length_are_drawn(tmp_path: Path, steps: int) -> None:
     plot(CachePlan(num_steps=steps, actions=actions), tmp_path / "plan.png")
 
     assert (tmp_path / "plan.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("steps", [4, 20, 50, 250])
+def test_the_title_is_not_cut(tmp_path: Path, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is as wide as its figure at most, however few steps make that narrow, and above the table."""
+    found: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: found.append(figure))
+    options = {f"option{i}": "Middling words"[i % 3 :] for i in range(9)} | {"blocks": [0, 1, 2, 3], "rotate": False}
+    plot(CachePlan(num_steps=steps, actions={}, policy={"name": "tprr", **options}), tmp_path / "plan.png")
+    found[0].draw_without_rendering()  # lays out
+    (title,) = (text for text in found[0].texts if text.get_text().startswith("tprr"))
+    around = title.get_window_extent()
+    assert 0.6 < around.width / found[0].bbox.width < 0.97
+    assert found[0].axes[0].get_tightbbox().y1 <= around.y0
 
 
 def test_every_action_has_its_colour(tmp_path: Path) -> None:
