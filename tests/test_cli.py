@@ -37,6 +37,12 @@ def branching():
 
 def wrong():
     return "a model"
+
+def failing():
+    return {}["no such key"]
+
+def loose():
+    return make()[0], torch.zeros(4, 1, 8, 8), {}
 """
 
 
@@ -49,6 +55,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Invoke]:
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     (tmp_path / "tiny.py").write_text(TINY_MODULE)
+    (tmp_path / "broken.py").write_text("1 / 0")
 
     def invoke(*arguments: str, exit_code: int = 0) -> Any:
         result = CliRunner().invoke(app, list(arguments))
@@ -261,6 +268,10 @@ def test_the_demo_draws_what_the_sampler_draws(weights: str) -> None:
         (("inspect", "nowhere:make"), "cannot import 'nowhere:make'"),
         (("inspect", "tiny:make()"), "not of the form package.module:callable"),
         (("inspect", "tiny:wrong"), "must return (model, args, kwargs), and returned str"),
+        (("inspect", "tiny:torch"), "'tiny:torch' is no function but module"),
+        (("inspect", "tiny:failing"), "'tiny:failing' failed: KeyError: 'no such key' (tcc --debug shows where)"),
+        (("inspect", "tiny:loose"), "must return args as a tuple and kwargs as a dict, and returned Tensor and dict"),
+        (("inspect", "broken:make"), "importing 'broken' failed: ZeroDivisionError: division by zero"),
         (("inspect", "tiny:branching"), "torch.export could not capture Branches"),
         (("plan", "--model", "tiny:make", "-o", "keep=1.5"), "the keep ratio is in (0, 1]"),
         (("plan", "--model", "tiny:make", "-o", "blocks=7"), "there is no block 7; the model has blocks 0..1"),
@@ -321,6 +332,13 @@ def test_bad_classes_are_a_usage_error(run: Invoke, weights: str, classes: str, 
 
     assert message in plain(result.output)
     assert "--classes" in result.output
+
+
+def test_a_seed_fits_into_64_bits(run: Invoke) -> None:
+    """As torch's generators take it; said before a model is loaded."""
+    output = plain(run("sample", "--seed", str(10**20), "--model", "nothing", exit_code=2).output)
+    assert "100000000000000000000 does not fit into 64 bits" in output
+    run("sample", "--seed", str(2**64 - 1), "--model", "nothing", exit_code=1)
 
 
 def test_debug_shows_the_traceback(run: Invoke) -> None:

@@ -112,6 +112,17 @@ def check_distinct(**paths: Path | None) -> None:
             raise typer.BadParameter(f"{path} would be written twice: name two files", param_hint=both)
 
 
+def known_to_torch(seed: int) -> int:
+    """A seed that torch takes.
+
+    Raises:
+        typer.BadParameter: it does not fit into 64 bits.
+    """
+    if not -(2**63) <= seed < 2**64:
+        raise typer.BadParameter(f"{seed} does not fit into 64 bits: give a smaller number")
+    return seed
+
+
 _MODEL = (
     "[bold]reference[/] (the trained model that comes with tcc), a size such as [bold]DiT-S/2[/], [bold]UViT-S/2[/], "
     "[bold]MDT-S/2[/] or [bold]MDTv2-S/2[/] (random weights), a weights file ([bold].safetensors[/] or [bold].pt[/]) "
@@ -146,7 +157,9 @@ Backend = Annotated[
 ]
 Classes = Annotated[str, typer.Option(help="Class labels, one image each: [bold]0,1,2[/] or [bold]0-9[/].")]
 Cfg = Annotated[float, typer.Option(min=1.0, help="Guidance scale; above 1 the batch is doubled.")]
-Seed = Annotated[int, typer.Option(help="Seed of the noise: the same seed gives the same noise.")]
+Seed = Annotated[
+    int, typer.Option(help="Seed of the noise: the same seed gives the same noise.", callback=known_to_torch)
+]
 Rounds = Annotated[int, typer.Option(min=1, help="How often every method is run.")]
 Seconds = Annotated[float, typer.Option(min=0.0, help="No further round begins after so many seconds of measuring.")]
 Threads = Annotated[

@@ -128,8 +128,23 @@ def _imported(name: str) -> Subject:
         make = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise ModelError(f"cannot import '{name}': {error}") from error
-    made = make()
+    except Exception as error:  # whatever code of the user's raises
+        raise ModelError(f"importing '{module_name}' failed: {_of(error)}") from error
+    if not callable(make):
+        raise ModelError(f"'{name}' is no function but {type(make).__name__}: name one that returns its model")
+    try:
+        made = make()
+    except Exception as error:
+        raise ModelError(f"'{name}' failed: {_of(error)}") from error
     if not (isinstance(made, tuple) and len(made) == 3 and isinstance(made[0], nn.Module)):
         raise ModelError(f"'{name}' must return (model, args, kwargs), and returned {type(made).__name__}")
     model, args, kwargs = made
+    if not (isinstance(args, (tuple, list)) and isinstance(kwargs, dict)):
+        kinds = f"{type(args).__name__} and {type(kwargs).__name__}"
+        raise ModelError(f"'{name}' must return args as a tuple and kwargs as a dict, and returned {kinds}")
     return Subject(model.eval(), tuple(args), dict(kwargs), name)
+
+
+def _of(error: Exception) -> str:
+    """An error in one line; `tcc --debug` shows where it comes from."""
+    return f"{type(error).__name__}: {error} (tcc --debug shows where)"
