@@ -348,7 +348,7 @@ def test_debug_shows_the_traceback(run: Invoke) -> None:
     assert type(result.exception).__name__ == "ModelError"
 
 
-PLAN = ["plan", "--model", "tiny:make", "--policy", "fora", "--steps", "4", "--batch", "4"]
+PLAN = ["plan", "--model", "tiny:make", "--policy", "fora", "--steps", "4"]
 
 
 def test_slots_are_narrowed_and_kept_to_a_budget(run: Invoke) -> None:

@@ -144,3 +144,29 @@ def test_every_policy_names_its_source(name: str) -> None:
     """A paper by its number, or that there is none; above the options, where `--explain` begins."""
     text = str(POLICIES[name].__doc__).partition("Args:")[0]
     assert re.search(r"arXiv \d{4}\.\d{5}\b|\bOf no paper\b", text), name
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "message"),
+    [
+        ("mine:f", "--batch", "mine:f returns the inputs of its own call: choose them there"),
+        ("mine:f", "--input-size", "mine:f returns the inputs of its own call: choose them there"),
+        ("reference", "--input-size", "reference is trained for one size of its input: leave this out"),
+        ("tiny.safetensors", "--input-size", "tiny.safetensors is trained for one size of its input"),
+    ],
+)
+@pytest.mark.parametrize("command", ["plan", "bench", "inspect"])
+def test_sizes_are_asked_for_where_tcc_makes_the_inputs(command: str, name: str, option: str, message: str) -> None:
+    """An explicit value that would do nothing is refused, before or after the name of the model; a default is not."""
+    for given in (("--model", name, option, "4"), (option, "4", "-m", name)):
+        result = CliRunner().invoke(app, [command, *given], env={"COLUMNS": "200"})
+        assert result.exit_code == 2, result.output
+        assert message in plain(result.output.replace("│", ""))
+        assert option in plain(result.output)
+
+
+def test_inspect_knows_the_model_by_its_argument() -> None:
+    """Wherever it stands."""
+    result = CliRunner().invoke(app, ["inspect", "--batch", "3", "mine:f"], env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert "mine:f returns the inputs of its own call" in plain(result.output.replace("│", ""))

@@ -19,7 +19,8 @@ from tcc.plan_picture import facts
 __all__ = ["inspect"]
 
 What = Annotated[
-    str | None, typer.Argument(help="A plan file, a bundle, or a model as for --model.", show_default=False)
+    str | None,
+    typer.Argument(help="A plan file, a bundle, or a model as for --model.", show_default=False, is_eager=True),
 ]
 
 

@@ -123,6 +123,26 @@ def known_to_torch(seed: int) -> int:
     return seed
 
 
+def of_the_model(ctx: typer.Context, param: typer.CallbackParam, value: int) -> int:
+    """A size of the inputs, if it is tcc that makes them for the model; `--model` is read before (`is_eager`).
+
+    Raises:
+        typer.BadParameter: it is asked for, and the model comes with its own.
+    """
+    source, name = ctx.get_parameter_source(str(param.name)), ctx.params.get("what") or ctx.params.get("model")
+    if name and source is not None and source.name == "COMMANDLINE":
+        from tcc.cli.subjects import kind_of  # here: imports the models, which few options need
+
+        kind = kind_of(name)
+        if kind == "callable":
+            raise typer.BadParameter(
+                f"{name} returns the inputs of its own call: choose them there, and leave this out"
+            )
+        if kind == "file" and param.name == "input_size":
+            raise typer.BadParameter(f"{name} is trained for one size of its input: leave this out")
+    return value
+
+
 _MODEL = (
     "[bold]reference[/] (the trained model that comes with tcc), a size such as [bold]DiT-S/2[/], [bold]UViT-S/2[/], "
     "[bold]MDT-S/2[/] or [bold]MDTv2-S/2[/] (random weights), a weights file ([bold].safetensors[/] or [bold].pt[/]) "
@@ -131,7 +151,7 @@ _MODEL = (
 )
 _WEIGHTS = "[bold]reference[/] (the trained model that comes with tcc), or a weights file of a DiT on pixels."
 
-ModelName = Annotated[str, typer.Option("--model", "-m", help=_MODEL)]
+ModelName = Annotated[str, typer.Option("--model", "-m", help=_MODEL, is_eager=True)]
 TrainedName = Annotated[
     str,
     typer.Option(
@@ -142,10 +162,22 @@ TrainedName = Annotated[
 ]
 WeightsName = Annotated[str, typer.Option("--model", "-m", help=_WEIGHTS)]
 InputSize = Annotated[
-    int, typer.Option(min=1, help="Side of the input, in pixels or latent pixels, of a DiT with random weights.")
+    int,
+    typer.Option(
+        min=1,
+        help="Side of the input, in pixels or latent pixels, of a size such as DiT-S/2; other models have their own.",
+        callback=of_the_model,
+    ),
 ]
 Batch = Annotated[
-    int, typer.Option("--batch", "-b", min=1, help="Rows of one model call: images, times two under guidance.")
+    int,
+    typer.Option(
+        "--batch",
+        "-b",
+        min=1,
+        help="Rows of one model call: images, times two under guidance. A callable has its own.",
+        callback=of_the_model,
+    ),
 ]
 Json = Annotated[
     Path | None,

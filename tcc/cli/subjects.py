@@ -10,7 +10,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from tcc.errors import ModelError
 from tcc.info import ModelInfo, inspect
 from tcc.models import ARCHITECTURES, Architecture, DiT, ModelConfig, load_dit, load_model, reference_model
 
-__all__ = ["Subject", "dit_inputs", "load_pixel_dit", "load_subject", "look"]
+__all__ = ["Subject", "dit_inputs", "kind_of", "load_pixel_dit", "load_subject", "look"]
 
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 
@@ -49,7 +49,7 @@ def load_subject(name: str, *, batch: int, input_size: int, device: str = "cpu")
 
     Args:
         name: see the help of `--model`.
-        batch: rows of the inputs, where tcc makes them.
+        batch: rows of the inputs, where tcc makes them; a callable makes its own.
         input_size: side of the input of a model given by its size.
         device: where a model given by its size is built; `meta` builds it without memory, for looking only.
 
@@ -61,10 +61,17 @@ def load_subject(name: str, *, batch: int, input_size: int, device: str = "cpu")
             torch.manual_seed(0)
             model = kind.from_name(name, input_size=input_size).eval()
             return Subject(model, dit_inputs(model.config, batch), {}, f"{name}, random weights", random=True)
-    if ":" in name and not Path(name).exists():
+    if kind_of(name) == "callable":
         return _imported(name)
     model = reference_model() if name == "reference" else load_model(_weights(name))
     return Subject(model, dit_inputs(model.config, batch), {}, name)
+
+
+def kind_of(name: str) -> Literal["size", "callable", "file"]:
+    """What `--model` names; the reference model is a file."""
+    if _published(name):
+        return "size"
+    return "callable" if ":" in name and not Path(name).exists() else "file"
 
 
 def look(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], label: str) -> ModelInfo:
