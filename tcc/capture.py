@@ -270,16 +270,30 @@ def _plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ..
     return found
 
 
+#: In the kind or the text of an error: a value that no number stands for, or one that leaves torch.
+_VALUE_SIGNS = (
+    *("DataDependent", "data-dependent", "data dependent", "DynamicOutputShape"),
+    *("SymInt", "SymFloat", "SymBool", ".item()", ".numpy()", "__format__"),
+)
+
+
 def _explain(model: nn.Module, error: Exception) -> str:
     text = str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     what = lines[0] if lines else type(error).__name__
     place = _source_of(error)
-    return (
-        f"torch.export could not capture {type(model).__name__}: {what}{place}. "
+    return f"torch.export could not capture {type(model).__name__}: {what}{place}. " + (
         "The forward must not branch on tensor values (`if x.sum() > 0`, `.item()`, `.tolist()`): make such values "
         "plain Python arguments, or compute both sides and choose with torch.where"
+        if _reads_values(error)
+        else "See whether the call runs without tcc: if model(*args, **kwargs) fails alike, its inputs are wrong; if "
+        "not, torch.export cannot follow its code"
     )
+
+
+def _reads_values(error: Exception) -> bool:
+    """Whether the forward needed the value of a tensor, of which only shape and dtype are known while it is traced."""
+    return any(sign in f"{type(error).__name__} {error}" for sign in _VALUE_SIGNS)
 
 
 def _source_of(error: BaseException) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -230,6 +232,47 @@ def test_an_error_of_the_model_itself_is_shown() -> None:
     which = case("separate")
     with pytest.raises(CaptureError, match=r"could not capture Tokens: .*tiny_models.py"):
         tcc.inspect(which.model, noise(2, 12, 17))
+
+
+class Reads(nn.Module):
+    """Needs the value of a tensor, in one of several ways."""
+
+    def __init__(self, how: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Look at it."""
+        self.how(x)
+        return x
+
+
+READS: dict[str, Callable[[Tensor], object]] = {
+    "branch": lambda x: 1 if x.sum() > 0 else 2,
+    "item": lambda x: range(int(x.sum().item())),
+    "list": lambda x: set(x.tolist()),
+    "numpy": lambda x: x.numpy(),
+    "text": lambda x: f"{x.sum():.2f}",
+    "equal": lambda x: 1 if torch.equal(x, x + 1) else 2,
+}
+
+
+@pytest.mark.parametrize("how", READS)
+def test_what_reads_values_is_told_so(how: str) -> None:
+    """And not advised to look at the call, which is right."""
+    with pytest.raises(CaptureError, match="must not branch on tensor values"):
+        captured(Reads(READS[how]), noise(3))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (4, 8, 8)])
+def test_a_wrong_call_is_not_taken_for_a_branch(shape: tuple[int, ...]) -> None:
+    """Other channels and another rank: the advice is to try the call by itself."""
+    which = case("dit")
+    with pytest.raises(
+        CaptureError, match=r"if model\(\*args, \*\*kwargs\) fails alike, its inputs are wrong"
+    ) as caught:
+        tcc.inspect(which.model, noise(*shape), *which.args[1:])
+    assert "branch" not in str(caught.value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
