@@ -243,6 +243,8 @@ def test_demo_compares_in_the_same_noise(run: Invoke, weights: str) -> None:
     text = plain(result.output)
     assert "realised share" in text
     assert f"{content['machine']['threads']} threads" in text
+    assert "Same noise, backend eager: nothing is compiled" in text
+    assert "(backend eager, not compiled); 1 interleaved rounds" in text
 
 
 def test_the_demo_draws_what_the_sampler_draws(weights: str) -> None:

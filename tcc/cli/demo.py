@@ -81,8 +81,8 @@ def demo(
             dtype = getattr(torch, slot_dtype)
             made = {name: info.count(replace(plan, slot_dtype=dtype)) for name, plan in made.items()}
     rows = _measure(task, dit, made, executables(info, made, backend, regional=regional), rounds, seconds)
-    caption = _caption(rows, steps, cfg, seed)
-    screen.out().print(_table(rows))
+    caption = _caption(rows, steps, cfg, seed, backend)
+    screen.out().print(_table(rows, backend))
     screen.note(caption)
     draw_sheet(out, [SheetRow(r.method.name, _detail(r), r.images) for r in rows], class_names(dit, labels), caption)
     settings = {"cfg": cfg, "seed": seed, "backend": backend, "regional": regional, "model": model}
@@ -141,8 +141,9 @@ def _fewer(count: int) -> str:
     return f"uncached, {count} steps"
 
 
-def _table(rows: list[Row]) -> Table:
-    table = Table(title="Same noise, same compiler")
+def _table(rows: list[Row], backend: str) -> Table:
+    compiler = "same compiler" if backend == "inductor" else f"backend {backend}: nothing is compiled"
+    table = Table(title=f"Same noise, {compiler}")
     for column in ("method", "steps", "s per batch", "speedup", "bound", "realised share", "PSNR dB", "slots MiB"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in rows:
@@ -170,14 +171,15 @@ def _error(row: Row) -> str:
     return f"{row.psnr:.1f}" if math.isfinite(row.psnr) else "identical"
 
 
-def _caption(rows: list[Row], steps: int, cfg: float, seed: int) -> str:
+def _caption(rows: list[Row], steps: int, cfg: float, seed: int, backend: str) -> str:
     """How the numbers came about."""
     where, images = timing.machine(), rows[0].images
     rounds = len(rows[0].timing.rounds)
     device = where["accelerator"] or f"{where['processor']}, {where['threads']} threads"
+    how = "" if backend == "inductor" else f" (backend {backend}, not compiled)"
     return (
         f"{len(images)} images of {images.shape[-2]}x{images.shape[-1]}, DDIM {steps} steps, guidance {cfg:g}, "
-        f"seed {seed}; float32 on {device}, torch {where['torch']}; {rounds} interleaved rounds, "
+        f"seed {seed}; float32 on {device}, torch {where['torch']}{how}; {rounds} interleaved rounds, "
         "medians per kind of step"
     )
 
