@@ -173,7 +173,7 @@ class CachePlan:
 
     def __post_init__(self) -> None:
         if not isinstance(self.num_steps, int) or self.num_steps < 1:
-            raise PlanError(f"a plan needs at least one step, a whole number, got num_steps={self.num_steps}")
+            raise PlanError(f"a plan needs at least one step, a whole number, got num_steps={self.num_steps!r}")
         if self.slot_dtype is not None and not getattr(self.slot_dtype, "is_floating_point", False):
             raise PlanError(f"slot_dtype={self.slot_dtype}: use a floating-point type, such as torch.bfloat16")
         for name, kept in self.tokens.items():
@@ -358,6 +358,8 @@ class CachePlan:
 
 
 def _check_tokens(name: str, kept: torch.Tensor) -> None:
+    if not isinstance(kept, torch.Tensor):
+        raise PlanError(f"token set '{name}': expected an int64 tensor of positions, got {type(kept).__name__}")
     if kept.dim() != 1 or kept.dtype != torch.int64 or kept.numel() == 0:
         raise PlanError(
             f"token set '{name}': expected a non-empty 1-D int64 tensor, got {kept.dtype} {list(kept.shape)}"

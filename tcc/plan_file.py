@@ -72,12 +72,14 @@ def load(path: str) -> CachePlan:
     """Read the plan in `path`.
 
     Raises:
-        PlanError: the file cannot be read, is no plan, or does not match its checksum.
+        PlanError: there is no such file, it cannot be read, is no plan, or does not match its checksum.
     """
     try:
         with safe_open(path, framework="pt") as file:
             meta = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except FileNotFoundError as error:
+        raise PlanError(f"{path}: there is no such file: make a plan with `tcc plan --out {path}`") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise PlanError(
             f"{path}: cannot be read as a plan ({error}): the file is truncated, altered or not a plan"

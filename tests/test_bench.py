@@ -134,7 +134,7 @@ def test_a_plan_whose_timesteps_are_not_known_has_a_row_with_the_reason() -> Non
         (("fora 'x",), "fora 'x: no closing quotation: a policy is written as 'NAME OPTION=VALUE ...'"),
         (("foro",), "unknown policy 'foro': did you mean fora?"),
         (("fora intervals=2",), "policy fora has no option 'intervals'; its options are"),
-        (("none.safetensors",), "none.safetensors: cannot be read as a plan"),
+        (("none.safetensors",), "none.safetensors: there is no such file: make a plan"),
         (("fora interval=2", "--batch", "3"), "a batch of 3: guidance takes two rows for an image"),
         (("fora interval=2", "--device", "foo"), "--device foo: torch knows no such device: give cpu, cuda or cuda:1"),
         (("fora interval=2", "--device", "cuda:99"), "CUDA devices here: give cpu"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -278,7 +279,7 @@ def test_the_demo_draws_what_the_sampler_draws(weights: str) -> None:
         (("plan", "--model", "tiny:make", "-o", "keep=1.5"), "the keep ratio is in (0, 1]"),
         (("plan", "--model", "tiny:make", "-o", "blocks=7"), "there is no block 7; the model has blocks 0..1"),
         (("sample", "--model", "DiT-S/2"), "DiT-S/2 has random weights and would draw noise"),
-        (("sample", "--plan", "none.safetensors"), "none.safetensors: cannot be read as a plan"),
+        (("sample", "--plan", "none.safetensors"), "none.safetensors: there is no such file: make a plan with"),
     ],
 )
 def test_an_error_is_one_line_and_exit_code_1(run: Invoke, arguments: tuple[str, ...], message: str) -> None:
@@ -299,8 +300,12 @@ def test_a_plan_for_another_run_is_refused(run: Invoke, weights: str) -> None:
     steps = run(*given, "--classes", "0,1", "--steps", "7", exit_code=1)
 
     assert "the plan is for a batch of 4, and these classes and this guidance make 6 rows" in plain(batch.stderr)
-    assert "tcc plan --batch 6" in plain(batch.stderr)
+    assert plain(batch.stderr).endswith("tcc plan --batch 6")
     assert "the plan has 5 steps and --steps is 7" in plain(steps.stderr)
+    plan = CachePlan.load("plan.safetensors")
+    replace(plan, policy={"name": "tokencache"}).save("plan.safetensors")
+    learned = run(*given, "--classes", "0,1,2", exit_code=1)
+    assert plain(learned.stderr).endswith("tcc plan --batch 6 or tcc train ... --plan-batch 6")
 
 
 def test_a_plan_for_another_model_is_refused(run: Invoke, weights: str) -> None:

@@ -48,6 +48,7 @@ def test_an_action_checks_its_own_numbers(kind: str) -> None:
 
 BAD_SETS = {
     "two dimensions": (torch.zeros(1, 2, dtype=torch.int64), "got torch.int64 [1, 2]"),
+    "a list": ([1, 2], "token set 'T': expected an int64 tensor of positions, got list"),
     "floats": (torch.tensor([0.0, 1.0]), "got torch.float32 [2]"),
     "a mask": (torch.tensor([True, False]), "got torch.bool [2]"),
     "int32": (torch.tensor([0, 1], dtype=torch.int32), "got torch.int32 [2]"),
@@ -103,7 +104,7 @@ def test_a_table_names_steps_sites_and_sets_that_exist(kind: str) -> None:
 def test_a_plan_has_a_whole_number_of_steps(num_steps: Any) -> None:
     """No steps, half steps and text are refused."""
     with pytest.raises(
-        PlanError, match=rf"at least one step, a whole number, got num_steps={re.escape(str(num_steps))}"
+        PlanError, match=rf"at least one step, a whole number, got num_steps={re.escape(repr(num_steps))}$"
     ):
         CachePlan(num_steps=num_steps, actions={})
 

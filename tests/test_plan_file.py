@@ -186,7 +186,7 @@ def test_another_safetensors_file_is_refused(tmp_path: pathlib.Path) -> None:
 
 def test_a_missing_file_is_refused(tmp_path: pathlib.Path) -> None:
     """The message names the path."""
-    with pytest.raises(PlanError, match=r"none.safetensors: cannot be read as a plan"):
+    with pytest.raises(PlanError, match=r"none.safetensors: there is no such file: make a plan with `tcc plan"):
         CachePlan.load(str(tmp_path / "none.safetensors"))
     with pytest.raises(PlanError, match="cannot be read as a plan"):
         CachePlan.load(str(tmp_path))

@@ -134,7 +134,9 @@ def _check_plan(plan: CachePlan, path: Path | None, rows: int, steps: int | None
         )
     planned = plan.model.inputs[0][1][0] if plan.model else rows
     if planned != rows:
+        learned = plan.policy.get("name") in ("l2c", "learning_to_drop", "tokencache")
+        trained = f" or tcc train ... --plan-batch {rows}" if learned else ""
         raise PlanError(
             f"{path}: the plan is for a batch of {planned}, and these classes and this guidance make {rows} rows: "
-            f"make it with tcc plan --batch {rows}"
+            f"make it with tcc plan --batch {rows}{trained}"
         )
