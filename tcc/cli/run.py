@@ -167,10 +167,17 @@ def _count(folder: Path, sample: tuple[int, ...], output: tuple[int, ...], out: 
 def _labels(
     folder: Path, parts: Parts, classes: str | None, null_class: int | None, count: int, guided: bool
 ) -> torch.Tensor | None:
-    """The labels of all rows, those without a class last; None where the bundle takes none."""
+    """The labels of all rows, those without a class last; None where the bundle takes none.
+
+    Raises:
+        typer.BadParameter: labels or guidance are asked for, and the bundle has nothing for them.
+        CallError: the labels do not fit the bundle.
+    """
     if parts.label is None:
         if classes is not None or null_class is not None:
             raise typer.BadParameter("the bundle has no labels to choose", param_hint="--classes, --null-class")
+        if guided and not parts.given:  # two halves alike: fewer samples, and no guidance
+            raise typer.BadParameter("the bundle has no condition to leave out", param_hint="--cfg")
         return None
     if guided and null_class is None:
         raise typer.BadParameter("guidance needs the label that means no class", param_hint="--null-class")

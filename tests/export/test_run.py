@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 
 from tcc.cli import app
 from tcc.cli.feeds import Parts
-from tcc.cli.run import _Calling, _count, _solver
+from tcc.cli.run import _Calling, _count, _labels, _solver
 from tcc.errors import CallError
 from tcc.export.manifest import Input
 from tcc.samplers import DDIM, DPMSolver2, Evaluation, denoise, guide
@@ -130,6 +131,16 @@ def parts(channels: int, level: str) -> Parts:
     """The inputs of a bundle that draws two images of 8 x 8, told its noise level in a dtype."""
     sample = Input("x", (2, channels, 8, 8), "float32", role="sample", axes=("batch", "channels", "height", "width"))
     return Parts(sample, Input("sigma", (2,), level, role="timestep", axes=("batch",)), None, {})
+
+
+def test_guidance_needs_a_condition() -> None:
+    """Of a bundle that takes a latent and a noise level alone both halves of a call would be alike."""
+    where, given = Path("bundle"), parts(4, "float32")
+    assert _labels(where, given, None, None, 2, guided=False) is None
+    with pytest.raises(typer.BadParameter, match="the bundle has no condition to leave out") as caught:
+        _labels(where, given, None, None, 1, guided=True)
+    assert caught.value.param_hint == "--cfg"
+    assert _labels(where, replace(given, given={"text": torch.zeros(2, 3)}), None, None, 1, guided=True) is None
 
 
 def test_a_flow_is_told_fractions() -> None:
