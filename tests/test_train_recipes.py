@@ -21,6 +21,7 @@ from tcc.plan import CachePlan, Compute, Reuse, Skip, Update
 from tcc.samplers import DDIM, DPMSolver2, Sampler, sample
 from tcc.train.calls import images_with_labels, noise_with_labels
 from tcc.train.images import MemoryImages
+from tcc.train.loop import Settings, train
 from tcc.train.objective import Objective
 from tcc.train.pairs import Pairs
 from tcc.train.predictors import Sizes, StreamPredictor, TablePredictor
@@ -360,10 +361,25 @@ def test_recipes_that_cannot_run_are_refused() -> None:
             recipe(objective, calls, {0: sites()}, 4)
         with pytest.raises(TrainError, match="a P-step 5, and the run has 4 steps"):
             recipe(objective, calls, {5: sites()}, 4)
+        with pytest.raises(TrainError, match="P-step 1 of the schedule has no sites to decide about"):
+            recipe(objective, calls, {1: ()}, 4)
     with pytest.raises(TrainError, match="needs a model with a null class"):
         noise_with_labels(tiny().info, 10, cfg_scale=1.5)
     with pytest.raises(ValueError, match="Unknown does not know how noisy its inputs are"):
         Pairs(objective, calls, {1: sites()}, 4, sampler=Unknown())
+
+
+def test_weights_that_cannot_decide_are_refused() -> None:
+    """Before training: without sites, about unknown ones, or at other steps than those of the recipe."""
+    with pytest.raises(TrainError, match="P-step 1 of the schedule has no sites"):
+        RouterWeights(4, sites(), {1: ()})
+    with pytest.raises(TrainError, match=r"P-step 1 decides about site 'x\.out', which is none of the router's sites"):
+        RouterWeights(4, sites(), {1: ("x.out",)})
+    with pytest.raises(TrainError, match=r"decides about site 'x\.out', which is none of the model's"):
+        TokenWeights(TablePredictor(Sizes.of(tiny().info, 4)), tiny().info, {1: ("x.out",)})
+    recipe = trajectories(Objective(student(), Budget()), {1: sites(), 3: sites()}, 4)
+    with pytest.raises(TrainError, match="the recipe has a P-step 3, at which the weights decide nothing"):
+        train(RouterWeights(4, sites(), {1: sites()}), recipe, Settings(1))
 
 
 @pytest.mark.parametrize(("num_steps", "share"), [(50, 0.422), (20, 0.45)])

@@ -123,7 +123,8 @@ def train(
 
     Raises:
         TrainError: a loss or a gradient is not finite (names the denoising step; the state before it is saved), the
-            state is that of another run or cannot be written, or there are more processes than groups.
+            state is that of another run or cannot be written, the weights decide nothing at a P-step of the recipe, or
+            there are more processes than groups.
         KeyboardInterrupt: passed on, after the state of the last whole iteration has been saved.
     """
     run = _Run(weights, recipe, settings, state, world or World())
@@ -147,6 +148,13 @@ class _Run:
             raise TrainError(
                 f"{world.size} processes share {settings.groups} group(s) of samples per iteration: give at least as "
                 "many groups as processes"
+            )
+        # a recipe or weights of one's own may have none
+        decided, needed = (getattr(part, "choices", {}) for part in (weights, recipe))
+        if decided and (missing := sorted(set(needed) - set(decided))):
+            raise TrainError(
+                f"the recipe has a P-step {missing[0]}, at which the weights decide nothing: make both with the same "
+                "choices"
             )
         self.weights, self.recipe, self.settings, self.path, self.world = weights, recipe, settings, path, world
         self.parameters = [parameter for parameter in weights.parameters() if parameter.requires_grad]

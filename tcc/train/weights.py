@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -48,7 +48,7 @@ def check_choices(choices: Choices, num_steps: int) -> None:
     """Refuse P-steps that a run of so many steps cannot have.
 
     Raises:
-        TrainError: no step is one, the first is one, or one is not in the run.
+        TrainError: no step is one, the first is one, or one is not in the run, or has nothing to decide.
     """
     if not choices:
         raise TrainError("there is nothing to learn: every step of the schedule computes everything")
@@ -56,6 +56,14 @@ def check_choices(choices: Choices, num_steps: int) -> None:
         raise TrainError("step 0 of the schedule reuses values, and nothing is stored yet: make it an I-step")
     if max(choices) >= num_steps:
         raise TrainError(f"the schedule has a P-step {max(choices)}, and the run has {num_steps} steps")
+    for step in (step for step, chosen in choices.items() if not chosen):
+        raise TrainError(f"P-step {step} of the schedule has no sites to decide about: name some, or leave it out")
+
+
+def _check_sites(choices: Choices, sites: Container[str], whose: str) -> None:
+    for step, chosen in choices.items():
+        for site in (site for site in chosen if site not in sites):
+            raise TrainError(f"P-step {step} decides about site '{site}', which is none of {whose}")
 
 
 @dataclass(frozen=True)
@@ -145,12 +153,17 @@ class RouterWeights(Weights):
         choices: where there is something to decide.
         seed: seed of the initial logits, N(0, 1).
         limit: logits are clamped to [-limit, limit] after each step of the optimiser.
+
+    Raises:
+        TrainError: a run of so many steps cannot have these choices, or one is of a site that is not among the sites.
     """
 
     def __init__(
         self, num_steps: int, sites: Sequence[str], choices: Choices, *, seed: int = 0, limit: float = 5.0
     ) -> None:
         super().__init__()
+        check_choices(choices, num_steps)
+        _check_sites(choices, sites, "the router's sites")
         self.num_steps, self.sites, self.choices, self.limit = num_steps, tuple(sites), dict(choices), limit
         draw = torch.Generator().manual_seed(seed)
         self.logits = nn.ParameterDict(
@@ -193,10 +206,15 @@ class TokenWeights(Weights):
         predictor: maps a step, and for some the stream that enters block 0, to `[1 or B, blocks, S]` in 0..1.
         info: the model.
         choices: where there is something to decide.
+
+    Raises:
+        TrainError: a run of so many steps cannot have these choices, or one is of a site that the model lacks.
     """
 
     def __init__(self, predictor: Predictor, info: ModelInfo, choices: Choices) -> None:
         super().__init__()
+        check_choices(choices, predictor.sizes.steps)
+        _check_sites(choices, info.sites, "the model's")
         self.predictor, self.choices = predictor, dict(choices)
         self.blocks = {site: info.sites[site].block for chosen in choices.values() for site in chosen}
         self.reads = f"{info.blocks[0]}.stream" if predictor.form == "stream" else None
