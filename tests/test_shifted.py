@@ -74,9 +74,12 @@ def test_a_samplers_own_stages_count() -> None:
 
 
 def test_what_cannot_be_shifted_is_refused() -> None:
-    """Forecasts, and another number of evaluations."""
+    """Forecasts, and another number of evaluations: of two per step, an odd one."""
     info = case("dit").info
     with pytest.raises(PlanError, match="a forecast's coefficients hold for the steps that it was made from"):
         plans.shifted(info, plans.taylorseer(info, num_steps=12, interval=3, order=1))
     with pytest.raises(PlanError, match="the plan has 4 steps, and the solver 6 evaluations"):
         plans.shifted(info, plans.fora(info, num_steps=4), stages=[0, 1] * 3)
+    with pytest.raises(PlanError, match="the plan has 5 steps, and a solver of two evaluations per step takes an even"):
+        made("fora", 5)
+    assert plans.shifted(info, plans.fora(info, num_steps=5), stages=[0, 1, 0, 1, 0]).num_steps == 5

@@ -28,8 +28,13 @@ def shifted(info: ModelInfo, plan: CachePlan, *, stages: Sequence[int] | None = 
             0, 1, 0, 1, ...: two per step.
 
     Raises:
-        PlanError: the plan forecasts, or has another number of steps than `stages`.
+        PlanError: the plan forecasts, has another number of steps than `stages`, or an odd one without `stages`.
     """
+    if stages is None and plan.num_steps % 2:
+        raise PlanError(
+            f"the plan has {plan.num_steps} steps, and a solver of two evaluations per step takes an even number: give "
+            "one, or the sampler's own stages"
+        )
     counts = list(stages) if stages is not None else [step % 2 for step in range(plan.num_steps)]
     if len(counts) != plan.num_steps:
         raise PlanError(f"the plan has {plan.num_steps} steps, and the solver {len(counts)} evaluations")
