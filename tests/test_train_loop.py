@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tcc.errors import TrainError
@@ -243,6 +244,30 @@ def test_states_of_other_runs_are_refused(tmp_path: Path) -> None:
         ended(9, tmp_path / "text")
     with pytest.raises(TrainError, match=r"the training's state cannot be written .*: write to another place"):
         ended(1, tmp_path / "missing" / "state")
+
+
+@pytest.mark.parametrize(
+    ("lost", "reason"),
+    [
+        ("run", "'run'"),
+        ("losses", "'losses'"),
+        ("iteration", "'iteration'"),
+        ("weights.rows.0", "rows.0"),
+        ("optimiser.", "it has nothing of the optimiser"),
+        ("optimiser.0.exp_avg_sq", "'exp_avg_sq'"),
+    ],
+)
+def test_states_that_lack_something_are_refused(tmp_path: Path, lost: str, reason: str) -> None:
+    """A part of the header, of the weights or of the optimiser's moments: none goes on as if nothing were missing."""
+    state = tmp_path / "state"
+    ended(20, state)
+    with safe_open(state, framework="pt") as file:
+        header = json.loads(file.metadata()["tcc.training"])
+    header.pop(lost, None)
+    tensors = {name: tensor for name, tensor in load_file(state).items() if not name.startswith(lost)}
+    save_file(tensors, state, {"tcc.training": json.dumps(header)})
+    with pytest.raises(TrainError, match=rf"(?s)is no state of a training .*{reason}"):
+        ended(21, state)
 
 
 def test_other_models_and_recipes_are_other_runs(tmp_path: Path) -> None:

@@ -255,24 +255,37 @@ class _Run:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})[_HEADER])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        except (SafetensorError, KeyError, ValueError) as error:
+            stored, asked = dict(header["run"]), self._identity
+            changed = [name for name in stored.keys() | asked.keys() if stored.get(name) != asked.get(name)]
+            if changed:
+                text = ", ".join(f"{name} was {stored.get(name)} and is {asked.get(name)}" for name in sorted(changed))
+                raise TrainError(f"{path} is the state of another run ({text}): remove it, or write to another place")
+            last, cost = map(float, header["losses"])
+            self.report = Report(int(header["iteration"]), float(header["seconds"]), last, cost, header["iteration"])
+            moments = self._moments(tensors)
+            self.weights.load_state_dict(_under("weights.", tensors))
+            groups = self.optimiser.state_dict()["param_groups"]
+            self.optimiser.load_state_dict({"state": moments, "param_groups": groups})
+        except TrainError:
+            raise
+        except (SafetensorError, OSError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise TrainError(
                 f"{path} is no state of a training ({error}): remove it, or write to another place"
             ) from error
-        stored, asked = header["run"], self._identity
-        changed = [name for name in stored.keys() | asked.keys() if stored.get(name) != asked.get(name)]
-        if changed:
-            text = ", ".join(f"{name} was {stored.get(name)} and is {asked.get(name)}" for name in sorted(changed))
-            raise TrainError(f"{path} is the state of another run ({text}): remove it, or write to another place")
-        self.weights.load_state_dict(_under("weights.", tensors))
-        entries: dict[int, dict[str, Tensor]] = {}
+
+    def _moments(self, tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+        """What the optimiser knows of each parameter that it has moved; AdamW itself would go on without."""
+        found: dict[int, dict[str, Tensor]] = {}
         for name, tensor in _under("optimiser.", tensors).items():
             index, _, entry = name.partition(".")
-            entries.setdefault(int(index), {})[entry] = tensor
-        groups = self.optimiser.state_dict()["param_groups"]
-        self.optimiser.load_state_dict({"state": entries, "param_groups": groups})
-        last, cost = map(float, header["losses"])
-        self.report = Report(header["iteration"], header["seconds"], last, cost, header["iteration"])
+            found.setdefault(int(index), {})[entry] = tensor
+        if self.report.iteration and not found:
+            raise ValueError("it has nothing of the optimiser")
+        for number, entries in found.items():
+            shape = self.parameters[number].shape
+            if any(entries[name].shape != shape for name in ("exp_avg", "exp_avg_sq")) or entries["step"].numel() != 1:
+                raise ValueError(f"the optimiser's moments of parameter {number} are of another shape")
+        return found
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
