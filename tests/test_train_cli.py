@@ -335,12 +335,12 @@ def test_files_that_would_be_written_over_each_other_are_refused(run: Invoke) ->
     """Before training: plan, scores, numbers, the training's state, and the model that is read."""
     for files, message in (
         (["--out", "a.safetensors", "--learned", "./a.safetensors"], "a.safetensors is the file of --out too"),
-        (["--out", "b", "--learned", "b.state.safetensors"], "is the file of the training's state too"),
+        (["--out", "b.safetensors", "--learned", "b.state.safetensors"], "is the file of the training's state too"),
         (["--out", "a.safetensors", "--json", "a.safetensors"], "is the file of --out too: name another one"),
         (["--out", "tiny.safetensors"], "is the file of --model too"),
     ):
         assert message in plain(run("router", *SHORT, "--iterations", "1", *files, exit_code=2).output)
-    twice = ["--model", "tiny.safetensors", "--out", "a", "--json", "a"]
+    twice = ["--model", "tiny.safetensors", "--out", "a.safetensors", "--json", "a.safetensors"]
     assert "is the file of --out too" in plain(run("steps", *twice, exit_code=2).output)
     over = ["--model", "tiny.safetensors", "--out", "tiny.safetensors"]
     assert "is the file of --model too" in plain(run("errors", *over, exit_code=2).output)

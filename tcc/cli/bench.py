@@ -64,7 +64,7 @@ Mode = Annotated[
 ]
 Png = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", callback=options.in_a_folder, help="Draw speedup against closeness to the uncached."),
+    typer.Option(metavar="FILE", callback=options.picture_file, help="Draw speedup against closeness to the uncached."),
 ]
 
 
@@ -126,6 +126,7 @@ def bench(
       tcc bench 'tprr keep=0.25 attention=cached level=out' --model DiT-S/2 --batch 2 --threads 1 --fold-timesteps
       tcc bench 'forecast i_steps=7' --model mymodels:flux --steps 20 --device cuda --dtype bfloat16
     """
+    options.check_apart({"--png": png, "--json": json})
     requests = _distinct([_request(text) for text in plan or ()])
     count = _steps(requests, steps)
     subject = _subject(model, batch, input_size, device_named(device), getattr(torch, dtype))

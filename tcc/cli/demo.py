@@ -67,7 +67,7 @@ def demo(
       tcc demo --threads 2 --json demo.json
       tcc demo --backend eager --rounds 1      a quick look, not compiled
     """
-    options.check_distinct(out=out, json=json)
+    options.check_apart({"--out": out, "--json": json})
     began = time.perf_counter()
     dit = load_pixel_dit(model)
     labels = torch.arange(min(10, dit.config.num_classes))

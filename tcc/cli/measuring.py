@@ -16,7 +16,6 @@ from tcc.calibrate import calibrate
 from tcc.cli import options, screen
 from tcc.cli.sample import seeded_noise
 from tcc.cli.subjects import dit_inputs, load_pixel_dit, look
-from tcc.cli.train_options import MAX_SEED, check_apart
 from tcc.driver import CompiledModel
 from tcc.driver import compile as compile_model
 from tcc.info import ModelInfo
@@ -66,7 +65,7 @@ def _run(model: str, images: int, steps: int, cfg: float) -> _Run:
 
 def steps(
     out: Annotated[
-        Path, typer.Option(metavar="FILE", callback=options.in_a_folder, help="The plan to write.", show_default=False)
+        Path, typer.Option(metavar="FILE", callback=options.tensors_file, help="The plan to write.", show_default=False)
     ],
     json: options.Json = None,
     model: options.WeightsName = "reference",
@@ -77,7 +76,7 @@ def steps(
     images: Images = 10,
     cfg: options.Cfg = 1.5,
     evaluations: Annotated[int, typer.Option(min=1, help="Placements to measure.")] = 300,
-    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the noise and of the search.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=options.MAX_SEED, help="Seed of the noise and of the search.")] = 0,
     backend: options.Backend = "inductor",
     plan_batch: PlanBatch = 20,
 ) -> None:
@@ -91,7 +90,7 @@ def steps(
       tcc train steps --i-steps 18 --out forecast18.safetensors
       tcc train steps --steps 20 --i-steps 7 --order 1 --evaluations 100 --out forecast7.safetensors
     """
-    check_apart(model, {"--out": out, "--json": json})
+    options.check_apart({"--out": out, "--json": json}, model)
     run = _run(model, images, num_steps, cfg)
     info = look(run.dit, dit_inputs(run.dit.config, run.rows), {}, model)
     policy = functools.partial(_plan, info, num_steps, order, level)
@@ -136,7 +135,7 @@ def errors(
     out: Annotated[
         Path,
         typer.Option(
-            metavar="FILE", callback=options.in_a_folder, help="The measurement to write.", show_default=False
+            metavar="FILE", callback=options.tensors_file, help="The measurement to write.", show_default=False
         ),
     ],
     model: options.WeightsName = "reference",
@@ -153,7 +152,7 @@ def errors(
       tcc train errors --out errors50.safetensors
       tcc plan --policy smoothcache -o errors=errors50.safetensors -o alpha=0.1
     """
-    check_apart(model, {"--out": out})
+    options.check_apart({"--out": out}, model)
     run = _run(model, images, num_steps, cfg)
     info = look(run.dit, dit_inputs(run.dit.config, run.rows), {}, model)
     with screen.status("sampling without a cache"):

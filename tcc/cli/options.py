@@ -7,13 +7,14 @@ import functools
 import inspect
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
 __all__ = [
+    "MAX_SEED",
     "Backend",
     "BackwardsError",
     "Batch",
@@ -31,13 +32,13 @@ __all__ = [
     "Threads",
     "TrainedName",
     "WeightsName",
-    "check_distinct",
+    "check_apart",
     "in_a_folder",
     "numbers",
     "picture_file",
-    "plan_file",
     "samples_file",
     "spread",
+    "tensors_file",
     "whole_numbers",
 ]
 
@@ -63,14 +64,14 @@ def in_a_folder(path: Path | None) -> Path | None:
     return path
 
 
-def plan_file(path: Path | None) -> Path | None:
-    """A plan that is to be written, see `in_a_folder`.
+def tensors_file(path: Path | None) -> Path | None:
+    """A plan or what was learned that is to be written, see `in_a_folder`.
 
     Raises:
-        typer.BadParameter: there is no writing to it, or it is not named as plans are.
+        typer.BadParameter: there is no writing to it, or it is not named as such files are.
     """
     if in_a_folder(path) is not None and path is not None and path.suffix != ".safetensors":
-        raise typer.BadParameter(f"{path}: a plan is a .safetensors file: name it {path.stem}.safetensors")
+        raise typer.BadParameter(f"{path}: this is a .safetensors file: name it {path.stem}.safetensors")
     return path
 
 
@@ -99,28 +100,20 @@ def samples_file(path: Path | None) -> Path | None:
     return in_a_folder(path) if tensors else picture_file(path)
 
 
-def check_distinct(**paths: Path | None) -> None:
-    """Hold the files of one command, by option, against each other.
+def check_apart(written: Mapping[str, Path | None], model: str = "") -> None:
+    """Refuse files that would be written over each other, or over the model's weights.
+
+    Args:
+        written: the files, by option.
+        model: what `--model` names.
 
     Raises:
-        typer.BadParameter: two are the same: the later would overwrite the earlier.
+        typer.BadParameter: two are one file.
     """
-    options: dict[Path, str] = {}
-    for name, path in paths.items():
-        if path is not None and options.setdefault(path.resolve(), name) != name:
-            both = f"--{options[path.resolve()]}, --{name}"
-            raise typer.BadParameter(f"{path} would be written twice: name two files", param_hint=both)
-
-
-def known_to_torch(seed: int) -> int:
-    """A seed that torch takes.
-
-    Raises:
-        typer.BadParameter: it does not fit into 64 bits.
-    """
-    if not -(2**63) <= seed < 2**64:
-        raise typer.BadParameter(f"{seed} does not fit into 64 bits: give a smaller number")
-    return seed
+    found = {Path(model).resolve(): "--model"} if model and Path(model).is_file() else {}
+    for name, path in written.items():
+        if path is not None and (other := found.setdefault(path.resolve(), name)) != name:
+            raise typer.BadParameter(f"{path} is the file of {other} too: name another one", param_hint=name)
 
 
 def of_the_model(ctx: typer.Context, param: typer.CallbackParam, value: int) -> int:
@@ -142,6 +135,9 @@ def of_the_model(ctx: typer.Context, param: typer.CallbackParam, value: int) -> 
             raise typer.BadParameter(f"{name} is trained for one size of its input: leave this out")
     return value
 
+
+#: What torch's generators take, less the next one, which some draws have.
+MAX_SEED = 2**63 - 2
 
 _MODEL = (
     "[bold]reference[/] (the trained model that comes with tcc), a size such as [bold]DiT-S/2[/], [bold]UViT-S/2[/], "
@@ -189,9 +185,7 @@ Backend = Annotated[
 ]
 Classes = Annotated[str, typer.Option(help="Class labels, one image each: [bold]0,1,2[/] or [bold]0-9[/].")]
 Cfg = Annotated[float, typer.Option(min=1.0, help="Guidance scale; above 1 the batch is doubled.")]
-Seed = Annotated[
-    int, typer.Option(help="Seed of the noise: the same seed gives the same noise.", callback=known_to_torch)
-]
+Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the noise: the same seed gives the same noise.")]
 Rounds = Annotated[int, typer.Option(min=1, help="How often every method is run.")]
 Seconds = Annotated[float, typer.Option(min=0.0, help="No further round begins after so many seconds of measuring.")]
 Threads = Annotated[

@@ -39,7 +39,7 @@ Shift = Annotated[
     typer.Option("--shifted", help="For a solver of two evaluations per step (DPM-Solver-2): only first ones cache."),
 ]
 Out = Annotated[
-    Path | None, typer.Option(metavar="FILE", callback=options.plan_file, help="Save the plan (.safetensors).")
+    Path | None, typer.Option(metavar="FILE", callback=options.tensors_file, help="Save the plan (.safetensors).")
 ]
 Png = Annotated[
     Path | None,
@@ -87,7 +87,7 @@ def plan(
         screen.out().print(f"{policy}: {describe(make)}\n", markup=False)
         screen.out().print(option_table(make))
         return
-    options.check_distinct(out=out, png=png, json=json)
+    options.check_apart({"--out": out, "--png": png, "--json": json}, model)
     chosen = parse_options(policy, option or ())
     with screen.status(f"loading {model}"):
         subject = load_subject(model, batch=batch, input_size=input_size)

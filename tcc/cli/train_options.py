@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,12 +17,9 @@ from tcc.train.loop import Settings
 from tcc.train.objective import Target
 from tcc.train.weights import Budget, Choices, choices_of_pairs
 
-__all__ = ["LEARN", "MAX_SEED", "Learning", "check_apart"]
+__all__ = ["LEARN", "Learning"]
 
 Kept = Literal["out", "delta", "block"]
-
-#: What torch's generators take, less the next one, which some draws have.
-MAX_SEED = 2**63 - 2
 
 LEARN, _PLAN, _RUN = "What is learned from what", "The plan", "How long and where"
 
@@ -30,7 +27,7 @@ Out = Annotated[
     Path,
     typer.Option(
         metavar="FILE",
-        callback=options.in_a_folder,
+        callback=options.tensors_file,
         help="The plan to write; the training's state is kept beside it.",
         show_default=False,
     ),
@@ -39,7 +36,7 @@ Learned = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        callback=options.in_a_folder,
+        callback=options.tensors_file,
         help="Also write the scores that were learned, to make other plans from.",
     ),
 ]
@@ -160,7 +157,7 @@ Rate = Annotated[
     ),
 ]
 TrainSeed = Annotated[
-    int, typer.Option(min=0, max=MAX_SEED, help="Seed of everything that is drawn.", rich_help_panel=_RUN)
+    int, typer.Option(min=0, max=options.MAX_SEED, help="Seed of everything that is drawn.", rich_help_panel=_RUN)
 ]
 Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to train.", rich_help_panel=_RUN)]
 Fast = Annotated[bool, typer.Option("--compile", help="Compile teacher and student first.", rich_help_panel=_RUN)]
@@ -177,22 +174,6 @@ PlanOptions = Annotated[
         rich_help_panel=_PLAN,
     ),
 ]
-
-
-def check_apart(model: str, written: Mapping[str, Path | None]) -> None:
-    """Refuse files that would be written over each other, or over the model's weights.
-
-    Args:
-        model: what `--model` names.
-        written: the files, by what they are called.
-
-    Raises:
-        typer.BadParameter: two are one file.
-    """
-    found = {Path(model).resolve(): "--model"} if Path(model).is_file() else {}
-    for name, path in written.items():
-        if path is not None and (other := found.setdefault(path.resolve(), name)) != name:
-            raise typer.BadParameter(f"{path} is the file of {other} too: name another one", param_hint=name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +224,7 @@ class Learning:
                 "trajectories begin from noise: leave out --data, or use --recipe pairs", param_hint="--data"
             )
         written = {"--out": self.out, "the training's state": self.state, "--json": self.json}
-        check_apart(self.model, written | {"--learned": self.learned})
+        options.check_apart(written | {"--learned": self.learned}, self.model)
 
     def _check_pairs(self) -> None:
         if self.data is None:
