@@ -258,9 +258,9 @@ class Session:
         self._buffers = executable.buffers(self)
         self._slots, self._folded = self._buffers.slots, self._buffers.folded
         self.start = self.step = start
-        numbers = torch.arange(start, self.num_steps, device=self._captured.inputs[0].device).split(1)
+        numbers = torch.arange(start, self.num_steps, device=self._captured.inputs[0].device)[:, None]
         # copies: compiled code may want memory that is aligned
-        self._steps = [self._bind(step, number.clone()) for step, number in enumerate(numbers)]
+        self._steps = [self._bind(step, number.clone()) for step, number in enumerate(numbers.unbind())]
         seen = self._captured
         watched = watched and not executable.alike
         self._watch = Watch(seen.noise_level, seen.samples, start, self.num_steps) if watched else None

@@ -19,8 +19,8 @@ from tcc.cli import options, record, screen
 from tcc.cli.calls import Calls
 from tcc.cli.compare import Task
 from tcc.cli.demo import make_plans
-from tcc.cli.harness import UNCACHED, Harness, device_named
-from tcc.cli.lines import Line, failures, plot, table
+from tcc.cli.harness import Harness, device_named
+from tcc.cli.lines import UNCACHED, Line, failures, plot, table
 from tcc.cli.policies import find_policy, parse_options
 from tcc.cli.sample import seeded_noise
 from tcc.cli.subjects import Subject, load_subject, look
