@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from provenance import provenance
 from quality_measured import Measured, from_file, from_store, joined, left_out, of_same_seeds, timed
-from quality_rows import FEWER, MULTISTEP, UNCACHED
+from quality_rows import FEWER, MULTISTEP, RANDOM, UNCACHED, ablation, comparison
 from rich.console import Console
 from rich.table import Table
 
@@ -25,7 +25,7 @@ COLUMNS = (
     "row", "steps", "GMAC", "bound", "ms per image", "speedup", "PSNR dB", "PSNR min..max", "FD", "FD min..max",
     "seeds x samples", "PSNR, fewer steps", "FD, fewer steps", "front",
 )  # fmt: skip
-MARKERS = "osD^v<>Pp*Xh8d"
+MARKERS = "osD^v<>Pp*Xhd"  # 13, and 10 colours: no two methods have both
 
 
 def at_equal_cost(rows: Sequence[Measured], wanted: Measured, field: str) -> float | None:
@@ -114,7 +114,7 @@ def notes(rows: Sequence[Measured], arithmetic: str) -> str:
 def plot(rows: Sequence[Measured], steps: int, path: Path) -> None:
     """Time against FD and against PSNR; fewer steps as a line."""
     own = [m for m in rows if m.steps == steps]
-    figure = Figure(figsize=(13, 5.6), dpi=110, layout="constrained")
+    figure = Figure(figsize=(15, 6.5), dpi=110, layout="constrained")
     panels = figure.subplots(1, 2)
     cost = "measured time" if all(m.speedup for m in own) else "MACs"
     labels = {"mean_fd": "FD (Fashion-MNIST CNN): lower is better", "mean_psnr": "PSNR, dB: higher is better"}
@@ -129,24 +129,57 @@ def plot(rows: Sequence[Measured], steps: int, path: Path) -> None:
 
 
 def _panel(axes: Axes, rows: Sequence[Measured], field: str) -> None:
-    for number, family in enumerate(dict.fromkeys(m.family for m in rows)):
+    looks, lines = _looks(rows), 0
+    for family in dict.fromkeys(m.family for m in rows):
         members = sorted((m for m in rows if m.family == family), key=lambda m: m.cost)
         shown = [m for m in members if math.isfinite(getattr(m, field))]
-        x, y = [m.cost for m in shown], [getattr(m, field) for m in shown]
+        lists = [m.cost for m in shown], [getattr(m, field) for m in shown]
+        at = list(zip(*lists, strict=True))
+        marker, color = looks[_method(family)]
         if family == FEWER or family.startswith(MULTISTEP):
-            axes.plot(x, y, "k.-" if family == FEWER else f"C{number % 10}.--", lw=1, ms=4, label=family)
-            for m, *at in zip(shown, x, y, strict=True):
-                axes.annotate(str(m.run_steps), at, (0, -9), textcoords="offset points", fontsize=6.5, ha="center")
+            color, style = ("k", "-") if family == FEWER else (color, "--")
+            axes.plot(*lists, color=color, ls=style, marker=".", lw=1, ms=4, label=family)
+            _write(axes, [str(m.run_steps) for m in shown], at, color, ((0, -9), (9, 2), (-9, -6))[lines % 3])
+            lines += 1
         else:
-            style = {"marker": MARKERS[number % len(MARKERS)], "color": f"C{number % 10}", "ls": "none", "ms": 6}
-            axes.plot(x, y, **style, alpha=0.85, label=family)
+            hollow = {"fillstyle": "none"} if family.endswith(RANDOM) else {"alpha": 0.85}
+            axes.plot(*lists, marker=marker, color=color, ls="none", ms=6, label=family, **hollow)
+            _write(axes, [] if hollow.get("fillstyle") else [_setting(m) for m in shown], at, color, (0, 6))
     if field == "mean_fd":
         for m in rows:
             axes.plot([m.cost] * 2, [min(m.fd.values()), max(m.fd.values())], color="#999999", lw=0.8, zorder=0)
         axes.set_yscale("log")
-        for axis_part in ("major", "minor"):
-            getattr(axes.yaxis, f"set_{axis_part}_formatter")(FuncFormatter(lambda value, _: f"{value:.3g}"))
-    axes.grid(alpha=0.25, which="both")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axes.grid(alpha=0.25)
+
+
+def _looks(rows: Sequence[Measured]) -> dict[str, tuple[str, str]]:
+    """Marker and colour of every method, the same in all pictures."""
+    planned = (row.family for row in (*comparison(50), *ablation(50)))
+    methods = dict.fromkeys(map(_method, (*planned, *(m.family for m in rows))))
+    return {method: (MARKERS[number % len(MARKERS)], f"C{number % 10}") for number, method in enumerate(methods)}
+
+
+def _method(family: str) -> str:
+    """What a control at random stands beside."""
+    return family.removesuffix(RANDOM)
+
+
+def _setting(m: Measured) -> str:
+    """What tells a row from others of its family: the words with numbers."""
+    words = (word.strip(",") for word in m.row.split() if word not in m.family.split())
+    return " ".join(word for word in words if any(map(str.isdigit, word)))
+
+
+def _write(
+    axes: Axes, texts: Sequence[str], at: Sequence[tuple[float, float]], color: str, offset: tuple[int, int]
+) -> None:
+    for text, point in zip(texts, at, strict=False):
+        axes.annotate(
+            text, point, offset, textcoords="offset points", fontsize=6, color=color, ha="center", va="center"
+        )
 
 
 def report(entries: Sequence[Any], args: argparse.Namespace, console: Console) -> None:

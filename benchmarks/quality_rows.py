@@ -30,6 +30,7 @@ COMPARED, WHOLE_RUNS = "stream-importance-ddim{steps}.safetensors", "runs-import
 PROBES, WHOLE_RUN_PROBES = "probes-ddim{steps}.safetensors", "runs-probes-ddim{steps}.safetensors"
 CALIBRATION = "calibration-ddim{steps}.safetensors"
 
+RANDOM = ", random"  # how the controls' names end
 SHARES = (0.5, 0.34, 0.26, 0.2, 0.16)  # of the steps, that a forecast computes
 SHIPPED = Path(data.__file__).parent
 
@@ -182,9 +183,7 @@ def shuffle(info: ModelInfo, plan: CachePlan, seed: int = 0) -> CachePlan:
 def control(row: Row, **changed: Any) -> Row:
     """The control of a row: the same with random choices, by changed options, or else shuffled."""
     options = {**row.options, **changed}
-    return Row(
-        f"{row.name}, random", f"{row.family}, random", row.policy, options, row.run_steps, row.name, not changed
-    )
+    return Row(row.name + RANDOM, row.family + RANDOM, row.policy, options, row.run_steps, row.name, not changed)
 
 
 UNCACHED = Row("uncached", FEWER, "full")
