@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.markup import escape
 from rich.table import Table
@@ -180,7 +181,10 @@ def front(lines: Sequence[Line]) -> list[Line]:
 
 
 def plot(lines: Sequence[Line], title: str, path: Path) -> None:
-    """Speedup against closeness: hollow where eager, half filled where blocks are compiled; the front as a line."""
+    """Speedup against closeness: hollow where eager, half filled where blocks are compiled; the front as a line.
+
+    What a row has beside its family's name stands at its fastest mode.
+    """
     figure = Figure(figsize=(11, 6), dpi=110, layout="constrained")
     axes = figure.subplots()
     shown = [
@@ -196,14 +200,25 @@ def plot(lines: Sequence[Line], title: str, path: Path) -> None:
                 *_points(members), ls="none", ms=7, marker=_MARKERS[number % len(_MARKERS)], color=color,
                 fillstyle=_FILLED.get(mode, "full"), label=f"{family}, {mode}",
             )  # fmt: skip
-    axes.plot(*_points(front(shown)), "k:", lw=1, zorder=0, label="front")
+        _write_settings(axes, [line for line in shown if line.family == family], f"C{number % 10}")
+    if len(best := front(shown)) > 1:
+        axes.plot(*_points(best), "k:", lw=1, zorder=0, label="front")
     images = any(line.psnr is not None for line in shown)
     axes.set_xlabel("speedup over the uncached model under torch.compile")
-    axes.set_ylabel("PSNR to the uncached images, dB" if images else "uncached result / error, dB")
+    axes.set_ylabel("PSNR to the uncached images, dB" if images else "norm of the uncached result over its error's, dB")
     axes.set_title(textwrap.fill(title, 100), fontsize=9)
     axes.grid(alpha=0.25)
     figure.legend(loc="outside right upper", fontsize=7, frameon=False)
     figure.savefig(path, facecolor="white")
+
+
+def _write_settings(axes: Axes, lines: Sequence[Line], color: str) -> None:
+    """What tells the rows of a family apart, once for all modes of a method."""
+    fastest = {line.method: line for line in sorted(lines, key=lambda line: line.speedup or 0.0)}
+    for line, *at in zip(fastest.values(), *_points(list(fastest.values())), strict=True):
+        own = " ".join(word for word in line.method.split() if word not in line.family.split())
+        text, above = textwrap.shorten(own, 32), {"xytext": (0, 7), "textcoords": "offset points"}
+        axes.annotate(text, at, **above, fontsize=6, color=color, ha="center")
 
 
 def _points(lines: Sequence[Line]) -> tuple[list[float], list[float]]:
