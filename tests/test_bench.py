@@ -171,7 +171,7 @@ def test_plans_of_one_file_name_are_told_apart(run: Invoke) -> None:
     names = ["a/p.safetensors", "b/p.safetensors", "b/uncached.safetensors", "b/q.safetensors"]
     for number, name in enumerate(names):
         Path(name).parent.mkdir(exist_ok=True)
-        options = ["--policy", "fora", "-o", f"interval={number + 2}", "--steps", "6", "--out", name]
+        options = ["--policy", "fora", "-o", f"interval={number + 2}", "--steps", "10", "--out", name]
         assert CliRunner().invoke(app, ["plan", *given, *options]).exit_code == 0
 
     run(*names, names[0], *given, "--no-fewer", "--json", "bench.json")
