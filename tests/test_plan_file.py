@@ -222,7 +222,7 @@ def forge(path: str, tensors: dict[str, torch.Tensor] | None = None, **changes: 
 
 MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     "no steps": ({"num_steps": 0}, "a plan needs at least one step"),
-    "steps as text": ({"num_steps": "six"}, "a whole number, got num_steps=six"),
+    "steps as text": ({"num_steps": "six"}, "a whole number, got num_steps='six'"),
     "steps as a fraction": ({"num_steps": 6.5}, "a whole number, got num_steps=6.5"),
     "unknown action": ({"kinds": [{"kind": "guess"}]}, "the plan's table is malformed"),
     "action with more fields": ({"kinds": [{"kind": "hold", "for": 3}]}, "the plan's table is malformed"),
