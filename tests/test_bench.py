@@ -98,6 +98,7 @@ def test_plans_and_policies_beside_the_uncached_model(run: Invoke) -> None:
     assert {"command", "commit", "date", "machine", "seed", "backend", "dtype"} <= set(content)
     assert Path("b.png").read_bytes().startswith(b"\x89PNG")
     assert "realised" in plain(found.output)
+    assert "backend eager" in plain(found.output)
 
 
 def test_a_model_of_ones_own_is_called_as_its_function_says(run: Invoke) -> None:

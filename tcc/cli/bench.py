@@ -148,7 +148,7 @@ def bench(
         regional=regional,
     )
     lines = _measure(harness, plans, fewer, fold_timesteps, rounds, seconds)
-    title = _title(subject.label, info, count, dtype)
+    title = _title(subject.label, info, count, dtype, backend)
     screen.out().print(table(lines, title))
     if any(line.reason for line in lines):
         screen.note(failures(lines))
@@ -273,10 +273,10 @@ def _task(subject: Subject, model: Architecture, seed: int, cfg: float) -> Task:
     return Task(noise, labels, config.null_class, cfg, dtype=subject.args[0].dtype)
 
 
-def _title(label: str, info: ModelInfo, steps: int, dtype: str) -> str:
+def _title(label: str, info: ModelInfo, steps: int, dtype: str, backend: str) -> str:
     """What was run, and where."""
     where = timing.machine()
     on_gpu = info.captured.inputs[0].device.type == "cuda"
     device = where["accelerator"] if on_gpu else f"{where['processor']}, {where['threads']} thread(s)"
     inputs = ", ".join(f"{spec.name} {list(spec.shape)}" for spec in info.captured.inputs)
-    return f"{label}: {inputs}; {steps} steps; {dtype} on {device}, torch {where['torch']}"
+    return f"{label}: {inputs}; {steps} steps; {dtype} on {device}, torch {where['torch']}, backend {backend}"
