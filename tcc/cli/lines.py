@@ -215,10 +215,10 @@ def plot(lines: Sequence[Line], title: str, path: Path) -> None:
 def _write_settings(axes: Axes, lines: Sequence[Line], color: str) -> None:
     """What tells the rows of a family apart, once for all modes of a method."""
     fastest = {line.method: line for line in sorted(lines, key=lambda line: line.speedup or 0.0)}
-    for line, *at in zip(fastest.values(), *_points(list(fastest.values())), strict=True):
+    for line, x, y in zip(fastest.values(), *_points(list(fastest.values())), strict=True):
         own = " ".join(word for word in line.method.split() if word not in line.family.split())
-        text, above = textwrap.shorten(own, 32), {"xytext": (0, 7), "textcoords": "offset points"}
-        axes.annotate(text, at, **above, fontsize=6, color=color, ha="center")
+        text = textwrap.shorten(own, 32)
+        axes.annotate(text, (x, y), (0, 7), textcoords="offset points", fontsize=6, color=color, ha="center")
 
 
 def _points(lines: Sequence[Line]) -> tuple[list[float], list[float]]:
