@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from tcc.errors import PlanError, TccError
 from tcc.plan import Action, CachePlan, Compute, Cost, Hold, ModelKey, Reuse, Skip, TopK, Update
 from tcc.scores import Attended, Entropy, Fixed, Norm, Probe, Score, Stale, Term
+from tcc.tensors_file import write_tensors
 
 __all__ = ["load", "save"]
 
@@ -62,10 +62,8 @@ def save(plan: CachePlan, path: str) -> None:
         ) from error
     # safetensors refuses an empty file of tensors on some versions: one empty tensor marks the format
     tensors["format"] = torch.zeros(0, dtype=torch.int64)
-    try:
-        save_file(tensors, path, metadata={"format": FORMAT, "plan": text, "sha256": _digest(text, tensors)})
-    except (SafetensorError, OSError) as error:
-        raise PlanError(f"{path}: the plan cannot be written ({error})") from error
+    header = {"format": FORMAT, "plan": text, "sha256": _digest(text, tensors)}
+    write_tensors(tensors, path, header, what="the plan", error=PlanError)
 
 
 def load(path: str) -> CachePlan:
