@@ -68,12 +68,13 @@ from torch import fx
 import tcc
 from tcc.folding import Folding, find_folding
 from tcc.info import ModelInfo
+from tcc.lowering import lower
 from tcc.passes.graph import graph_text
 from tcc.passes.pipeline import ALL, Rewrites
 from tcc.plan import CachePlan
 from tcc.program import Program, build_program
 from tcc.reference import Reference
-from tcc.runtime import Session, lower
+from tcc.runtime import Session
 from tcc.timing import Run, RunTiming, time_runs
 
 Made = TypeVar("Made")

@@ -51,9 +51,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import tcc
+from tcc.lowering import lower
 from tcc.passes.graph import module_path
 from tcc.program import build_program
-from tcc.runtime import Session, lower
+from tcc.runtime import Session
 
 TOLERANCE = 1e-4
 TIMEOUT = 600.0

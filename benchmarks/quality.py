@@ -44,12 +44,13 @@ import tcc
 from tcc import plans, timing
 from tcc.cli.compare import Method, Task, compare, of_executable, warm_up
 from tcc.errors import CallError, PlanError
+from tcc.lowering import Compiled, Known, lower
 from tcc.metrics import feature_network, psnr
 from tcc.models import DiT, load_dit, reference_model
 from tcc.passes.pipeline import StepKind
 from tcc.plan import CachePlan
 from tcc.program import Variant, build_program
-from tcc.runtime import Compiled, Executable, Known, Session, lower
+from tcc.runtime import Executable, Session
 from tcc.samplers import DDIM, Sampler
 
 CHUNK, CFG = 250, 1.5

@@ -35,8 +35,9 @@ from torch import Tensor
 from torch.nn.functional import layer_norm
 
 import tcc
+from tcc.lowering import lower
 from tcc.program import build_program
-from tcc.runtime import Session, lower
+from tcc.runtime import Session
 from tcc.timing import time_calls
 
 SHAPE = (2, 256, 384)

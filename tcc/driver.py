@@ -16,11 +16,12 @@ from torch.export import ExportedProgram
 from tcc.errors import CallError, PlanError, ShapeError
 from tcc.image import Image, Images
 from tcc.info import ModelInfo
+from tcc.lowering import Backend
 from tcc.plan import CachePlan
 from tcc.plan_start import check_start
 from tcc.prepare import OnShapeChange, Options, Policy, Prepared, Ready
 from tcc.program import Program
-from tcc.runtime import Backend, Executable, Session
+from tcc.runtime import Executable, Session
 from tcc.stand_in import StandIn
 from tcc.whole_run import Loop, WholeRun
 

@@ -3,47 +3,106 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 import torch._inductor
 from torch import fx
 from torch._guards import TracingContext, tracing
-from torch._inductor.exc import InductorError, OperatorIssue
+from torch._inductor import config
+from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.exc import CppCompileError, InductorError, OperatorIssue
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from tcc import inductor_reuse
 from tcc.inductor_stores import StoreEarly
 
-__all__ = ["compile_graph"]
+__all__ = ["start_compiling"]
 
 logger = logging.getLogger(__name__)
 Runner = Callable[..., Sequence[torch.Tensor]]
+Wait = Callable[[], None]
+#: Where waits for loops are put off to, while a graph is compiled that may put them off.
+_put_off: ContextVar[list[Wait] | None] = ContextVar("_put_off", default=None)
 
 
-def compile_graph(gm: fx.GraphModule, examples: list[torch.Tensor], options: dict[str, Any]) -> Runner:
-    """Inductor without Dynamo in front: the graph is whole already, so nothing can break, guard or recompile."""
+class _Code(NamedTuple):
+    """A compiled graph, what must be waited for before it is called, and the options that both depend on."""
+
+    runner: Runner
+    waits: list[Wait]
+    options: dict[str, Any]
+
+    def finished(self) -> Runner:
+        with config.patch(self.options):
+            for wait in self.waits:
+                wait()
+        return self.runner
+
+
+def start_compiling(gm: fx.GraphModule, examples: list[torch.Tensor], options: dict[str, Any]) -> Callable[[], Runner]:
+    """Inductor without Dynamo in front: the graph is whole already, so nothing can break, guard or recompile.
+
+    Returns:
+        What waits for the rest and returns the compiled graph. Of a graph on CPUs, C++ compilers are at work meanwhile,
+        in processes of their own: who has several graphs to compile starts them all first.
+    """
     inductor_reuse.install()
+    _let_waits_be_put_off()
     # without the shape environment, which Dynamo brings along elsewhere, Inductor does not look into its cache
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
     inputs = [mode.from_tensor(x, static_shapes=True) for x in examples]
     for node in gm.graph.nodes:
         node.meta.pop("unbacked_bindings", None)  # of the environment that the capture had: made anew in this one
 
-    def attempt(options: dict[str, Any]) -> Runner:
-        with tracing(TracingContext(mode)), _arguments_left_out():
-            chosen = {"post_grad_custom_post_pass": StoreEarly(), **options}
-            compiled: Runner = torch._inductor.compile(gm, [*inputs], options=chosen)
-        return compiled
+    def attempt(options: dict[str, Any]) -> _Code:
+        waits: list[Wait] = []
+        token = _put_off.set(waits if all(x.device.type == "cpu" for x in examples) else None)
+        try:
+            with tracing(TracingContext(mode)), _arguments_left_out():
+                chosen = {"post_grad_custom_post_pass": StoreEarly(), **options}
+                return _Code(torch._inductor.compile(gm, [*inputs], options=chosen), waits, options)
+        finally:
+            _put_off.reset(token)
 
-    try:
-        return attempt(options)
-    except InductorError as error:  # torch 2.13's fused C++ loops miss values that are written in place
+    def with_small_loops(error: Exception) -> _Code:  # torch 2.13's fused C++ loops miss values written in place
         logger.warning("Inductor failed (%s): compiling this variant with small loops, which are slower", error)
         return attempt({"max_fusion_size": 4, **options})
+
+    try:
+        code = attempt(options)
+    except InductorError as error:
+        return with_small_loops(error).finished
+
+    def finish() -> Runner:
+        try:
+            return code.finished()
+        except CppCompileError as error:
+            return with_small_loops(error).finished()
+
+    return finish
+
+
+def _let_waits_be_put_off() -> None:
+    """Inductor waits for a graph's loops at the end of its code's import; they are not needed before it is called."""
+    wait = AsyncCompile.wait
+    if hasattr(wait, "waits_now"):
+        return
+
+    def wait_or_put_off(self: AsyncCompile, scope: dict[str, Any]) -> None:
+        later = _put_off.get()
+        if later is None:
+            wait(self, scope)
+        else:
+            later.append(functools.partial(wait, self, scope))
+
+    wait_or_put_off.waits_now = wait  # type: ignore[attr-defined]
+    setattr(AsyncCompile, "wait", wait_or_put_off)  # noqa: B010 - to mypy a method is no variable
 
 
 @contextlib.contextmanager

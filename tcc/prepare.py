@@ -19,11 +19,12 @@ from tcc.checks import check_model
 from tcc.errors import CallError, PlanError, ShapeError
 from tcc.folding import Folding, find_folding
 from tcc.info import ModelInfo
+from tcc.lowering import Backend, Compiled, Known, lower
 from tcc.passes.sites import analyse
 from tcc.plan import CachePlan
 from tcc.plan_start import start_at
 from tcc.program import Program
-from tcc.runtime import Backend, Compiled, Executable, Known, lower
+from tcc.runtime import Executable
 
 __all__ = ["OnShapeChange", "Options", "Policy", "Prepared", "Ready"]
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 import tcc
+from tcc.lowering import lower
 from tcc.plan import CachePlan, Compute, Hold
 from tcc.program import build_program
-from tcc.runtime import Executable, Session, lower
+from tcc.runtime import Executable, Session
 from tests.tiny_models import Case, case, tensor_of
 
 #: float32 sums in another order: a step has a few hundred roundings of 6e-8.

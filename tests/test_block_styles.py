@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import tcc
+from tcc.lowering import lower
 from tcc.plan import Action, Attention, CachePlan, Hold, Reuse, TopK, Update
 from tcc.program import build_program
-from tcc.runtime import Session, lower
+from tcc.runtime import Session
 from tcc.scores import Norm, Score
 from tests.block_styles import BATCH, STYLES, TOKENS, convolved
 from tests.running import CLOSE

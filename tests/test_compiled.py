@@ -12,12 +12,13 @@ from torch._inductor import metrics
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import tcc
-from tcc.inductor import compile_graph
+from tcc.inductor import start_compiling
+from tcc.lowering import lower
 from tcc.models import DiT
 from tcc.passes.graph import write_code
 from tcc.plan import CachePlan, Compute, Hold, Reuse, Update
 from tcc.program import build_program
-from tcc.runtime import Session, lower
+from tcc.runtime import Session
 from tcc.timing import allocations
 from tests.tiny_models import case
 
@@ -108,7 +109,7 @@ def test_sums_are_added_up_in_their_slots_under_inductor() -> None:
 
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(9))
     mine, wanted = ([torch.full((64, 32), float(number)) for number in range(3)] for _ in range(2))
-    run = compile_graph(make_fx(lambda *inputs: step(*inputs))(x, *mine), [x, *mine], {})
+    run = start_compiling(make_fx(lambda *inputs: step(*inputs))(x, *mine), [x, *mine], {})()
     for slots, call in ((mine, run), (wanted, step)):
         for number, slot in enumerate(slots):  # compiling may have written to them
             slot.fill_(float(number))

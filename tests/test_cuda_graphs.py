@@ -17,8 +17,9 @@ import tcc
 from tcc.cli import compare
 from tcc.cuda_graphs import Graphs, Replay
 from tcc.errors import CallError
+from tcc.lowering import _recorder
 from tcc.models import DiT
-from tcc.runtime import Executable, Session, _recorder
+from tcc.runtime import Executable, Session
 from tests import fuzz_plans, running
 from tests.tapes import Tapes
 from tests.tiny_models import Block, Tokens, case, dit, fill, noise

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, fx
 
 from tcc import Reference
+from tcc.lowering import lower
 from tcc.passes import outline_repeats
 from tcc.program import build_program
-from tcc.runtime import Session, lower
+from tcc.runtime import Session
 from tests import fuzz_plans
 from tests.fuzz_plans import MODELS, TOLERANCE, Example, relative_error, tensor_of
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tcc.inductor import compile_graph
+from tcc.inductor import start_compiling
 from tcc.inductor_reuse import memory_in_use
 from tcc.timing import allocations
 
@@ -62,7 +62,7 @@ def test_no_wide_value_is_kept_for_the_next_one() -> None:
         return (x,)
 
     inputs = [x, *ups, *downs]
-    run = compile_graph(make_fx(step)(*inputs), inputs, {})
+    run = start_compiling(make_fx(step)(*inputs), inputs, {})()
     torch.testing.assert_close(run(*inputs)[0], step(*inputs)[0])
     assert allocations(lambda: run(*inputs)).peak == 6 * x.nbytes
 
@@ -82,6 +82,6 @@ def test_no_wide_value_is_kept_while_loops_hold_all_that_they_make() -> None:
         after = before + part @ weights[2]
         return (torch.tanh(torch.nn.functional.gelu(after @ weights[3]) @ weights[4]) * after * before,)
 
-    run = compile_graph(make_fx(step)(*inputs), inputs, {})
+    run = start_compiling(make_fx(step)(*inputs), inputs, {})()
     torch.testing.assert_close(run(*inputs)[0], step(*inputs)[0])
     assert allocations(lambda: run(*inputs)).peak == 11 * inputs[0].nbytes

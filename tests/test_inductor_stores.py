@@ -11,9 +11,10 @@ from torch import Tensor, fx, nn
 
 import tcc
 from tcc.inductor_stores import StoreEarly
+from tcc.lowering import lower
 from tcc.models import DiT
 from tcc.program import build_program
-from tcc.runtime import Session, lower
+from tcc.runtime import Session
 from tcc.timing import allocations
 from tests.graphs import Sketch, calls
 

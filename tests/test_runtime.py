@@ -13,9 +13,9 @@ from torch import fx
 
 import tcc
 from tcc.errors import CallError, CompileError
+from tcc.lowering import lower
 from tcc.plan import CachePlan, Compute, Hold, Reuse, Skip, Update
 from tcc.program import build_program
-from tcc.runtime import lower
 from tests.running import CLOSE, STEPS, call, hold_plan, session, token_plan
 from tests.tiny_models import Block, Case, Tokens, case, fill, relative_error, tensor_of
 

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from tcc.checks import check_model
 from tcc.cli import screen
 from tcc.info import ModelInfo
+from tcc.lowering import Compiled, Known, lower
 from tcc.plan import CachePlan
-from tcc.runtime import Compiled, Executable, Known, lower
+from tcc.runtime import Executable
 
 __all__ = ["executables"]
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, fx, nn
 
 import tcc
+from tcc.lowering import lower
 from tcc.passes.drop_dead_parts import DropDeadParts
 from tcc.passes.macs import count
 from tcc.plan import CachePlan, Compute, Reuse
 from tcc.program import build_program
-from tcc.runtime import Session, lower
+from tcc.runtime import Session
 from tests.graphs import Sketch, calls, edits, text, values
 from tests.running import CLOSE, call
 from tests.tiny_models import Case, case, relative_error

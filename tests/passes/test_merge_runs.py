@@ -9,11 +9,12 @@ import torch
 from torch import fx
 
 import tcc
+from tcc.lowering import lower
 from tcc.passes.merge_runs import MergeRuns
 from tcc.passes.tokens import gather_tokens
 from tcc.plan import Action, CachePlan, Update
 from tcc.program import build_program
-from tcc.runtime import Session, lower
+from tcc.runtime import Session
 from tests.graphs import Sketch, calls, edits, text, values
 from tests.running import CLOSE, call
 from tests.tiny_models import case, relative_error

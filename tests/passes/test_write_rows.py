@@ -7,11 +7,12 @@ import torch
 from torch import fx
 
 import tcc
+from tcc.lowering import lower
 from tcc.passes.lower_tokens import LowerTokens
 from tcc.passes.write_rows import WriteRows
 from tcc.passes.write_slots import WriteSlots
 from tcc.program import build_program
-from tcc.runtime import Session, lower
+from tcc.runtime import Session
 from tests.graphs import Sketch, calls, edits, text, values
 from tests.running import CLOSE, STEPS, call, token_plan
 from tests.tiny_models import case, relative_error
