@@ -156,14 +156,16 @@ class Bench(Harness):
             self.refuse(Line(method=name, family=family, package=TCC, mode=TCC, steps=self.steps), _reason(error))
 
     def fd(self, images: int) -> Callable[[Method], float] | None:
-        """Measures the Frechet distance of so many images to the test images; it is biased upwards, the more the fewer.
+        """Measures the Frechet distance of so many images, of all classes in turn, to the test images.
+
+        It is biased upwards, the more the fewer they are.
 
         None where none are asked for, or the model draws none.
         """
         if not images or not self.subject.trained:
             return None
         network = feature_network()
-        tasks = [self.subject.task(self.batch, seed) for seed in range(2, 2 + -(-images // self.batch))]
+        tasks = [self.subject.task(self.batch, 2 + first, first=first) for first in range(0, images, self.batch)]
 
         def distance(method: Method) -> float:
             with torch.no_grad():

@@ -37,11 +37,11 @@ class Subject:
     blocks: str
     trained: bool
 
-    def task(self, batch: int, seed: int, cfg: float = 1.5) -> Task:
-        """Noise and labels for `batch` images."""
+    def task(self, batch: int, seed: int, cfg: float = 1.5, first: int = 0) -> Task:
+        """Noise for `batch` images, and the classes in turn, from `first` on."""
         noise = torch.randn(batch, *self.shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
         device = next(self.model.parameters()).device
-        labels = torch.arange(batch, device=device) % self.num_classes
+        labels = torch.arange(first, first + batch, device=device) % self.num_classes
         return Task(noise.to(device), labels, self.num_classes, cfg, dtype=next(self.model.parameters()).dtype)
 
 
