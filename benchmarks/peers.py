@@ -158,9 +158,7 @@ class Bench(Harness):
     def fd(self, images: int) -> Callable[[Method], float] | None:
         """Measures the Frechet distance of so many images, of all classes in turn, to the test images.
 
-        It is biased upwards, the more the fewer they are.
-
-        None where none are asked for, or the model draws none.
+        It is biased upwards, the more the fewer they are. None where none are asked for, or the model draws none.
         """
         if not images or not self.subject.trained:
             return None

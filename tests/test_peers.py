@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import tcc
-from tcc.cli.compare import Method
+from tcc.cli.compare import Method, Task
 from tcc.errors import PlanError
 from tcc.metrics import psnr
 from tcc.models import DiT
@@ -202,6 +202,23 @@ def _block_macs(model: DiT) -> int:
     """MACs of a block for one image: adaLN, qkv, attention, projection, MLP."""
     width, tokens, hidden = 32, 16, 128
     return 6 * width * width + tokens * (4 * width * width + 2 * tokens * width + 2 * width * hidden)
+
+
+def test_images_for_fd_are_of_all_classes(scripts: Scripts, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In turn, and of noise of their own, whatever the batch."""
+    drawn: list[Task] = []
+
+    def draw_none(_: object, task: Task) -> torch.Tensor:
+        drawn.append(task)
+        return torch.zeros(2, 1, 8, 8)
+
+    monkeypatch.setattr(scripts["peers"], "run", draw_none)
+    monkeypatch.setattr(scripts["peers"], "feature_network", lambda: lambda images: torch.rand(len(images), 128))
+    bench = scripts["peers"].Bench(tiny, steps=2, batch=2, seed=0, backend="eager")
+    assert bench.fd(0) is None
+    bench.fd(5)(None)
+    assert torch.cat([task.labels for task in drawn]).tolist() == [0, 1, 2, 0, 1, 2]
+    assert len({float(x) for task in drawn for x in task.noise[:, 0, 0, 0]}) == 6
 
 
 @needs_diffusers
