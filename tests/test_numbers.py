@@ -83,7 +83,7 @@ def test_twenty_steps() -> None:
 
 
 def test_fifty_steps_of_more_images() -> None:
-    """Speedup, measured in float32; of bfloat16 the bound, PSNR, and FD seed by seed, also of seeds that not all have."""
+    """Speedup, measured in float32; of bfloat16 the bound, PSNR, and FD seed by seed, of all seeds that there are."""
     timed = {row["row"]: row["speedup"] for row in results("quality-core.json") if row["steps"] == 50}
     known: dict[str, list[Any]] = {}
     psnr: dict[str, dict[str, float | None]] = {}
