@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from tcc.cli import app
 from tcc.cli.calls import Calls
 from tcc.cli.harness import COMPILED, ISOLATED, TCC, Harness, known_options, with_compilation
-from tcc.cli.lines import UNCACHED, Line, failures, front, markdown, plot, table
+from tcc.cli.lines import UNCACHED, Line, _own_part, failures, front, markdown, plot, table
 from tcc.models import DiT, save_weights
 from tcc.timing import Compilation
 from tests.tiny_models import case, fill
@@ -264,3 +264,19 @@ def test_the_front_has_what_nothing_beats(tmp_path: Path) -> None:
         assert [line.method for line in front(lines)] == ["slow, good", "between", "fast, bad"]
         plot(lines, "title", tmp_path / "front.png")
         assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("method", "family", "text"),
+    [
+        ("FORA N=2", "tcc: FORA", "N=2"),
+        ("14 steps", "fewer steps", "14"),
+        ("forecast 34%, steps searched", "tcc: forecast, steps searched", "34%"),
+        ("MagCache 0.24 K=5, diffusers' steps", "tcc: MagCache", "0.24 K=5"),
+        ("DBCache F1B0 0.24, cache-dit's steps", "tcc: DBCache", "F1B0 0.24"),
+        ("PyramidAttentionBroadcast N=4, cross 6", "PyramidAttentionBroadcast", "N=4, cross 6"),
+    ],
+)
+def test_points_are_labelled_with_what_the_legend_leaves_out(method: str, family: str, text: str) -> None:
+    """The settings alone."""
+    assert _own_part(Line(method=method, family=family, package="p", mode=COMPILED, steps=1)) == text

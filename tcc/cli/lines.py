@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -216,9 +217,22 @@ def _write_settings(axes: Axes, lines: Sequence[Line], color: str) -> None:
     """What tells the rows of a family apart, once for all modes of a method."""
     fastest = {line.method: line for line in sorted(lines, key=lambda line: line.speedup or 0.0)}
     for line, x, y in zip(fastest.values(), *_points(list(fastest.values())), strict=True):
-        own = " ".join(word for word in line.method.split() if word not in line.family.split())
-        text = textwrap.shorten(own, 32)
-        axes.annotate(text, (x, y), (0, 7), textcoords="offset points", fontsize=6, color=color, ha="center")
+        axes.annotate(
+            textwrap.shorten(_own_part(line), 32),
+            (x, y),
+            (0, 7),
+            textcoords="offset points",
+            fontsize=6,
+            color=color,
+            ha="center",
+        )
+
+
+def _own_part(line: Line) -> str:
+    """What a method's name has beside its family's, which also says whether it repeats another package's steps."""
+    name = re.sub(r", \S+'s? steps$", "", line.method)
+    family = re.split(r"[\s,]+", line.family)
+    return " ".join(word for word in name.split() if word.rstrip(",") not in family).rstrip(",")
 
 
 def _points(lines: Sequence[Line]) -> tuple[list[float], list[float]]:
