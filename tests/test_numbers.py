@@ -229,3 +229,13 @@ def test_caches_beside_each_other() -> None:
             if row["method"] == method
         ]
         assert not unmatched([cells], known)
+
+
+def test_caches_beside_each_other_in_fd() -> None:
+    """Speedup, PSNR and FD of methods in their fastest mode."""
+    rows = [row for row in results("peers-reference-4x20-fd.json") if row["seconds"]]
+    found = table("method, FD beside speed")
+    assert len(found) > 10
+    for method, _, *cells in found:
+        known = [[row["speedup"], row["psnr"], row["fd"]] for row in rows if row["method"] == method]
+        assert not unmatched([cells], known)
