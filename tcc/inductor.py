@@ -64,7 +64,7 @@ def start_compiling(gm: fx.GraphModule, examples: list[torch.Tensor], options: d
         waits: list[Wait] = []
         token = _put_off.set(waits if all(x.device.type == "cpu" for x in examples) else None)
         try:
-            with tracing(TracingContext(mode)), _arguments_left_out():
+            with torch.no_grad(), tracing(TracingContext(mode)), _arguments_left_out():
                 chosen = {"post_grad_custom_post_pass": StoreEarly(), **options}
                 return _Code(torch._inductor.compile(gm, [*inputs], options=chosen), waits, options)
         finally:

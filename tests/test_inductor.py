@@ -88,11 +88,19 @@ def test_loops_that_no_compiler_takes_are_made_smaller(
             raise CppCompileError(["c++"], "no such thing")
         compile_loops(lock, *given)
 
+    grad_modes, compile_once = list[bool](), torch._inductor.compile
+
+    def compile_watched(*given: Any, **options: Any) -> Any:
+        grad_modes.append(torch.is_grad_enabled())
+        return compile_once(*given, **options)
+
+    monkeypatch.setattr(torch._inductor, "compile", compile_watched)
     monkeypatch.setattr(codecache, "_worker_compile_cpp", refuse_first)
     gm, x = softmaxes(1.5)
     finish = start_compiling(gm, [x], {"compile_threads": 2})
     assert "small loops" not in caplog.text
     torch.testing.assert_close(finish()(x)[0], gm(x)[0])
+    assert grad_modes == [False, False]  # else weights would ask for gradients
     assert "no such thing" in caplog.text
     assert "small loops" in caplog.text
 

@@ -218,14 +218,9 @@ def _write_settings(axes: Axes, lines: Sequence[Line], color: str) -> None:
     fastest = {line.method: line for line in sorted(lines, key=lambda line: line.speedup or 0.0)}
     for line, x, y in zip(fastest.values(), *_points(list(fastest.values())), strict=True):
         axes.annotate(
-            textwrap.shorten(_own_part(line), 32),
-            (x, y),
-            (0, 7),
-            textcoords="offset points",
-            fontsize=6,
-            color=color,
-            ha="center",
-        )
+            textwrap.shorten(_own_part(line), 32), (x, y), (0, 7),
+            textcoords="offset points", fontsize=6, color=color, ha="center",
+        )  # fmt: skip
 
 
 def _own_part(line: Line) -> str:
