@@ -73,6 +73,8 @@ class StoreEarly(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         """Edit `graph`."""
         copies = graph.find_nodes(op="call_function", target=aten.copy_.default)
+        for copy in copies:
+            _write_directly(graph, copy)
         start, moved = next(n for n in graph.nodes if n.op != "placeholder"), set[fx.Node]()
         for copy in copies:
             slot, val = copy.args[:2]
@@ -99,6 +101,16 @@ class StoreEarly(CustomGraphPass):
             new = graph.call_function(torch.ops.tcc.put.default, (slot, val, alone))
         new.meta["val"] = val.meta["val"]
         reader.replace_input_with(val, new)
+
+
+def _write_directly(graph: fx.Graph, copy: fx.Node) -> None:
+    """`copy_(slot, copy(slot, value))`, as torch 2.15 has it where the value is an input, is `copy_(slot, value)`."""
+    slot, val = copy.args[:2]
+    assert isinstance(val, fx.Node)
+    if val.target is aten.copy.default and val.args[0] is slot:
+        copy.replace_input_with(val, val.args[1])
+        if not val.users:
+            graph.erase_node(val)
 
 
 def _make_early(add: fx.Node, before: fx.Node | None) -> None:

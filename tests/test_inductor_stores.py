@@ -85,6 +85,19 @@ def test_any_other_value_is_stored_as_soon_as_it_is_there() -> None:
         assert told(sketch.done(out)) == order
 
 
+@pytest.mark.parametrize("over_the_old", [False, True])
+def test_what_is_handed_on_to_another_slot_comes_first(over_the_old: bool) -> None:
+    """Also in the writing of torch 2.15, where it is copied over the other slot's old value before."""
+    sketch = Sketch()
+    x, slot, older = sketch.input("x", 4, 8), sketch.input("slot:a", 4, 8), sketch.input("slot:b", 4, 8)
+    kept = sketch.call(aten.exp.default, x)
+    out = sketch.call(aten.sin.default, kept)
+    handed_on = sketch.call(aten.copy.default, older, slot) if over_the_old else slot
+    sketch.call(aten.copy_.default, older, handed_on)
+    sketch.call(aten.copy_.default, slot, kept)
+    assert told(sketch.done(out)) == ["copy_", "exp", "copy_", "sin"]
+
+
 @pytest.mark.compiles
 @QUIET
 @pytest.mark.parametrize("operator", [torch.neg, torch.sort, nn.Identity()])
