@@ -141,13 +141,20 @@ class _Edit:
                 self._store(entry, slot, self._sum(entry))
                 return
             if isinstance(action, Skip):  # a value of its own: who holds the stream below must not hold it above
-                new = self._call(aten.alias.default, before, like=after)
-                self.aliases.append(new)
+                new = self._unchanged(before, after)
             elif isinstance(action, Update):
                 new = self._updated_stream(entry, before, after)
             else:
                 new = self._call(aten.add.Tensor, before, self._stand_in(entry, slot, after), like=after)
         self._replace(after, new)
+
+    def _unchanged(self, before: fx.Node, after: fx.Node) -> fx.Node:
+        """The stream `before` in place of `after`: what is left out may have widened its dtype."""
+        if value(before).dtype != value(after).dtype:
+            return self._call(aten._to_copy.default, before, like=after, dtype=value(after).dtype)
+        new = self._call(aten.alias.default, before, like=after)
+        self.aliases.append(new)
+        return new
 
     def _keep_rows(self, entry: Entry) -> None:
         """What all sites but the last add to the stream: to the tokens of their sets alone, the others wait."""

@@ -48,7 +48,7 @@ class NarrowSlots(Pass):
         if stored:
             gm.graph.output_node().args = (tuple(values),)
         for slot in reads:
-            self._read(gm.graph, slot)
+            self._read(gm.graph, slot, first)
         return len(reads) + len(stored)
 
     def _narrows(self, node: fx.Node) -> bool:
@@ -64,14 +64,16 @@ class NarrowSlots(Pass):
                 node = emit(graph, aten.clamp.default, (node, -most, most), like=node)
             return emit(graph, aten._to_copy.default, (node,), {"dtype": self.dtype}, like=node)
 
-    def _read(self, graph: fx.Graph, slot: fx.Node) -> None:
-        """Make a slot narrow, and cast it back right before it is first read."""
+    def _read(self, graph: fx.Graph, slot: fx.Node, own: int) -> None:
+        """Make a slot narrow, and cast it back right before it is first read; `own` outputs are the model's."""
         wide = value(slot).dtype
         with fake_mode_of(graph):
             slot.meta["val"] = torch.empty(value(slot).shape, dtype=self.dtype, device=value(slot).device)
-        readers: dict[fx.Node, Any] = {user: None for user in slot.users if user.op != "output"}
-        if not readers:
+        output, values = graph.output_node(), output_values(graph)
+        readers: dict[fx.Node, Any] = {user: None for user in slot.users if user is not output}
+        if not readers and slot not in values[:own]:
             return
-        with graph.inserting_before(min(readers)):
+        with graph.inserting_before(min([*readers, output])):
             back = emit(graph, aten._to_copy.default, (slot,), {"dtype": wide}, like=slot)
         slot.replace_all_uses_with(back, delete_user_cb=readers.__contains__)
+        output.args = ((*(back if val is slot else val for val in values[:own]), *values[own:]),)

@@ -39,7 +39,8 @@ class Site:
         block: the index of its block; one past the last for `out.stream`, and more for blocks that only other streams
             than the main one pass through.
         values: names of the graph values it consists of: one; K and V for `kv`; the summands for `block`.
-        stream_in: name of the stream value that a `delta` or `block` is added to, else "".
+        stream_in: name of the stream value that a `delta` or `block` is added to, else ""; so where somebody reads the
+            delta beside that addition: its value is replaced then, and the stream follows.
         stream_out: name of the stream value after that addition, else "".
         attention: names of the nodes that stand for the self-attention in it: torch's attention, or a softmax.
         shape: the shape of each kept tensor.
@@ -298,8 +299,9 @@ class _View:
         beside = self._readers(branch.stream_in, branch.add, name.stream)
         guarded = self._readers(branch.stream_in, branch.add, name.stream, own) == ()
         out, change = value(branch.out), value(branch.delta)
+        added = (branch.stream_in.name, branch.add.name) if branch.delta.users.keys() == {branch.add} else ("", "")
         delta = Site(
-            name.but("delta"), "delta", index, (branch.delta.name,), branch.stream_in.name, branch.add.name,
+            name.but("delta"), "delta", index, (branch.delta.name,), *added,
             tuple(node.name for node in own), tuple(change.shape), change.dtype, axis, macs, reason,
             beside is not None, batch=batch, key_batch=tuple(k.batch for k in keys),
             key_axes=tuple(k.axis for k in keys), beside=beside or (), guarded=guarded,

@@ -171,6 +171,8 @@ def resized(sizes: tuple[int, ...], axis: Axis, size: int) -> list[int]:
       aten.polar.default, aten.complex.default)  # fmt: skip
 def pointwise(node: fx.Node, axis: Axis, size: int) -> Narrowing:
     """Broadcasting: an operand carries the tokens where its aligned dimension is not of size 1."""
+    if isinstance(node.meta["val"], (tuple, list)):
+        raise NotTokenLocal(f"{node.target} has several outputs")
     rank, found = len(shape(node)), {}
     for path, operand in operands(node):
         sizes = shape(operand)

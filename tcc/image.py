@@ -18,7 +18,7 @@ _UNKNOWN = (
     "step {step} of {count}: context '{context}' was not called at all steps before, and the inputs do not tell which "
     "step it is at, since no noise level was found among them. Name it, tcc.compile(..., noise_level='timestep'); or "
     "say the step, model.cache_context('{context}', step_index=...); or take a session that begins there, "
-    "model.new_session(start_step=...)"
+    "model.new_session(start_step=...). If a new image begins here, call reset() before it"
 )
 _BACK = (
     "step {step} of {count}: context '{context}' is called at the noise level {now:g}, but the image's loop has gone "
@@ -123,9 +123,11 @@ class Image:
         last = self._ran.get(context, self.start - 1)
         in_turn = last == step - 1
         if level is None or self._level is None:
-            if not in_turn and step < count - 1:
+            if in_turn and self._led.get(context) != last:
+                return step
+            if in_turn or step < count - 1:  # in turn, but the first one at the step before: late, or a step further
                 raise CallError(_UNKNOWN.format(step=step, count=count, context=context))
-            return step if in_turn else None
+            return None
         if in_turn and last >= self.start and self._led.get(context) != last and not is_readable(level):
             return step
         now, there = float(level), float(self._level)

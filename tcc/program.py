@@ -224,14 +224,14 @@ def _tensors(plan: CachePlan, analysis: Analysis, table: StepTable) -> dict[str,
     for number, name in enumerate(table.tokens):
         if isinstance(name, TopK):
             continue
-        kept = plan.tokens[name]
+        kept = plan.tokens[name].clone()  # the caller may change theirs
         place = torch.full((analysis.num_tokens,), -1, dtype=torch.int64)
         place[kept] = torch.arange(kept.numel())
         tensors |= {f"kept_{number}": kept, f"place_{number}": place}
     for number, weights in enumerate(table.coefficients):
         tensors[f"coefficients_{number}"] = torch.tensor(weights, dtype=torch.float32)
     for number, name in enumerate(table.tables):
-        tensors[f"table_{number}"] = plan.tables[name].to(torch.float32)
+        tensors[f"table_{number}"] = plan.tables[name].to(torch.float32, copy=True)
     return tensors
 
 
