@@ -12,6 +12,7 @@ from torch import fx
 
 from tcc.passes.base import Pass
 from tcc.passes.graph import UNKNOWN, cat_dim, emit, shape, value
+from tcc.passes.views import owner, viewed
 
 __all__ = ["Normalize"]
 
@@ -32,6 +33,7 @@ _MADE: dict[Any, Any] = {
 }
 #: Of a dimension that is not 1, nothing is squeezed.
 _SQUEEZES = {aten.squeeze.dim, aten.squeeze.dims}
+_COPIES = {aten.clone.default, aten._to_copy.default, aten.lift_fresh_copy.default, aten.cat.default}
 _SAME = {aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default}
 
 
@@ -44,7 +46,8 @@ class Normalize(Pass):
 
     1. What reads another value for its dtype or shape alone no longer reads it: `type_as(x, y)` and `copy(y, x)` become
        casts, `expand_as(x, y)` an expansion, `new_zeros(y, s)` zeros, so that nobody seems to need all of `y`.
-    2. Bounds that a slice leaves open are written out: Inductor wants numbers where the data decide the other one.
+    2. A copy stays that the caller gets beside what it is a copy of: who writes to one means one alone.
+    3. Bounds that a slice leaves open are written out: Inductor wants numbers where the data decide the other one.
 
     So is a value that is cut in parts and joined again, as streams are between two blocks:
 
@@ -64,7 +67,7 @@ class Normalize(Pass):
                 _make(gm.graph, node)
             elif node.target is aten.slice.Tensor and None in node.args:
                 _bound(node)
-            elif (same := _same(node)) is not None:
+            elif (same := _same(node)) is not None and not _keeps_apart(node, same):
                 node.replace_all_uses_with(same)
                 gm.graph.erase_node(node)
             else:
@@ -110,6 +113,19 @@ def _same(node: fx.Node) -> fx.Node | None:
     if node.target is aten.cat.default:
         return _whole(node)
     return node.args[0] if _is_identity(node) else None  # type: ignore[return-value]
+
+
+def _keeps_apart(node: fx.Node, same: fx.Node) -> bool:
+    """Whether `node` is a copy that the caller gets, of an input, a weight, or something else that the caller gets."""
+    if node.target not in _COPIES or not _is_handed_out(node):
+        return False
+    source = owner(same)
+    return source.op in ("placeholder", "get_attr") or _is_handed_out(source)
+
+
+def _is_handed_out(node: fx.Node) -> bool:
+    """Whether the graph returns the value, or a view of it."""
+    return any(user.op == "output" or (viewed(user) is node and _is_handed_out(user)) for user in node.users)
 
 
 def _whole(node: fx.Node) -> fx.Node | None:

@@ -15,7 +15,7 @@ from torch import fx
 from tcc.passes.base import Pass
 from tcc.passes.fake_values import refresh_strides
 from tcc.passes.macs import count
-from tcc.passes.write_slots import is_view
+from tcc.passes.views import owner
 
 __all__ = ["OutlineRepeats"]
 
@@ -194,19 +194,9 @@ def _segment(nodes: Sequence[fx.Node]) -> _Segment:
 
     calls = tuple((node.target, repr(fx.map_arg((node.args, node.kwargs), named))) for node in nodes)
     used = tuple(node for node in nodes if any(user not in inside for user in node.users))
-    outputs = tuple(dict.fromkeys(owner for owner in map(_owner, used) if owner in inside))
+    outputs = tuple(dict.fromkeys(own for own in map(owner, used) if own in inside))
     form = (calls, tuple(inside[node] for node in used))
     return _Segment(tuple(nodes), tuple(outside), used, outputs, form)
-
-
-def _owner(node: fx.Node) -> fx.Node:
-    """The call whose memory `node` shows: itself, or what it is a view of."""
-    while node.op == "call_function" and is_view(node):
-        source = node.all_input_nodes[0]
-        if node.target is operator.getitem and not is_view(source):
-            break  # one of several new values
-        node = source
-    return node
 
 
 def _sub_graph(gm: fx.GraphModule, segment: _Segment) -> fx.GraphModule:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from torch import fx
 
 from tcc.passes.base import Pass
 from tcc.passes.graph import emit, fake_mode_of, output_values, value
+from tcc.passes.views import owner, viewed
 
 __all__ = ["WriteSlots", "additions"]
 
@@ -59,9 +59,10 @@ def _write(graph: fx.Graph, slot: fx.Node, val: fx.Node, sums: Sequence[fx.Node]
     """Write `val` to the slot: at once, or addition by addition of `sums`."""
     last, todo = slot, [slot]
     while todo:  # what reads the slot, or a view of it, comes first
-        for user in (user for user in todo.pop().users if user.op != "output"):
+        node = todo.pop()
+        for user in (user for user in node.users if user.op != "output"):
             last = max(last, user)
-            if is_view(user):
+            if viewed(user) is node:
                 todo.append(user)
     sums = sums if sums and last < sums[0] else ()
     first = sums[0].all_input_nodes[0] if sums else val
@@ -112,26 +113,10 @@ def _oldest_first(graph: fx.Graph, ages: Mapping[str, int]) -> None:
 
 def _without_aliases(graph: fx.Graph, values: tuple[fx.Node, ...]) -> tuple[tuple[fx.Node, ...], int]:
     new = tuple(
-        emit(graph, aten.clone.default, (val,)) if isinstance(val, fx.Node) and _views_an_own_input(val) else val
+        emit(graph, aten.clone.default, (val,)) if isinstance(val, fx.Node) and "input" in owner(val).meta else val
         for val in values
     )
     return new, sum(a is not b for a, b in zip(new, values, strict=True))
-
-
-def _views_an_own_input(node: fx.Node) -> bool:
-    """Whether `node` is an input that the session owns, or reaches one through operators that return a view."""
-    while node.op == "call_function" and is_view(node):
-        node = node.args[0]  # type: ignore[assignment]
-    return "input" in node.meta
-
-
-def is_view(node: fx.Node) -> bool:
-    """Whether the call returns a view of its input, or a part of what a call returned."""
-    if node.target is operator.getitem:  # a part of what a split returned
-        return True
-    schema = getattr(node.target, "_schema", None)
-    returns = schema.returns if schema is not None else ()
-    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
 def _slot(graph: fx.Graph, name: str, val: fx.Node) -> fx.Node:

@@ -71,3 +71,14 @@ def test_what_is_kept_is_the_rounded_value(dtype: torch.dtype) -> None:
     assert kept.float().isfinite().all()
     assert torch.equal(moved.float(), slot.float())
     assert score.dtype == torch.float32
+
+
+def test_a_slot_that_is_what_the_model_returns_is_returned_wide() -> None:
+    """A stream that is held up to the output; the history beside it moves on as it is."""
+    sketch = Sketch()
+    slot = sketch.input("slot:a", 4, 6)
+    gm = sketch.done(slot, slot, stores=("a~1",))
+    assert edits(gm, NARROW) == 2
+    expected = Sketch()
+    narrow = expected.input("slot:a", 4, 6, dtype=BF16)
+    assert text(gm) == text(expected.done(expected.call(aten._to_copy.default, narrow, dtype=torch.float32), narrow))

@@ -136,3 +136,22 @@ def test_parts_that_are_joined_again_are_the_whole() -> None:
     assert edits(gm, Normalize()) == 2
     assert calls(gm).count("aten.cat.default") == 2
     assert all(torch.equal(a, b) for a, b in zip(gm(*inputs), before, strict=True))
+
+
+def test_a_copy_that_the_caller_gets_beside_its_source_stays() -> None:
+    """Of an input, and of another output, through views too; who writes to one does not mean the other."""
+    sketch = Sketch()
+    x = sketch.input("x", 2, 3)
+    y = sketch.call(aten.relu.default, x)
+    copied = [sketch.call(aten.clone.default, x), sketch.call(aten.clone.default, y)]
+    turned = sketch.call(aten.permute.default, copied[1], [1, 0])
+    last = sketch.call(aten.clone.default, sketch.call(aten.neg.default, x))  # nobody else gets what it copies
+    gm = sketch.done(y, copied[0], turned, last)
+    assert edits(gm, Normalize()) == 1
+    given = values(gm)[0]
+    before, outputs = given.clone(), gm(given)
+    kept = [output.clone() for output in outputs]
+    for number, output in enumerate(outputs):
+        output.fill_(7)
+        assert torch.equal(given, before)
+        assert all(torch.equal(a, b) for a, b in zip(outputs[number + 1 :], kept[number + 1 :], strict=True))

@@ -165,3 +165,13 @@ def test_a_second_run_changes_nothing() -> None:
     gm = sketch.done(slot, sketch.call(aten.neg.default, slot), stores=("a",))
     assert edits(gm, WriteSlots()) == 2
     assert edits(gm, WriteSlots()) == 0
+
+
+def test_a_view_whose_operator_does_not_say_so_is_cloned() -> None:
+    """An einsum that only permutes returns a view, and one that sums does not."""
+    for equation, copied in (("ij->ji", True), ("ij->j", False)):
+        sketch = Sketch()
+        out = sketch.call(aten.einsum.default, equation, [sketch.input("slot:a", 2, 3)])
+        gm = sketch.done(out)
+        assert edits(gm, WriteSlots()) == copied
+        assert (calls(gm)[-1] == "aten.clone.default") == copied
