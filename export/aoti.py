@@ -63,16 +63,29 @@ def package_aoti(variants: Sequence[list[str]], path: Path) -> tuple[str, ...]:
     with tempfile.TemporaryDirectory() as folder:
         kept: dict[str, Any] = {}
         for name, files in zip(names, variants, strict=True):
-            # the generated sources are not needed to run, and hold paths of this machine
-            kept[name] = [_stripped(file, Path(folder)) for file in files if not file.endswith(".cpp")]
+            kept[name] = [_kept(file, Path(folder)) for file in files]
         package(str(path), kept)
     return names
+
+
+def _kept(file: str, folder: Path) -> str:
+    """What is packed in place of a compiled variant's `file`.
+
+    A generated source is not needed to run, and holds paths of this machine: an empty file takes its place. Its name is
+    needed, as torch 2.11 finds the metadata of a variant by the name of its source alone, without which it says
+    `File not found: _metadata.json`. (2.13 and 2.15 find it without.)
+    """
+    if file.endswith(".cpp"):
+        empty = folder / Path(file).name
+        empty.touch()
+        return str(empty)
+    return _stripped(file, folder) if file.endswith(".so") else file
 
 
 def _stripped(file: str, folder: Path) -> str:
     """A library without its symbol table, which is half of it, where the machine has a tool for that; else `file`."""
     tool = shutil.which("strip")
-    if tool is None or not file.endswith(".so"):
+    if tool is None:
         return file
     copy = shutil.copy(file, folder)
     done = subprocess.run([tool, "--strip-unneeded", copy], check=False, capture_output=True)

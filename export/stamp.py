@@ -31,6 +31,8 @@ _FOR = "processor"
 #: Where packages keep compiled variants, and further files; all other members are a few bytes each.
 _CODE, _EXTRA = "data/aotinductor/", "data/extra/"
 _SUFFIXES = (".so", ".json", ".cubin", ".hsaco", ".spv", ".ptx", ".fatbin", ".bin")
+#: Of the generated sources, which a loader could compile, nothing is kept but the name.
+_EMPTY = ".cpp"
 _OTHERS = ("archive_format", "archive_version", "byteorder", "version", ".data/serialization_id", ".data/version")
 
 
@@ -156,7 +158,9 @@ def _check_members(path: Path, package: zipfile.ZipFile) -> None:
         inner = member.filename.partition("/")[2]
         kind = PurePosixPath(inner)
         known = inner in (*_OTHERS, _EXTRA + FILE) or (
-            inner.startswith(_CODE) and len(kind.parts) == 4 and kind.suffix in _SUFFIXES
+            inner.startswith(_CODE)
+            and len(kind.parts) == 4
+            and (kind.suffix in _SUFFIXES or (kind.suffix == _EMPTY and member.file_size == 0))
         )
         if not known or ".." in kind.parts or not member.filename.isprintable() or "\\" in member.filename:
             raise BundleError(

@@ -53,7 +53,7 @@ def test_neighbours_that_are_updated_alike_are_right(name: str, tokens: str) -> 
 
 @pytest.mark.parametrize("mixed", [True, False])
 def test_only_a_branch_that_mixes_tokens_keeps_its_slot_apart(mixed: bool) -> None:
-    """Found in the pruned graph: a mean over all tokens has left the stream before it whole. None is before the first."""
+    """Found in the pruned graph: a mean over all tokens has left the stream before it whole, but for the first one."""
     which = tokens_case(Tokens([PreNorm(Scaled(mixed)), PreNorm(Scaled(mixed))]), 2, 12, WIDTH)
     sites = [site.name for site in which.info.sites.values() if site.kind == "delta"]
     assert all(which.info.sites[site].prunable for site in sites)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -80,7 +81,8 @@ def test_two_tables_bound_by_the_smaller() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.large, self.small, self.inner = nn.Embedding(9, 16), nn.Embedding(4, 16), case("separate").model
+            self.large, self.small = nn.Embedding(9, 16), nn.Embedding(4, 16)
+            self.inner = copy.deepcopy(case("separate").model)  # a copy: it is filled with other weights
 
         def forward(self, x: Tensor, y: Tensor) -> Any:
             return self.inner(x + (self.large(y) + self.small(y))[:, None])
