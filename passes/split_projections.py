@@ -144,8 +144,8 @@ def _way_to_linear(graph: fx.Graph, base: fx.Node) -> tuple[int, list[fx.Node] |
             edits += split(graph, source)  # type: ignore[arg-type]
             node = turns[0].args[0]  # type: ignore[assignment]
         turns.insert(0, node)
-    if node.target is not aten.linear.default or len(shape(node.args[1])) != 2:  # of a vector, no dimension is channels
-        return edits, None
+    if node.target is not aten.linear.default or len(shape(node.args[1])) != 2:  # type: ignore[arg-type]
+        return edits, None  # by a vector, no dimension of the result is channels
     if any(len(turn.users) != 1 for turn in turns[:-1]):
         return edits, None
     return edits, turns

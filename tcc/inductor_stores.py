@@ -108,7 +108,7 @@ def _write_directly(graph: fx.Graph, copy: fx.Node) -> None:
     slot, val = copy.args[:2]
     assert isinstance(val, fx.Node)
     if val.target is aten.copy.default and val.args[0] is slot:
-        copy.replace_input_with(val, val.args[1])
+        copy.update_arg(1, val.args[1])
         if not val.users:
             graph.erase_node(val)
 

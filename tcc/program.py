@@ -203,7 +203,7 @@ def _read_whole(variants: tuple[Variant, ...]) -> set[str]:
     before it whole; of dropped tokens, a shared slot has no such stream. Of every slot the last one: those before it
     may be computed as a whole for its sake alone.
     """
-    found = set()
+    found: set[str] = set()
     for variant in variants:
         names = {node.name for node in variant.gm.graph.nodes}
         for entry in variant.kind.entries:
