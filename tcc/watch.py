@@ -110,7 +110,7 @@ class Watch:
     def _same(self, tensors: list[torch.Tensor], sample: int) -> bool:
         old, new = self._last[sample], tensors[sample]
         if old is new:
-            return version_of(new) is not None and self._versions[sample] == version_of(new)
+            return self._versions[sample] == version_of(new)
         return is_readable(new) and torch.equal(old, new)
 
     def _check_level(self, given: torch.Tensor, step: int) -> None:

@@ -196,6 +196,24 @@ def test_a_late_context_without_a_noise_level_is_refused() -> None:
         model(y, torch.stack([t, t], dim=1).float(), x)
 
 
+def test_a_context_that_is_late_where_it_was_first_is_refused_without_a_noise_level() -> None:
+    """Left out at the last step, it may begin the next image, or be late: nothing tells."""
+    model = unnamed().with_plan(unnamed().plan)
+
+    def call(context: str, step: int) -> None:
+        x, t, y = inputs(context, step)
+        with model.cache_context(context):
+            model(y, torch.stack([t, t], dim=1).float(), x)
+
+    for step in range(STEPS):
+        for context in ("uncond", "cond") if step < STEPS - 1 else ("cond",):
+            call(context, step)
+    with pytest.raises(CallError, match=r"step 6 of 7: context 'uncond' was not called .* call reset\(\) before it"):
+        call("uncond", 0)
+    model.reset()
+    call("uncond", 0)
+
+
 def test_conditions_that_stay_are_no_sample() -> None:
     """Where no noise level is known and the sample comes last: the first input alone does not make a branch."""
     model = unnamed().with_plan(unnamed().plan)
