@@ -333,7 +333,8 @@ def compile(
             branch) and for what `timesteps` has it compute once; a plan that needs more is refused.
             `plan.memory(info)` says what its slots need.
         calls_per_step: how many calls, of one guidance branch each, a loop makes at a step outside of `cache_context`.
-            Pipelines that use no contexts make two. They are told apart by their order and the noise level.
+            Pipelines that use no contexts make two. They are told apart by their order and the noise level; without a
+            known one (`noise_level`), no call may be left out at any step.
         slot_dtype: keep wider values in this dtype, such as `torch.bfloat16`: half the bytes, and an error that you
             measure; see `CachePlan.slot_dtype`, which it replaces.
         regional: compile what a variant repeats, its blocks, once (regional compilation): deep models compile many
