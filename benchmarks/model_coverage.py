@@ -44,7 +44,7 @@ import torch
 from coverage_models import ENTRIES, Built, build
 from coverage_plan import STEPS, actions_of, mixed_plan
 from coverage_table import markdown, read, results_name, summary, table, write_readme
-from provenance import commit
+from provenance import commit, results_folder
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -339,7 +339,12 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--backend", default="eager", help="see tcc.compile (default: eager; inductor takes hours)")
     found.add_argument("--threads", type=int, default=1)
     found.add_argument("--json", metavar="FILE", help="write the rows with all details")
-    found.add_argument("--results", metavar="FOLDER", help="write coverage.json, coverage.md and the README's table")
+    found.add_argument(
+        "--results",
+        type=results_folder,
+        metavar="FOLDER",
+        help="write coverage.json, coverage.md and the README's table",
+    )
     found.add_argument("--resume", action="store_true", help="keep the rows that the folder holds for this backend")
     return found
 

@@ -117,9 +117,9 @@ def _written_out(last: fx.Node) -> Iterator[Attention]:
     (summed,) = labels.summed()
     for path, other in (tuple(labels.factors), tuple(labels.factors)[::-1]):
         below = _to_softmax(last, path, Axis(labels.factors[path].index(summed)))
-        scores = list(_products_above(below[0])) if below else []
-        if below and len(scores) == 1 and _read_once(*below):
-            (softmax, way), (first, query, key, place) = below, scores[0]
+        scores = _product_above(below[0]) if below else None
+        if below and scores and _read_once(*below):
+            (softmax, way), (first, query, key, place) = below, scores
             factor = Rows(at(last, other), Axis(labels.factors[other].index(summed)))
             written = Written(softmax.axis, way, first, place, last, other, factor.axis)
             yield Attention(softmax.node, query, *_alike(key, factor), written)
@@ -156,10 +156,12 @@ def _to_softmax(last: fx.Node, path: Path, axis: Axis) -> tuple[Rows, tuple[Any,
     return None
 
 
-def _products_above(softmax: Rows) -> Iterator[tuple[fx.Node, Rows, Rows, Path]]:
-    """Products of queries and keys that a softmax is computed from by operators that are local to the keys."""
+def _product_above(softmax: Rows) -> tuple[fx.Node, Rows, Rows, Path] | None:
+    """The one product of queries and keys that a softmax is computed from, by operators that are local to the keys."""
     todo: list[Rows] = [Rows(softmax.node.args[0], softmax.axis)]  # type: ignore[arg-type]
     seen: set[Rows] = set()
+    found: list[tuple[fx.Node, Rows, Rows, Path]] = []
+    beside: list[fx.Node] = []
     while todo:
         here = todo.pop()
         if here in seen or here.node.op != "call_function":
@@ -167,7 +169,7 @@ def _products_above(softmax: Rows) -> Iterator[tuple[fx.Node, Rows, Rows, Path]]
         seen.add(here)
         labels = product(here.node)
         if labels is not None and here.axis.plain:
-            yield from _queries_and_keys(here, labels)
+            found += _queries_and_keys(here, labels)
             continue
         if node_macs(here.node):  # scores do not go through products with weights
             continue
@@ -176,6 +178,21 @@ def _products_above(softmax: Rows) -> Iterator[tuple[fx.Node, Rows, Rows, Path]]
         except NotTokenLocal:
             continue
         todo += [Rows(operand, above[path]) for path, operand in operands(here.node) if path in above]
+        beside += [operand for path, operand in operands(here.node) if path not in above]
+    return found[0] if len(found) == 1 and not _come_from(beside, found[0][0]) else None
+
+
+def _come_from(nodes: Sequence[fx.Node], source: fx.Node) -> bool:
+    """Whether one of `nodes` is computed from `source`: from the scores of all keys, such as the largest of them."""
+    todo, seen = list(nodes), set[fx.Node]()
+    while todo:
+        node = todo.pop()
+        if node is source:
+            return True
+        if node not in seen and source < node:
+            seen.add(node)
+            todo += node.all_input_nodes
+    return False
 
 
 def _queries_and_keys(scores: Rows, labels: Product) -> Iterator[tuple[fx.Node, Rows, Rows, Path]]:

@@ -28,6 +28,15 @@ class Dataflow:
         """Whether `node` is computed from `on` (a node does not depend on itself)."""
         return bool(self._above[self.index[node]] >> self.index[on] & 1)
 
+    def comes_from(self, node: fx.Node, source: fx.Node) -> bool:
+        """Whether `node` is `source`, or computed from it."""
+        return node is source or self.depends(node, source)
+
+    def is_self_attention(self, node: fx.Node, stream: fx.Node) -> bool:
+        """Whether keys or values of the attention `node` are those of the value `stream`, or computed from it."""
+        attention = self.attention[node]
+        return any(self.comes_from(rows.node, stream) for rows in (attention.key, attention.value))
+
     def between(self, source: fx.Node, targets: Iterable[fx.Node]) -> list[fx.Node]:
         """The nodes computed from `source` that `targets` are computed from, `targets` included, in order."""
         above = 0

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-
 import torch
 from torch import fx
 
 from tcc.passes.dataflow import Dataflow
-from tcc.passes.graph import shape, source_line
+from tcc.passes.graph import cat_dim, shape, source_line
 from tcc.passes.paths import Path, operands
 from tcc.passes.products import product
-from tcc.passes.token_axis import NotTokenLocal, is_pointwise, narrowing
+from tcc.passes.token_axis import NotTokenLocal, argument, narrowing, own_dim
 from tcc.passes.tokens import Axis
 
 __all__ = ["batch_axis", "follow", "mixes_by_product"]
 
+aten = torch.ops.aten
 _FLEX = torch.ops.higher_order.flex_attention
 
 
@@ -38,6 +37,7 @@ def mixes_by_product(target: fx.Node, axis: Axis, origin: fx.Node, flow: Dataflo
 def _follow(target: fx.Node, axis: Axis, origin: fx.Node, flow: Dataflow) -> tuple[set[Axis], fx.Node | None, str]:
     """Where the tokens arrive at `origin`, and the node that they cannot be followed through, with the reason."""
     found: set[Axis] = set()
+    beside: list[tuple[fx.Node, set[Axis]]] = []
     keys: dict[fx.Node, set[Path]] = {}
     for user, path in (place for attention in flow.attention.values() for place in attention.whole):
         keys.setdefault(user, set()).add(path)
@@ -54,19 +54,43 @@ def _follow(target: fx.Node, axis: Axis, origin: fx.Node, flow: Dataflow) -> tup
                 wanted = narrowing(node, here, 1).operands
             except NotTokenLocal as blocked:
                 return found, node, str(blocked)
-            if any(_left_out(node, wanted.keys() | keys.get(node, set()), origin, flow)):
-                if product(node) is not None:
-                    known = "attention is recognised as product, softmax and product, or as torch's own operator"
-                    return found, node, f"{node.target} ('{node.name}') mixes tokens; {known}"
-                if is_pointwise(node):
-                    return found, node, f"{node.target} ('{node.name}') takes what is computed from all tokens"
+            left = [o for path, o in operands(node) if path not in wanted and path not in keys.get(node, ())]
+            for operand in (o for o in left if flow.comes_from(o, origin)):
+                if (dim := _joined(node)) is None:
+                    return found, node, _mixed(node)
+                # rows that are joined to the tokens: tokens of their own, which must be none of these in the stream
+                others, blocked_at, reason = _follow(operand, Axis(dim), origin, flow)
+                if blocked_at is not None:
+                    return found, blocked_at, reason
+                beside.append((node, others))
             todo += [(operand, wanted[path]) for path, operand in operands(node) if path in wanted]
+    for node, others in beside:
+        if any(_meet(one, other, shape(origin)) for one in found for other in others):
+            return found, node, _mixed(node)
     return found, None, ""
 
 
-def _left_out(node: fx.Node, known: Collection[Path], origin: fx.Node, flow: Dataflow) -> Iterator[bool]:
-    """For every operand but the `known` ones, whether it is computed from `origin`."""
-    return (o is origin or flow.depends(o, origin) for path, o in operands(node) if path not in known)
+def _joined(node: fx.Node) -> int | None:
+    """The dimension along which an operator puts rows of its operands beside each other; None for other operators."""
+    if node.target is aten.cat.default:
+        return cat_dim(node)
+    if node.target is aten.slice_scatter.default:
+        return own_dim(argument(node, 2, "dim", 0), len(shape(node)))
+    return None
+
+
+def _mixed(node: fx.Node) -> str:
+    if product(node) is None:
+        return f"{node.target} ('{node.name}') takes what is computed from all tokens"
+    known = "attention is recognised as product, softmax and product, or as torch's own operator"
+    return f"{node.target} ('{node.name}') mixes tokens; {known}"
+
+
+def _meet(one: Axis, other: Axis, sizes: tuple[int, ...]) -> bool:
+    """Whether tokens on one axis may be among those on the other, in a value of these sizes."""
+    rows = [range(a.before, sizes[a.dim] - a.after) for a in (one, other)]
+    apart = one.dim == other.dim and (rows[0].stop <= rows[1].start or rows[1].stop <= rows[0].start)
+    return not apart
 
 
 def batch_axis(stream: fx.Node, axis: Axis) -> Axis | None:

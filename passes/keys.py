@@ -126,5 +126,5 @@ def cross_attention(
 
 
 def self_attention(branch: Branch, flow: Dataflow) -> list[fx.Node]:
-    """The attention nodes of a branch whose keys are computed from the stream."""
-    return [n for n in branch.attention if flow.depends(flow.attention[n].key.node, branch.origin)]
+    """The attention nodes of a branch whose keys or values are the stream's, or computed from it."""
+    return [node for node in branch.attention if flow.is_self_attention(node, branch.origin)]

@@ -253,11 +253,13 @@ class _View:
     streams: Sequence[Stream]
 
     def __post_init__(self) -> None:
-        self._adds: dict[fx.Node, str] = {}
+        self._adds: dict[fx.Node, tuple[SiteName, fx.Node]] = {}
         for stream in self.streams:
             for block in stream.blocks:
-                names = (str(SiteName(f"{block.name}.{name}", "delta", stream.name)) for name, _ in block.branches)
-                self._adds |= {branch.add: name for name, (_, branch) in zip(names, block.branches, strict=True)}
+                self._adds |= {
+                    branch.add: (SiteName(f"{block.name}.{name}", "delta", stream.name), branch.delta)
+                    for name, branch in block.branches
+                }
         self._keys: set[fx.Node] = set()
         self.cross: dict[str, Cross] = {}
 
@@ -375,17 +377,19 @@ class _View:
 
         What is read through the nodes `behind` is left out.
         """
-        todo, seen, found = list(stream_in.users), {stream_out, *behind}, []
+        todo, seen, found = [(stream_in, node) for node in stream_in.users], {stream_out, *behind}, []
         while todo:
-            node = todo.pop()
+            source, node = todo.pop()
             if node in seen:
                 continue
-            seen.add(node)
-            name = self._adds.get(node)
-            if name is not None and SiteName.parse(name).stream != stream:
-                found.append(SiteName.parse(name).branch)
+            name, delta = self._adds.get(node, (None, None))
+            if name is not None and name.stream != stream:
+                if source is not delta:  # it goes on along the other stream, whatever the branch does
+                    return None
+                found.append(name.branch)
                 continue
+            seen.add(node)
             if node.op == "output" or (name is not None and not self.flow.depends(stream_out, node)):
                 return None
-            todo += node.users
+            todo += [(node, user) for user in node.users]
         return tuple(dict.fromkeys(found))

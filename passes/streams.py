@@ -172,7 +172,7 @@ def _branches(chain: Chain, flow: Dataflow) -> list[Branch]:
 
 def _branch(item: Add, origin: fx.Node, nodes: tuple[fx.Node, ...], flow: Dataflow) -> Branch:
     attention = tuple(n for n in nodes if n in flow.attention)
-    own = [n for n in attention if flow.depends(flow.attention[n].key.node, origin)]
+    own = [n for n in attention if flow.is_self_attention(n, origin)]
     mixing = not attention and mixes_by_product(item.delta, guess_axis(item.add), origin, flow)
     kind = "attn" if own or mixing else ("cross" if attention else "mlp")
     out = _before_gate(item.delta, origin, flow)

@@ -99,7 +99,8 @@ def _check_cells(name: str, score: Score, analysis: Analysis) -> None:
     if len(grid) not in (2, 3):
         raise PlanError(
             f"score '{name}': the model's token grid is {grid or 'unknown'} for {analysis.num_tokens} tokens: grid "
-            "cells need an image grid; use cell=0, bonus=0 and per_cell=False"
+            "cells need an image grid; use Score(cell=0, bonus=0, per_cell=False): select='global' of tokencache, "
+            "cell=0 of toca and duca"
         )
     if grid[-2] % score.cell or grid[-1] % score.cell:
         raise PlanError(f"score '{name}': cell={score.cell} must divide both sides of the {grid[-2]} x {grid[-1]} grid")

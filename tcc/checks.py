@@ -68,6 +68,7 @@ def check_sites(plan: CachePlan, analysis: Analysis) -> None:
         for name, action in actions.items():
             if isinstance(action, Update):
                 _check_update(f"step {step}, site '{name}'", analysis, analysis.sites[name], actions)
+        _check_shared_keys(f"step {step}", analysis, actions)
 
 
 def _unknown(site: str, analysis: Analysis) -> str:
@@ -115,6 +116,22 @@ def _check_update(where: str, analysis: Analysis, site: Site, actions: dict[str,
                 f"{where}: attention 'cached' reads '{keys.name}': the plan must update it with the same tokens at "
                 f"this step, and has {theirs or 'no such row'}"
             )
+
+
+def _check_shared_keys(where: str, analysis: Analysis, actions: dict[str, Action]) -> None:
+    """Sites that share an attention see the same keys in it."""
+    first: dict[str, str] = {}
+    for name, action in actions.items():
+        if not isinstance(action, Update) or action.attention != "kept" or analysis.sites[name].kind == "kv":
+            continue
+        for node in analysis.sites[name].attention:
+            other = first.setdefault(node, name)
+            theirs = actions[other]
+            if isinstance(theirs, Update) and theirs.tokens != action.tokens:
+                raise PlanError(
+                    f"{where}: sites '{other}' and '{name}' share an attention, which sees the kept tokens alone, and "
+                    f"keep different ones, {theirs.tokens} and {action.tokens}: give both the same token set"
+                )
 
 
 def _same_rows(keys: Action | None, action: Update) -> bool:

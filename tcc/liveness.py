@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -18,15 +18,14 @@ __all__ = ["find_spans", "is_subset", "live_stores", "sets_by_site"]
 Span = tuple[Site, ...]
 
 
-def find_spans(plan: CachePlan, analysis: Analysis, *, merge: bool = True, apart: Collection[str] = ()) -> list[Span]:
+def find_spans(plan: CachePlan, analysis: Analysis, *, merge: bool = True) -> list[Span]:
     """Group the plan's sites so that neighbours on the stream which are always treated alike share one slot.
 
     The slot then keeps the sum of what they add to the stream (*merge runs*, *merge reused spans*). Two neighbours are
     merged where they have the same action at every step and nothing between them reads or replaces the stream of the
     dropped tokens: no attention `current`, no held stream, no key computed of more tokens than the span's, no long
     skip, no value that a score reads, no branch on another stream. Keys are no neighbours: they read the stream, and
-    are not added to it. Without `merge`, every site has a slot of its own, and those `apart` share none with the site
-    before: what their variants have shown to read the stream of dropped tokens.
+    are not added to it. Without `merge`, every site has a slot of its own.
 
     Neighbours that update fewer and fewer tokens are treated alike too, see `_narrows`: the slot then keeps, of every
     token, what the sites add to it that do not update it.
@@ -35,8 +34,7 @@ def find_spans(plan: CachePlan, analysis: Analysis, *, merge: bool = True, apart
     latest: dict[str, int] = {}
     for site in (s for s in analysis.sites.values() if s.name in plan.sites):
         before = latest.get(site.stream)
-        may = merge and site.name not in apart
-        if may and before is not None and _mergeable(plan, analysis, spans[before], site):
+        if merge and before is not None and _mergeable(plan, analysis, spans[before], site):
             spans[before] = (*spans[before], site)
         else:
             if site.kind != "kv":

@@ -67,9 +67,9 @@ MODELS: tuple[str, ...] = (*(f"dit{i}" for i in range(len(DITS))), *STYLES)
 
 @functools.cache
 def model(name: str) -> Case:
-    """The case of that name in `MODELS`, captured once."""
-    if name in STYLES:
-        return STYLES[name]()
+    """The case of that name in `MODELS`, or an odd style, captured once."""
+    if name in STYLES or name in ODD_STYLES:
+        return STYLES[name]() if name in STYLES else ODD_STYLES[name].case()
     return tiny_models.dit(**DITS[int(name.removeprefix("dit"))])
 
 
@@ -326,13 +326,13 @@ def check_example(example: Example, runs: int = 2, backend: str = "eager") -> No
     assert error <= TOLERANCE, f"relative error {error:.3g} at call {call} (allowed {TOLERANCE}):\n{example!r}"
 
 
-def draw(count: int, seed: int, names: tuple[str, ...], done: Callable[[Example], object]) -> None:
+def draw(count: int, seed: int, drawn: st.SearchStrategy[Example], done: Callable[[Example], object]) -> None:
     """Call `done` with `count` examples; the smallest that it refuses is the one whose error comes out.
 
     Args:
         count: how many examples.
         seed: the same seed draws the same examples.
-        names: the models to draw from.
+        drawn: what is drawn.
         done: called with every example.
     """
 
@@ -344,7 +344,7 @@ def draw(count: int, seed: int, names: tuple[str, ...], done: Callable[[Example]
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )
-    @hypothesis.given(examples(names))
+    @hypothesis.given(drawn)
     def attempt(example: Example) -> None:
         done(example)
 
@@ -364,7 +364,7 @@ def run(
         check_example(example, backend=backend)
         done(example)
 
-    draw(count, seed, names, check)
+    draw(count, seed, examples(names), check)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -130,6 +130,26 @@ class Cross(nn.Module):
         return out
 
 
+class Control(nn.Module):
+    """Blocks on the image plus a hint; what each gives is added straight to the image, as in ControlNet."""
+
+    def __init__(self, *, pooled: bool = False) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.blocks, self.control = (nn.ModuleList(Block(WIDTH) for _ in range(3)) for _ in range(2))
+        self.zero, self.pooled = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3)), pooled
+
+    def forward(self, image: Tensor, hint: Tensor) -> Tensor:
+        """Every block of the image takes what the block beside it gives: of all its tokens, or `pooled` to one."""
+        image = self.embed(image)
+        hint = hint if self.pooled else image + hint
+        for block, control, zero in zip(self.blocks, self.control, self.zero, strict=True):
+            hint = control(hint)
+            image = block(image) + zero(hint.mean(1, keepdim=True) if self.pooled else hint)
+        out: Tensor = self.head(image)
+        return out
+
+
 def _case(model: nn.Module, other: tuple[int, ...] = (2, TEXT, WIDTH)) -> Case:
     return Case(fill(model, std=0.2), (noise(2, IMAGE, WIDTH), noise(*other, seed=8)), {})
 
@@ -194,6 +214,8 @@ BUILDERS: dict[str, Callable[[], Case]] = {
     "two widths": lambda: _case(Joint(2, 0, width=8)),
     "as much text as image": lambda: _case(Joint(2, 1), (2, IMAGE, WIDTH)),
     "audio": lambda: _case(Side(), (2, 7, 8)),
+    "control": lambda: _case(Control(), (2, IMAGE, WIDTH)),
+    "pooled control": lambda: _case(Control(pooled=True)),
 }
 
 

@@ -131,6 +131,12 @@ def largest(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return merged(scores.masked_fill(scores < least, float("-inf")).softmax(-1) @ v)
 
 
+def pooled_key(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The mean of the keys is one more of them."""
+    k, v = (torch.cat([x, x.mean(2, keepdim=True)], 2) for x in (k, v))
+    return merged(F.scaled_dot_product_attention(q, k, v))
+
+
 class TalkingHeads(nn.Module):
     """Heads mix before and after the softmax (arXiv 2003.02436)."""
 
@@ -280,9 +286,29 @@ class OnGrid(nn.Module):
         return out
 
 
+class Scaled(nn.Module):
+    """A linear map whose weight is scaled by the mean over tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, S, D]` to the same."""
+        return F.linear(x, self.inner.weight * (x.mean((0, 1)) + 1))
+
+
 def in_chunks(x: Tensor) -> Tensor:
     """A feed-forward chunk by chunk of the tokens."""
     return torch.cat([F.gelu(part) for part in x.chunk(2, dim=1)], dim=1)
+
+
+def beside_others(x: Tensor) -> Tensor:
+    """Rows of others are joined to the tokens, which are then written in place, as rotary positions often are."""
+    joined = torch.cat([x.new_ones(x.shape[0], 3, x.shape[2]), x], dim=1)
+    joined[:, 3:] = joined[:, 3:] * 2
+    joined = F.gelu(joined)
+    return torch.tanh(torch.cat([joined[:, :3] * 0.5, joined[:, 3:]], dim=1))[:, 3:]
 
 
 def with_blank(x: Tensor) -> Tensor:
@@ -297,9 +323,10 @@ ODD: dict[str, Odd] = {
     "slopes": Odd(attending(by_distance)),
     "buckets": Odd(attending(Buckets())),
     "more keys": Odd(attending(MoreKeys())),
+    "pooled key": Odd(attending(pooled_key), "mean.dim reduces over the token axis"),
     "causal": Odd(attending(causal), "causal attention"),
     "windows": Odd(attending(windows), "merges or splits the token axis"),
-    "largest scores": Odd(attending(largest)),
+    "largest scores": Odd(attending(largest), "mixes tokens"),
     "linear attention": Odd(attending(linear_attention), "mixes tokens"),
     "relu attention": Odd(attending(relu_attention), "mixes tokens"),
     "over channels": Odd(attending(over_channels), "mixes tokens"),
@@ -314,10 +341,12 @@ ODD: dict[str, Odd] = {
     "convolution of channels": Odd(lambda: Convolved(1), attends=False),
     "convolution of groups of channels": Odd(lambda: Convolved(1, WIDTH), attends=False),
     "experts": Odd(Experts, attends=False),
+    "scaled weight": Odd(Scaled, "takes what is computed from all tokens", attends=False),
     "deviation": mapping(lambda x: (x - x.mean(-1, True)) / x.std(-1, keepdim=True)),
     "variance and mean": mapping(lambda x: (x - torch.var_mean(x, -1, keepdim=True)[1]) * 0.5),
     "groups of channels": mapping(lambda x: F.group_norm(x.flatten(0, 1), 2).unflatten(0, (BATCH, -1))),
     "made like another": mapping(with_blank),
+    "beside others": mapping(beside_others),
     "unfolded channels": mapping(lambda x: x.unfold(-1, 4, 4).mean(-1).repeat_interleave(4, -1)),
     "largest channels": mapping(lambda x: x.topk(4, dim=-1).values.repeat(1, 1, 4)),
     "sorted channels": mapping(lambda x: x.sort(dim=-1).values),
@@ -326,5 +355,8 @@ ODD: dict[str, Odd] = {
     "running sum": refused(lambda x: x.cumsum(1), "cumsum.default mixes"),
     "mean of all": refused(lambda x: x * x.mean(1, keepdim=True).sigmoid(), "takes what is computed from all tokens"),
     "response norm": refused(lambda x: x / (x.norm(dim=1, keepdim=True) + 1), "takes what is computed from all tokens"),
+    "weights of a norm": refused(
+        lambda x: F.layer_norm(x, x.shape[-1:], weight=x.mean((0, 1))), "takes what is computed from all tokens"
+    ),
     "chunks": refused(in_chunks, "cat.default joins along"),
 }

@@ -55,5 +55,5 @@ def test_random_plans_in_regions_agree_with_the_reference(monkeypatch: pytest.Mo
     monkeypatch.setattr(outline_repeats, "SPARSEST", 0)
     monkeypatch.setattr(Checked, "calls", 0)
     for name in MODELS:
-        fuzz_plans.draw(3, 11, (name,), check)
+        fuzz_plans.draw(3, 11, fuzz_plans.examples((name,)), check)
     assert Checked.calls > 300

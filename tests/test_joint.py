@@ -158,6 +158,13 @@ def test_streams_that_are_reused_together_share_a_slot_each() -> None:
     assert slots(*sites[""]) == ["pairs.0.delta", "pairs.1.delta"]
 
 
+@pytest.mark.parametrize("name", ["control", "pooled control"])
+@pytest.mark.parametrize("kind", ["block", "delta"])
+def test_a_stream_that_is_added_to_another_is_read(name: str, kind: str) -> None:
+    """Whatever its branches do: each keeps a slot of its own, so that the sum after it is known."""
+    check(name, columns({site: [C, R] for site in named(name, kind)}))
+
+
 @pytest.mark.parametrize(("name", "site"), [(n, s) for n in PLANNED for s in ("pairs.1.stream", "pairs.0.stream@text")])
 def test_one_stream_is_held_while_the_other_is_computed(name: str, site: str) -> None:
     """What only fed the held stream is not computed; what the other reads of it is."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Literal
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tcc
+from tcc.errors import PlanError
 from tcc.lowering import lower
 from tcc.plan import Action, CachePlan, Hold, Reuse, Skip, Update
 from tcc.program import build_program
@@ -66,6 +68,52 @@ def test_a_delta_that_is_read_twice_is_the_stored_one_for_both(action: Action) -
     cost = which.info.count(plan).cost
     assert cost is not None
     assert cost.step_macs[1] < cost.step_macs[0]
+
+
+class Shared(ReadTwice):
+    """The MLP reads what attention gives, and the stream not at all: both branches have one attention."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, S, D]` to the same."""
+        added = self.attn(self.norm1(x))
+        out: Tensor = x + added + self.mlp(self.norm2(added))
+        return out
+
+
+def test_branches_that_share_an_attention_keep_the_same_tokens() -> None:
+    """It sees one set of keys; other sets are refused, by name, even those of the same tokens."""
+    which = tokens_case(Tokens([Shared(), Shared()]))
+    first, second = "blocks.0.attn.delta", "blocks.0.attn2.delta"
+    run(which, CachePlan(2, {(1, first): Update("some"), (1, second): Update("some")}, SETS))
+    other = CachePlan(2, {(1, first): Update("some"), (1, second): Update("same")}, SETS | {"same": SETS["some"]})
+    with pytest.raises(
+        PlanError, match=rf"step 1: sites '{first}' and '{second}' share an attention.*the same token set"
+    ):
+        which.info.program(other)
+
+
+class StreamAsKeys(nn.Module):
+    """Queries are mapped; the stream itself is keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.mlp = nn.Linear(WIDTH, WIDTH), Mlp(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, S, D]` to the same."""
+        x = x + F.scaled_dot_product_attention(self.query(x), x, x)
+        out: Tensor = x + self.mlp(x)
+        return out
+
+
+@pytest.mark.parametrize("attention", ["kept", "current"])
+def test_a_stream_that_is_keys_itself_is_attended_to_as_any_other(attention: Literal["kept", "current"]) -> None:
+    """Attention `kept` sees the kept tokens alone, and what others hold makes no difference to them."""
+    which = tokens_case(Tokens([StreamAsKeys(), StreamAsKeys()]))
+    sites = [site for site in which.info.sites.values() if site.kind == "delta"]
+    assert [site.name for site in sites] == [f"blocks.{b}.{branch}.delta" for b in (0, 1) for branch in ("attn", "mlp")]
+    assert [len(site.attention) for site in sites] == [1, 0, 1, 0]
+    run(which, CachePlan(2, {(1, site.name): Update("some", attention) for site in sites}, SETS))
 
 
 class Widened(nn.Module):

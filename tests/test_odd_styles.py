@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from tcc.checks import check_sites
 from tcc.errors import PlanError
 from tcc.plan import CachePlan, TopK, Update
 from tcc.scores import Fixed, Score
-from tests.block_styles import PreNorm
-from tests.odd_styles import ODD, WIDTH
+from tests.odd_styles import ODD
 from tests.test_block_styles import KEPT, every_update, run
-from tests.tiny_models import Tokens, noise, tokens_case
+from tests.tiny_models import noise
 
 
 @pytest.mark.parametrize("name", ODD)
@@ -41,7 +39,7 @@ def test_what_is_said_to_be_prunable_is(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name, odd in ODD.items() if not odd.reason])
 @pytest.mark.parametrize("tokens", ["some", "chosen"])
 def test_neighbours_that_are_updated_alike_are_right(name: str, tokens: str) -> None:
-    """They share a slot, unless a branch reads the stream of dropped tokens after all."""
+    """They share a slot."""
     which = ODD[name].case()
     sites = [site.name for site in which.info.sites.values() if site.kind == "delta" and site.prunable]
     update = Update("some" if tokens == "some" else TopK("fixed", len(KEPT)))
@@ -49,33 +47,6 @@ def test_neighbours_that_are_updated_alike_are_right(name: str, tokens: str) -> 
     score = {"fixed": Score(((1.0, Fixed("noise")),))} if tokens == "chosen" else {}
     tables = {"noise": noise(2, which.info.num_tokens, seed=3)} if tokens == "chosen" else {}
     run(which, CachePlan(3, actions, {"some": torch.tensor(KEPT)}, scores=score, tables=tables))
-
-
-@pytest.mark.parametrize("mixed", [True, False])
-def test_only_a_branch_that_mixes_tokens_keeps_its_slot_apart(mixed: bool) -> None:
-    """Found in the pruned graph: a mean over all tokens has left the stream before it whole, but for the first one."""
-    which = tokens_case(Tokens([PreNorm(Scaled(mixed)), PreNorm(Scaled(mixed))]), 2, 12, WIDTH)
-    sites = [site.name for site in which.info.sites.values() if site.kind == "delta"]
-    assert all(which.info.sites[site].prunable for site in sites)
-    plan = CachePlan(
-        3, {(step, site): Update("some") for site in sites for step in (1, 2)}, {"some": torch.tensor(KEPT)}
-    )
-    run(which, plan)
-    slots = [slot.name for slot in which.info.program(plan).slots]
-    assert slots == (["blocks.0.mlp.delta+1", "blocks.1.mlp.delta+1"] if mixed else ["blocks.0.mlp.delta+3"])
-
-
-class Scaled(nn.Module):
-    """A linear map whose weight is scaled by the mean over tokens, or by a number."""
-
-    def __init__(self, mixed: bool) -> None:
-        super().__init__()
-        self.inner, self.mixed = nn.Linear(WIDTH, WIDTH), mixed
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, S, D]` to the same."""
-        scale = x.mean((0, 1)) + 1 if self.mixed else 2
-        return nn.functional.linear(x, self.inner.weight * scale)
 
 
 def refused_plan(site: str) -> CachePlan:

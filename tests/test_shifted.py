@@ -10,8 +10,11 @@ import torch
 import tcc
 from tcc import plans
 from tcc.errors import PlanError
-from tcc.plan import CachePlan, Reuse
+from tcc.plan import CachePlan, Reuse, Update
 from tcc.samplers import DPMSolver2, dpm_solver_2s
+from tcc.train.predictors import Sizes, TablePredictor
+from tcc.train.weights import TokenWeights
+from tests.test_train_recipes import seeded
 from tests.tiny_models import case, relative_error, tensor_of
 
 
@@ -58,6 +61,24 @@ def test_plans_of_any_policy_shift(policy: str, options: dict[str, Any]) -> None
         args, kwargs = which.inputs(step)
         with torch.no_grad():
             assert relative_error(tensor_of(compiled(*args, **kwargs)), tensor_of(reference(*args, **kwargs))) < 1e-4
+
+
+def test_learned_tokens_go_along() -> None:
+    """What was learned for an evaluation is kept at it: the steps between have the importance of the later one."""
+    info, steps = case("dit").info, 8
+    stages = [e.stage for e in DPMSolver2().evaluations(steps)]
+    choices = {step: ["blocks.0.mlp.out", "blocks.1.mlp.out"] for step in range(2, steps) if not stages[step]}
+    weights = TokenWeights(TablePredictor(Sizes.of(info, steps)), info, choices)
+    with torch.no_grad():
+        for step in choices:
+            weights.predictor.table[step] = torch.randn(weights.predictor.table[step].shape, generator=seeded(step))
+    taught = weights.predictor.importance().scores
+    plan = plans.tokencache(info, num_steps=steps, importance=weights.learned(), k1=2, k2=2, keep=0.5, select="global")
+    shifted = plans.shifted(info, plan, stages=stages)
+    for step in choices:
+        (tokens,) = {a.tokens for name, a in shifted.at(step).items() if isinstance(a, Update) and name[7] == "0"}
+        expected = taught[step].mean(0).topk(8).indices.sort().values
+        assert torch.equal(shifted.tokens[str(tokens)], expected), step
 
 
 def test_a_samplers_own_stages_count() -> None:

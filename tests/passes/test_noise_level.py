@@ -144,7 +144,11 @@ def test_a_noise_level_can_be_named() -> None:
         CaptureError, match=r"noise_level='sigma': the model has no tensor input of that name; .* are x"
     ):
         tcc.compile(
-            which.model, tcc.plans.full, example_inputs=(which.args, which.kwargs), backend="eager", noise_level="sigma"
+            which.model,
+            tcc.CachePlan(1, {}),
+            example_inputs=(which.args, which.kwargs),
+            backend="eager",
+            noise_level="sigma",
         )
     assert "steps are counted, not watched" in str(which.info.table().caption)
     assert case("dit").info.table().caption is None
