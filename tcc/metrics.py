@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tcc.errors import ModelError
+from tcc.tensors_file import save_tensors
 
 __all__ = [
     "FeatureNetwork",
@@ -127,7 +128,7 @@ def save_features(network: FeatureNetwork, real: Statistics, path: str | os.Path
     """Write a classifier in float16, and the statistics of real images in float32."""
     tensors = {n: t.detach().half().contiguous() for n, t in network.state_dict().items() if t.is_floating_point()}
     tensors |= {f"{_REAL}mean": real.mean.float(), f"{_REAL}covariance": real.covariance.float()}
-    safetensors.torch.save_file(tensors, path, metadata={"count": str(real.count)})
+    save_tensors(tensors, path, {"count": str(real.count)})
 
 
 def load_features(path: str | os.PathLike[str]) -> tuple[FeatureNetwork, Statistics]:

@@ -137,7 +137,7 @@ Action = Compute | Update | Reuse | Hold | Skip
 COMPUTE = Compute()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CachePlan:
     """The table step x site -> action, with the token sets and the scores it names.
 
@@ -174,8 +174,7 @@ class CachePlan:
     def __post_init__(self) -> None:
         if not isinstance(self.num_steps, int) or self.num_steps < 1:
             raise PlanError(f"a plan needs at least one step, a whole number, got num_steps={self.num_steps!r}")
-        if self.slot_dtype is not None and not getattr(self.slot_dtype, "is_floating_point", False):
-            raise PlanError(f"slot_dtype={self.slot_dtype}: use a floating-point type, such as torch.bfloat16")
+        check_slot_dtype(self.slot_dtype)
         for name, kept in self.tokens.items():
             _check_tokens(name, kept)
         for name, table in self.tables.items():
@@ -260,6 +259,14 @@ class CachePlan:
         from tcc.plan_file import load
 
         return load(path)
+
+    def __repr__(self) -> str:
+        """One line; `summary()` and `plot()` say more."""
+        name = self.policy.get("name", "by hand")
+        bound = "" if self.cost is None else f", bound {self.bound:.2f}x"
+        letters = str(self.schedule)
+        shown = letters if len(letters) <= 50 else f"{letters[:47]}..."
+        return f"<CachePlan {name}: {self.num_steps} steps {shown}, {len(self.sites)} sites{bound}>"
 
     def summary(self) -> str:
         """A few lines about the plan: schedule, actions, token sets, cost."""
@@ -355,6 +362,16 @@ class CachePlan:
                     f"{where}: score '{name}' counts the age of the tokens of '{term.site}', which no earlier step "
                     "computes: compute it at an earlier step"
                 )
+
+
+def check_slot_dtype(dtype: Any) -> None:
+    """Slots may be kept in a floating-point type.
+
+    Raises:
+        PlanError: it is none.
+    """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise PlanError(f"slot_dtype={dtype!r}: use a floating-point type, such as torch.bfloat16")
 
 
 def _check_tokens(name: str, kept: torch.Tensor) -> None:

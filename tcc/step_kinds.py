@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tcc.checks import forecast_depth
@@ -27,18 +27,15 @@ class StepTable:
     tables: tuple[str, ...]
 
 
-def find_step_kinds(
-    plan: CachePlan, analysis: Analysis, rewrites: Rewrites, apart: Collection[str] = ()
-) -> tuple[list[StepKind], list[StepTable]]:
+def find_step_kinds(plan: CachePlan, analysis: Analysis, rewrites: Rewrites) -> tuple[list[StepKind], list[StepTable]]:
     """What every step does, and what its graph takes as inputs.
 
     Args:
         plan: the plan.
         analysis: what is known about the graph.
         rewrites: which rewrites are made.
-        apart: sites that share no slot with the one before, see `find_spans`.
     """
-    spans = find_spans(plan, analysis, merge=rewrites.merge_spans, apart=apart)
+    spans = find_spans(plan, analysis, merge=rewrites.merge_spans)
     stores = [live_stores(plan, span, analysis.num_tokens) for span in spans]
     depths = [forecast_depth(plan, span[0].name) for span in spans]
     narrowing = [sets_by_site(plan, span) for span in spans]

@@ -133,7 +133,7 @@ BAD_ROUTERS: dict[str, tuple[Callable[[], Any], str]] = {
     "steps": (lambda: {"router": router(6, 0.0)}, "the router was trained for 6 steps, and num_steps=4"),
     "model": (
         lambda: {"router": router(4, 0.0, sites=("blocks.7.mlp.out",))},
-        "the router is for another model: this one has no site 'blocks.7.mlp.out'",
+        "the router is for other sites, or another model: this one has no site 'blocks.7.mlp.out'",
     ),
     "theta": (lambda: {"router": router(4, 0.0), "theta": 1.5}, "theta=1.5: expected a threshold for scores, 0..1"),
     "theta NaN": (

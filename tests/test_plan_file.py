@@ -335,3 +335,11 @@ def test_a_plan_that_cannot_be_written(tmp_path: pathlib.Path) -> None:
         full_plan().save(str(tmp_path / "no folder" / "plan"))
     with pytest.raises(PlanError, match="plan: the plan's policy holds more than numbers, strings, lists and dicts"):
         CachePlan(num_steps=1, actions={}, policy={"scores": torch.zeros(2)}).save(str(tmp_path / "plan"))
+
+
+def test_files_are_readable_as_others_are(tmp_path: pathlib.Path) -> None:
+    """A server often runs as another user than the one who made the plan."""
+    plan = CachePlan(2, {(1, SITE): Reuse()})
+    plan.save(tmp_path / "plan.safetensors")
+    (tmp_path / "other").touch()
+    assert (tmp_path / "plan.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tcc.models import reference_model
-from tcc.samplers import Diffusion, ddim_step, ddpm_step, guide, predict_x0, sample
+from tcc.samplers import DDIM, Diffusion, DPMSolver2, FlowEuler, ddim_step, ddpm_step, guide, predict_x0, sample
 
 
 class FakeModel:
@@ -74,6 +75,14 @@ def test_impossible_step_counts_are_refused(count: int) -> None:
     """num_steps must lie in the training range."""
     with pytest.raises(ValueError, match=rf"num_steps must lie in 1\.\.1000, got {count}"):
         Diffusion().timesteps(count)
+
+
+@pytest.mark.parametrize("count", ["x", "ddimx", 2.5, True])
+@pytest.mark.parametrize("solver", [DDIM(), DPMSolver2(), FlowEuler()], ids=["ddim", "dpm", "flow"])
+def test_step_counts_are_whole_numbers(solver: Any, count: Any) -> None:
+    """As a number or as text; nothing is rounded."""
+    with pytest.raises(ValueError, match=r"num_steps=\S+: give a whole number of steps"):
+        solver.evaluations(count)
 
 
 def test_one_step_starts_from_the_noisy_end() -> None:

@@ -122,6 +122,22 @@ def test_folders_without_images_say_what_was_expected(tmp_path: Path) -> None:
         opened(tmp_path)
 
 
+def test_grey_images_of_16_bits_keep_their_range(tmp_path: Path) -> None:
+    """Dark to bright as with 8 bits; pixels of no known range are refused."""
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8)
+    (tmp_path / "a").mkdir()
+    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "a" / "x.png")
+    for channels in (1, 3):
+        found = opened(tmp_path, channels=channels).take(torch.tensor([0]))[0]
+        expected = torch.from_numpy(ramp / 65535 * 2 - 1).float().expand(1, channels, 8, 8)
+        torch.testing.assert_close(found, expected, atol=1 / 255, rtol=0)
+    for pixels in (ramp.astype(np.float32), ramp.astype(np.int32) * 4):
+        (tmp_path / "a" / "x.png").unlink(missing_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "a" / "x.tiff")
+        with pytest.raises(TrainError, match=r"x\.tiff cannot be read as an image .*convert it to 8 bits\)"):
+            opened(tmp_path).take(torch.tensor([0]))
+
+
 def test_broken_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When they are read, whatever the decoder stumbles on: no image, damaged parts, a size beyond all bounds."""
     write(tmp_path / "a" / "broken.png", np.zeros((8, 8)))

@@ -25,7 +25,7 @@ from tcc.train.calls import images_with_labels
 from tcc.train.loop import Report, Settings, train
 from tcc.train.objective import Objective, StepLoss
 from tcc.train.pairs import Pairs
-from tcc.train.predictors import NetworkPredictor, Sizes
+from tcc.train.predictors import NetworkPredictor, Sizes, TablePredictor
 from tcc.train.student import Student
 from tcc.train.weights import Budget, RouterWeights, TokenWeights, Weights, choices_of_pairs
 from tcc.train.world import World
@@ -95,6 +95,20 @@ def ended(
 def same(ones: Any, others: Any) -> bool:
     """Bit for bit."""
     return all(torch.equal(a, b) for a, b in zip(ones, others, strict=True))
+
+
+def test_a_held_mean_and_a_free_one_are_different_runs(tmp_path: Path) -> None:
+    """Their parameters have the same shapes."""
+    choices = choices_of_pairs(4, sites())
+
+    def run(mean: float | None, iterations: int) -> None:
+        weights = TokenWeights(TablePredictor(Sizes.of(tiny().info, 4), mean=mean), tiny().info, choices)
+        recipe = pairs(Objective(student(), Budget(price=1e-3)), 4)
+        train(weights, recipe, Settings(iterations), state=tmp_path / "state")
+
+    run(0.5, 1)
+    with pytest.raises(TrainError, match=r"the state of another run \(held mean was 0.5 and is None\)"):
+        run(None, 2)
 
 
 def test_the_seed_decides() -> None:

@@ -355,7 +355,7 @@ def test_recipes_that_cannot_run_are_refused() -> None:
     objective = Objective(student(), Budget())
     calls = noise_with_labels(tiny().info, 10)
     for recipe in (Pairs, Trajectories):
-        with pytest.raises(TrainError, match="every step of the schedule computes everything"):
+        with pytest.raises(TrainError, match="every step of the schedule computes all; take more steps"):
             recipe(objective, calls, {}, 4)
         with pytest.raises(TrainError, match="step 0 of the schedule reuses"):
             recipe(objective, calls, {0: sites()}, 4)

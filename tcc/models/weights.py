@@ -25,6 +25,7 @@ from tcc.models.config import ModelConfig
 from tcc.models.dit import DiT
 from tcc.models.mdt import MDT, MDTv2
 from tcc.models.uvit import UViT
+from tcc.tensors_file import save_tensors
 
 # a state dict belongs to the first whose mark it has
 ARCHITECTURES: tuple[type[Architecture], ...] = (UViT, MDTv2, MDT, DiT)
@@ -104,7 +105,7 @@ def save_weights(model: Architecture, path: str | os.PathLike[str], dtype: torch
         for name, tensor in model.state_dict().items()
     }
     partial = Path(f"{os.fspath(path)}.partial")
-    safetensors.torch.save_file(tensors, partial, metadata={_config_key(type(model)): model.config.to_json()})
+    save_tensors(tensors, partial, {_config_key(type(model)): model.config.to_json()})
     os.replace(partial, path)
 
 

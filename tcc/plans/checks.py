@@ -15,7 +15,7 @@ def check_whole(name: str, value: object, least: int, most: int | None = None) -
     """Refuse what is not a whole number of at least `least`, and of at most `most` where it is given."""
     if not _is_whole(value) or value < least or (most is not None and value > most):  # type: ignore[operator]
         allowed = f"{least} or more" if most is None else f"{least}..{most}"
-        raise PlanError(f"{name}={value}: expected a whole number, {allowed}")
+        raise PlanError(f"{name}={value!r}: expected a whole number, {allowed}")
 
 
 def check_known(name: str, value: object, known: Sequence[str]) -> None:
@@ -60,7 +60,7 @@ def check_i_steps(name: str, steps: object, num_steps: int) -> tuple[int, ...]:
     """
     found = list(steps) if isinstance(steps, Iterable) else []
     if not all(_is_whole(step) and 0 <= step < num_steps for step in found) or 0 not in found:
-        raise PlanError(f"{name}={steps}: steps are 0..{num_steps - 1}, and the first computes everything")
+        raise PlanError(f"{name}={steps!r}: steps are 0..{num_steps - 1}, and the first computes everything")
     return tuple(sorted({int(step) for step in found}))
 
 

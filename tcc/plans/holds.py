@@ -123,6 +123,8 @@ def deepcache(
     Raises:
         PlanError: an option is out of range.
     """
+    if len(info.blocks) < 2:
+        raise PlanError("deepcache needs a model of at least two blocks: some are held, and some computed")
     check_whole("rear", rear, 1, len(info.blocks) - 1)
     computed = deepcache_steps(num_steps, interval, center, power)
     policy = {"name": "deepcache", "interval": interval, "rear": rear, "center": center, "power": power}

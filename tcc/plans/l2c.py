@@ -99,5 +99,6 @@ def find_router(
     names = tuple(SiteName.parse(name).but(sites) if sites else name for name in found.sites)
     for name in names:
         if name not in info.sites:
-            raise PlanError(f"the router is for another model: this one has no site '{name}'")
+            asked = f", with sites={sites!r}" if sites else ""
+            raise PlanError(f"the router is for other sites{asked}, or another model: this one has no site '{name}'")
     return Router(found.scores, names)

@@ -161,7 +161,7 @@ def _score(grain: Grain, terms: tuple[tuple[float, Term], ...], sites: Sequence[
 def spread_evenly(info: ModelInfo, cell: int) -> np.ndarray[Any, Any]:
     """Ranks `[S]` whose highest are spread over the tokens: over each cell, or over the sequence where `cell` is 0."""
     if cell:
-        return checkerboard(info, cell)
+        return checkerboard(info, cell) / cell**2
     golden = (np.sqrt(5.0) - 1) / 2  # by the three-gap theorem, gaps of a stretch of multiples have three lengths
     ranks: np.ndarray[Any, Any] = -(np.arange(info.num_tokens) * golden % 1.0)
     return ranks

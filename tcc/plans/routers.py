@@ -65,7 +65,8 @@ def _read(path: str | os.PathLike[str]) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes lead the unpickler anywhere
         named = re.search(r"GLOBAL ([\w.]+)", str(error))  # the rest of that message is advice to execute the file
-        reason = f"it names {named[1]}" if named else f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        first = f"{type(error).__name__}: {error}".splitlines()[0].partition(". ")[0]
+        reason = f"it names {named[1]}" if named else first
         raise PlanError(
             f"{path} is not a router file that can be read safely: it is damaged, or it holds objects other than "
             f"tensors, which are not executed ({reason})"

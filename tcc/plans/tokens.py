@@ -38,8 +38,21 @@ Level = Literal["block", "branch", "out"]
 TokenAttention = Attention | Literal["reused"]
 
 
+_AMONG_ALL = (
+    "choose among all tokens: tokens='uniform' or 'random' of tprr, select='global' of tokencache, cell=0 of toca "
+    "and duca"
+)
+
+
 def choose_tokens(
-    info: ModelInfo, keep: float, tokens: Choice | torch.Tensor, *, cell: int = 2, seed: int = 0, turn: int = 0
+    info: ModelInfo,
+    keep: float,
+    tokens: Choice | torch.Tensor,
+    *,
+    cell: int = 2,
+    seed: int = 0,
+    turn: int = 0,
+    turn_keep: float | None = None,
 ) -> torch.Tensor:
     """The kept tokens of one P-step, `[k]` int64, sorted: the chosen image tokens, and all tokens that are none.
 
@@ -49,7 +62,10 @@ def choose_tokens(
         tokens: see `tprr`.
         cell: the side of a grid cell.
         seed: seed of `random`.
-        turn: 0, 1, ...: shifts the choice, so that successive turns keep different tokens.
+        turn: 0, 1, ...: successive turns keep those that come next in the same order, and the first ones after the
+            last, so that each token's turn comes; see `count_turns`.
+        turn_keep: the keep ratio that turns go on by, where others keep more than this choice: it then is some of
+            theirs at every turn. `keep`, if None.
 
     Raises:
         PlanError: an option is out of range, or the scores are unusable.
@@ -60,15 +76,38 @@ def choose_tokens(
     check_whole("turn", turn, 0)
     start, stop = info.image_tokens
     n = stop - start
-    count = max(1, round(keep * n))
-    if isinstance(tokens, torch.Tensor):
-        return best_per_cell(info, _scores(tokens, info.num_tokens), keep_per_cell(keep, cell), cell)
+    count, skipped = max(1, round(keep * n)), turn * _turn(info, turn_keep or keep, tokens, cell)[1]
     if tokens == "uniform":
         return with_others(info, start + (np.floor(np.arange(count) * n / count).astype(np.int64) + turn) % n)
     if tokens == "random":
-        return with_others(info, start + np.random.default_rng([seed, turn]).permutation(n)[:count])
-    if tokens == "checkerboard":
-        return best_per_cell(info, checkerboard(info, cell, turn), keep_per_cell(keep, cell), cell)
+        order = np.random.default_rng([seed, 0]).permutation(n)
+        return with_others(info, start + order[(skipped + np.arange(count)) % n])
+    scores = checkerboard(info, cell) if isinstance(tokens, str) else _scores(tokens, info.num_tokens)
+    return best_per_cell(info, scores, keep_per_cell(keep, cell), cell, skipped)
+
+
+def count_turns(info: ModelInfo, keep: float, tokens: Choice | torch.Tensor, cell: int = 2) -> int:
+    """After how many turns of `choose_tokens` every image token was kept.
+
+    Raises:
+        PlanError: an option is out of range.
+    """
+    check_keep(keep)
+    check_whole("cell", cell, 1)
+    places, kept = _turn(info, keep, tokens, cell)
+    return math.ceil(places / kept)
+
+
+def _turn(info: ModelInfo, keep: float, tokens: Choice | torch.Tensor, cell: int) -> tuple[int, int]:
+    """Among how many places turns go round, of the image or of a cell, and how many of them one keeps."""
+    n = info.image_tokens[1] - info.image_tokens[0]
+    count = max(1, round(keep * n))
+    if isinstance(tokens, torch.Tensor) or tokens == "checkerboard":
+        return cell * cell, keep_per_cell(keep, cell)
+    if tokens == "random":
+        return n, count
+    if tokens == "uniform":
+        return math.ceil(n / count), 1  # gaps are that long at most, and all move on by one token
     raise PlanError(f"tokens={tokens!r}: use 'uniform', 'random', 'checkerboard' or a score per token")
 
 
@@ -87,22 +126,23 @@ def _grid2d(info: ModelInfo, cell: int) -> tuple[int, int, int]:
     if len(grid) not in (2, 3):
         raise PlanError(
             f"the model's token grid is {grid or 'unknown'} for {info.num_tokens} tokens: grid cells need an image "
-            "grid; use tokens='uniform' or 'random'"
+            f"grid; {_AMONG_ALL}"
         )
     frames, h, w = (1, *grid) if len(grid) == 2 else grid
     if h % cell or w % cell:
-        raise PlanError(f"cell={cell}: the grid is {h} x {w}; the cell's side must divide both")
+        raise PlanError(
+            f"cell={cell}: the grid is {h} x {w}; the cell's side must divide both. Give another, or {_AMONG_ALL}"
+        )
     return frames, h, w
 
 
-def checkerboard(info: ModelInfo, cell: int, turn: int = 0) -> np.ndarray[Any, Any]:
-    """Scores `[S]` that rank the places of a cell by a bit-reversed (Bayer-like) order, shifted by `turn`."""
+def checkerboard(info: ModelInfo, cell: int) -> np.ndarray[Any, Any]:
+    """Scores `[S]` that rank the places of a cell: those of one colour first, row by row, then those of the other."""
     frames, h, w = _grid2d(info, cell)
     side = cell * cell
     places = sorted(range(side), key=lambda p: ((p // cell + p % cell) % 2, p))
     rank = np.empty(side, dtype=np.int64)
     rank[places] = np.arange(side)
-    rank = (rank - turn) % side
     scores = np.zeros(info.num_tokens)
     tile = -rank.reshape(cell, cell).astype(np.float64)
     scores[slice(*info.image_tokens)] = np.tile(tile, (frames, h // cell, w // cell)).reshape(-1)
@@ -114,13 +154,15 @@ def keep_per_cell(keep: float, cell: int) -> int:
     return max(1, round(keep * cell * cell))
 
 
-def best_per_cell(info: ModelInfo, scores: np.ndarray[Any, Any], count: int, cell: int) -> torch.Tensor:
+def best_per_cell(
+    info: ModelInfo, scores: np.ndarray[Any, Any], count: int, cell: int, skipped: int = 0
+) -> torch.Tensor:
     """The `count` highest scores `[S]` of every cell, and all tokens that are not image tokens, `[k]` int64, sorted.
 
-    Grid-based pruning, TokenCache v1.
+    Grid-based pruning, TokenCache v1. Where some are `skipped`, those that come after them, and then the highest.
     """
     cells = grid_cells(info, cell)
-    order = np.argsort(-scores[cells], axis=1, kind="stable")[:, :count]
+    order = np.argsort(-scores[cells], axis=1, kind="stable")[:, (skipped + np.arange(count)) % (cell * cell)]
     return with_others(info, np.take_along_axis(cells, order, axis=1).reshape(-1))
 
 
@@ -147,7 +189,7 @@ def grid_cells(info: ModelInfo, cell: int) -> np.ndarray[Any, Any]:
 
 
 def choose_blocks(info: ModelInfo, blocks: Iterable[int] | None) -> tuple[int, ...]:
-    """The block indices that a policy acts on: all of them where none are given."""
+    """The block indices that a policy acts on, in order: all of them where none are given."""
     total = len(info.blocks)
     if not isinstance(blocks, Iterable | None):
         raise PlanError(f"blocks={blocks}: give a list of blocks, of 0..{total - 1}")
@@ -155,7 +197,7 @@ def choose_blocks(info: ModelInfo, blocks: Iterable[int] | None) -> tuple[int, .
     for block in chosen:
         if isinstance(block, bool) or not isinstance(block, Integral) or not 0 <= block < total:
             raise PlanError(f"blocks: there is no block {block}; the model has blocks 0..{total - 1}")
-    return tuple(map(int, chosen))
+    return tuple(sorted({int(block) for block in chosen}))
 
 
 def pruned_sites(info: ModelInfo, blocks: Sequence[int], level: Level, attention: TokenAttention) -> list[Site]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +18,7 @@ from tcc.plans.tokens import (
     TokenAttention,
     choose_blocks,
     choose_tokens,
+    count_turns,
     pruned_sites,
     token_actions,
 )
@@ -76,7 +76,8 @@ def tprr(
             in each `cell x cell` cell of the grid), or scores `[S]`: the highest are kept, cell by cell.
         cell: the side of a grid cell, k in the paper.
         seed: seed of `random`.
-        rotate: choose other tokens at every P-step of a cycle, so that each token's turn comes.
+        rotate: choose other tokens at every P-step of a cycle, so that each token's turn comes: those that come next
+            in the same order.
 
     Raises:
         PlanError: an option is out of range, the scores are not finite, a chosen block cannot be pruned, or blocks
@@ -86,11 +87,10 @@ def tprr(
     i_steps = set(tprr_steps(num_steps, k1, k2, boundary, cycle))
     sites = pruned_sites(info, chosen, level, attention)
     check_keep(keep)
-    shares = _shares(sorted(set(chosen)), keep, keep_last, tokens)
-    start, stop = info.image_tokens
-    turns = range(min(stop - start, math.ceil(1 / keep)) if rotate else 1)
+    shares = _shares(chosen, keep, keep_last, tokens)
+    turns = range(count_turns(info, keep, tokens, cell) if rotate else 1)
     sets = {
-        _name(turn, share, keep): choose_tokens(info, share, tokens, cell=cell, seed=seed, turn=turn)
+        _name(turn, share, keep): choose_tokens(info, share, tokens, cell=cell, seed=seed, turn=turn, turn_keep=keep)
         for turn in turns
         for share in dict.fromkeys(shares.values())
     }

@@ -13,6 +13,17 @@ from torch import Tensor
 __all__ = ["Diffusion", "Step"]
 
 
+def whole_number(num_steps: int | str) -> int:
+    """The number of steps, which may be given as text.
+
+    Raises:
+        ValueError: it is no whole number.
+    """
+    if isinstance(num_steps, bool) or not str(num_steps).removeprefix("-").isdecimal():
+        raise ValueError(f"num_steps={num_steps!r}: give a whole number of steps")
+    return int(num_steps)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Diffusion:
     """The noising process over ``num_train_steps`` timesteps.
@@ -81,8 +92,8 @@ class Diffusion:
             N timesteps, e.g. ``(999, 946, ..., 105, 53, 0)`` for 20.
         """
         if isinstance(num_steps, str) and num_steps.startswith("ddim"):
-            return self._strided(int(num_steps.removeprefix("ddim")))
-        count = int(num_steps)
+            return self._strided(whole_number(num_steps.removeprefix("ddim")))
+        count = whole_number(num_steps)
         if not 1 <= count <= self.num_train_steps:
             raise ValueError(f"num_steps must lie in 1..{self.num_train_steps}, got {count}")
         if count == 1:  # the range has two ends and one point: take the noisy one

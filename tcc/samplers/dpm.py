@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tcc.samplers.diffusion import Diffusion
+from tcc.samplers.diffusion import Diffusion, whole_number
 from tcc.samplers.sampler import Evaluation, Sampler, Solving
 
 __all__ = ["DPMSolver2"]
@@ -96,7 +96,7 @@ class DPMSolver2(Sampler):
 
     def _steps(self, num_steps: int | str) -> list[tuple[Level, Level, Level]]:
         """Start, middle and end of every step."""
-        count, process = int(num_steps), self.diffusion
+        count, process = whole_number(num_steps), self.diffusion
         if count < 2 or count % 2:
             raise ValueError(f"DPM-Solver-2 takes two evaluations per step: an even number of them, got {num_steps}")
         first, last = process.first_timestep, process.first_timestep + process.num_train_steps - 1

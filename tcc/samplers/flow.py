@@ -8,6 +8,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from tcc.samplers.diffusion import whole_number
 from tcc.samplers.sampler import Evaluation, Sampler, Solving
 
 __all__ = ["FlowEuler"]
@@ -30,7 +31,7 @@ class FlowEuler(Sampler):
 
     def levels(self, num_steps: int | str) -> list[float]:
         """The levels s of the evaluations, and 0."""
-        count = int(num_steps)
+        count = whole_number(num_steps)
         if count < 1:
             raise ValueError(f"num_steps must be at least 1, got {num_steps}")
         even = (1 - i / count for i in range(count + 1))

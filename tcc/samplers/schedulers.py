@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tcc.errors import CallError
-from tcc.samplers.diffusion import Diffusion
+from tcc.samplers.diffusion import Diffusion, whole_number
 from tcc.samplers.sampler import Evaluation, Sampler, Solving
 
 __all__ = ["Scheduled", "Spacing", "dpm_solver_2m", "dpm_solver_2s"]
@@ -69,7 +69,7 @@ class Scheduled(Sampler):
         Raises:
             ValueError: it has no such run, or refuses the settings.
         """
-        count = int(num_steps)
+        count = whole_number(num_steps)
         scheduler = self._set(-(-count // self._order))
         if len(scheduler.timesteps) == count:
             return scheduler

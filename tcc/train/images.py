@@ -91,7 +91,7 @@ class FolderImages:
         """One image, uint8 `[C, H, W]`."""
         try:
             with Image.open(path) as file:
-                image = file.convert("L" if self.channels == 1 else "RGB")
+                image = _of_bytes(file).convert("L" if self.channels == 1 else "RGB")
         except Exception as error:  # what its decoders raise of damaged bytes has no common base
             raise TrainError(f"{path} cannot be read as an image ({error}): repair or remove it") from error
         height, width = self.size
@@ -228,6 +228,22 @@ def open_images(
             "classes' folders"
         )
     return FolderImages(files, size, channels)
+
+
+def _of_bytes(image: Image.Image) -> Image.Image:
+    """The same image with a byte for each channel: PIL would cut off what is brighter than 255 of 65535.
+
+    Raises:
+        ValueError: its values have no known range.
+    """
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of no known range: convert it to 8 bits")
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError("its pixels have more than 16 bits: convert it to 8 bits")
+    return Image.fromarray(np.round(values / 257).astype(np.uint8))
 
 
 def _classes(root: Path) -> tuple[dict[str, list[Path]], list[Path]]:

@@ -163,6 +163,7 @@ class _Run:
         self.report = Report(0, 0.0, math.nan, math.nan, None)
         if path is not None and path.is_file():
             self._resume(path)
+        self._check_together()
         self.good = self._tensors()
         self.started = time.monotonic() - self.report.seconds
         self.saved = time.monotonic()
@@ -201,6 +202,21 @@ class _Run:
         if time.monotonic() - self.saved >= self.settings.save_every:
             self.save()
 
+    def _check_together(self) -> None:
+        """All processes begin at one iteration.
+
+        Raises:
+            TrainError: they do not: some have found a state, and others have not.
+        """
+        at = torch.zeros(self.world.size, dtype=torch.float64, device=self.parameters[0].device)
+        at[self.world.rank] = self.report.iteration
+        begun = [int(iteration) for iteration in self.world.sum(at)]
+        if len(set(begun)) > 1:
+            raise TrainError(
+                f"the processes go on from iterations {begun}: each of them reads {self.path}, so put it where all of "
+                "them see it, or remove it"
+            )
+
     def _check(self, total: Tensor) -> None:
         """Stop in all processes alike where a number is not finite."""
         where = total[5:].nonzero().flatten().tolist()
@@ -227,7 +243,7 @@ class _Run:
         """What a state must agree with to be gone on from."""
         shapes = [list(parameter.shape) for parameter in self.parameters]
         named = {"seed": self.settings.seed, "groups": self.settings.groups, "parameters": shapes}
-        identity: dict[str, Any] = json.loads(json.dumps(named | self.recipe.describe()))
+        identity: dict[str, Any] = json.loads(json.dumps(named | self.weights.describe() | self.recipe.describe()))
         return identity
 
     def _tensors(self) -> tuple[Report, dict[str, Tensor]]:

@@ -51,7 +51,9 @@ def check_choices(choices: Choices, num_steps: int) -> None:
         TrainError: no step is one, the first is one, or one is not in the run, or has nothing to decide.
     """
     if not choices:
-        raise TrainError("there is nothing to learn: every step of the schedule computes everything")
+        raise TrainError(
+            "there is nothing to learn: every step of the schedule computes all; take more steps, or longer intervals"
+        )
     if min(choices) <= 0:
         raise TrainError("step 0 of the schedule reuses values, and nothing is stored yet: make it an I-step")
     if max(choices) >= num_steps:
@@ -123,6 +125,10 @@ class Weights(nn.Module, ABC):
         Returns:
             `[1 or B, 1 or S]` in 0..1 by site, for the sites at which there is something to decide.
         """
+
+    def describe(self) -> dict[str, object]:
+        """What the result depends on beside the parameters' shapes: a state is gone on from where it is the same."""
+        return {}
 
     def settle(self) -> None:
         """Bring the parameters back into their range, after a step of the optimiser."""
@@ -226,15 +232,20 @@ class TokenWeights(Weights):
         self.seen[step] = importance.detach()
         return {site: importance[:, self.blocks[site]] for site in self.choices[step]}
 
+    def describe(self) -> dict[str, object]:
+        """See `Weights`."""
+        return {"predictor": self.predictor.form, "held mean": self.predictor.held}
+
     def learned(self) -> Learned:
         """Importances, or probes where they depend on the stream.
 
         A step at which nothing was to be decided, or nothing was learned, has what the nearest one learned: a plan may
-        have other I-steps.
+        have other I-steps. Of two as near, the later one: what a plan of single evaluations does at a step, one for a
+        solver with two of them does at the next (`tcc.plans.shifted`).
         """
         missing = self.unlearned()
         taught = [step for step in self.choices if step not in missing] or list(self.choices)
-        steps = [min(taught, key=lambda at: abs(at - step)) for step in range(self.predictor.sizes.steps)]
+        steps = [min(taught, key=lambda at: (abs(at - step), -at)) for step in range(self.predictor.sizes.steps)]
         found = self.predictor.learned()
         if isinstance(found, Importance):
             return Importance(found.scores[steps])
