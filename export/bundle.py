@@ -62,9 +62,9 @@ class Written:
 
 def bundle(
     model: nn.Module | ExportedProgram | CompiledModel,
-    plan: CachePlan | Policy | None,
-    example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None,
-    out: str | os.PathLike[str],
+    plan: CachePlan | Policy | None = None,
+    example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
+    out: str | os.PathLike[str] | None = None,
     *,
     target: str = "onnx",
     arch: str | None = None,
@@ -76,7 +76,7 @@ def bundle(
 
     Args:
         model: a diffusion transformer in eval mode, an `ExportedProgram` of one, or what `tcc.compile` returned and was
-            called once (then the plan and the inputs are its own, and None here). If it was compiled with
+            called once (then the plan and the inputs are its own, and left out here). If it was compiled with
             `calls_per_step=2`, the bundle notes it: each guidance branch then needs a `new_session()` of the runner.
         plan: a plan, or a policy.
         example_inputs: `(args, kwargs)` of a call; the bundle runs these shapes, dtypes and this device.
@@ -95,6 +95,8 @@ def bundle(
             an operator has no form in the target, or there is something at `out`.
         CaptureError, AnalysisError, PlanError: see `tcc.compile`.
     """
+    if out is None:
+        raise ExportError("out is missing: name the folder to make, tcc.export.bundle(model, out='bundle')")
     if target not in TARGETS:
         raise ExportError(f"target={target!r}: use one of {', '.join(TARGETS)}")
     if layout not in _LAYOUTS or (layout != "plain" and target != "onnx"):
@@ -136,7 +138,7 @@ def _program(
 ) -> tuple[Program, CachePlan]:
     if isinstance(model, CompiledModel):
         if plan is not None or example_inputs is not None:
-            raise ExportError("a compiled model has its own plan and inputs: pass None for both")
+            raise ExportError("a compiled model has its own plan and inputs: leave both out, bundle(model, out=...)")
         if model.program is None:
             raise ExportError("nothing is compiled yet: call the model once, or pass example_inputs to tcc.compile")
         return model.program, model.plan

@@ -186,6 +186,18 @@ class Runner:
         ]
         self._watch = _watch(manifest)
 
+    def __repr__(self) -> str:
+        """What it runs, and where it is."""
+        return f"<Runner: {self.manifest.target} on {self.device}, step {self.step} of {self.num_steps} is next>"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """What pickle and copy ask for.
+
+        Raises:
+            CallError: always.
+        """
+        raise CallError("a runner cannot be pickled or copied: read the bundle again, or take runner.new_session()")
+
     @property
     def num_steps(self) -> int:
         """The steps of one run."""

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from tcc.export import manifest as manifests
 from tcc.export.manifest import (
@@ -34,6 +33,7 @@ from tcc.export.manifest import (
 from tcc.export.one_graph import START, one_graph, wire
 from tcc.export.onnx_operators import largest_value
 from tcc.export.stamp import stamp
+from tcc.tensors_file import save_tensors
 
 __all__ = ["CONFIG", "MODEL", "VERSION", "config", "lay_out"]
 
@@ -61,7 +61,7 @@ def lay_out(folder: Path, old: Manifest) -> Manifest:
         (folder / name).unlink()
     (version / MODEL).write_bytes(proto.SerializeToString())
     starts = {name: torch.tensor([number], dtype=torch.int32) for name, number in (("start.0", 1), ("start.1", 0))}
-    save_file(starts, version / TENSORS)
+    save_tensors(starts, version / TENSORS)
     files = {name: old.files[name] for name in (PLAN, WEIGHTS)} | {TENSORS: manifests.file_entry(version / TENSORS)}
     operators, largest = (
         sum(len(graph.node) for graph in _graphs(proto.graph)),

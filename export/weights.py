@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from tcc.errors import BundleError, ExportError
 from tcc.program import Variant
+from tcc.tensors_file import save_tensors
 
 __all__ = ["Place", "Weights", "collect", "load_tensors", "places"]
 
@@ -31,7 +32,7 @@ class Weights:
 
     def save(self, path: Path) -> None:
         """Write them as safetensors."""
-        save_file({name: tensor.detach().cpu() for name, tensor in self.tensors.items()}, path)
+        save_tensors({name: tensor.detach().cpu() for name, tensor in self.tensors.items()}, path)
 
 
 @dataclass(frozen=True)

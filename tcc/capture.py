@@ -9,7 +9,7 @@ import functools
 import inspect
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree  # no public pytree module in torch 2.11-2.13
 
+from tcc.call_form import Leaf, bind, normal_form
+from tcc.capture_error import explain
 from tcc.errors import CallError, CaptureError, ShapeError
 from tcc.passes.base import run_passes
 from tcc.passes.graph import graph_hash, graph_text, shape, value
@@ -87,12 +89,14 @@ class Captured:
             tensors, the output is a flat tuple.
         inputs: the tensor inputs.
         constants: the flattened inputs that are not tensors, by position; fixed at capture.
-        in_spec: the structure of `(args, kwargs)`.
+        in_spec: the structure of `(args, kwargs)` in normal form, see `tcc.call_form`.
         out_spec: the structure of the result.
         signature: the signature that calls are bound to, or None where the source was an ExportedProgram.
         hash: content hash of the graph (operators, shapes, dtypes; not the weights).
         noise_level: the position of the noise level among the inputs; None where none was named or found.
         samples: the positions of the inputs that may be the sample.
+        autocast: the dtype that `torch.autocast` cast to while it was captured; None where it was off. The graph has
+            these casts.
     """
 
     gm: fx.GraphModule
@@ -104,17 +108,23 @@ class Captured:
     hash: str
     noise_level: int | None = None
     samples: tuple[int, ...] = ()
+    autocast: torch.dtype | None = None
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
         """The tensor inputs of a call, in the graph's order.
 
         Raises:
-            CallError: the call's structure, a constant, a shape (ShapeError), a dtype or a device differs from the
-                capture.
+            CallError: the call's structure, a constant, a shape (ShapeError), a dtype, a device or autocast differs
+                from the capture.
         """
+        if _autocast(self.inputs) != self.autocast:
+            raise CallError(
+                f"the call is made with autocast {_state(_autocast(self.inputs))}, and the model was captured with "
+                f"autocast {_state(self.autocast)}: make all calls alike, example_inputs included"
+            )
         leaves = self._plain_leaves(args, kwargs)
         if leaves is None:
-            leaves, spec = pytree.tree_flatten(_bind(self.signature, args, kwargs))
+            leaves, spec = pytree.tree_flatten(bind(self.signature, args, kwargs))
             if spec != self.in_spec:
                 raise CallError(self._other_structure(spec))
         tensors = []
@@ -122,7 +132,7 @@ class Captured:
             if position not in self.constants:
                 tensors.append(leaf)
             elif not _same_constant(leaf, self.constants[position]):
-                bound = _bind(self.signature, args, kwargs)
+                bound = bind(self.signature, args, kwargs)
                 raise CallError(
                     f"argument {self._leaf_name(bound, position)} is {_shown(leaf)} but was "
                     f"{self.constants[position]!r} at capture: values that are not tensors are compiled in; pass a "
@@ -180,6 +190,11 @@ class Captured:
         names = [] if self.signature is None else list(self.signature.parameters)
         return names[number] if number < len(names) else str(number)
 
+    def is_same(self, other: Captured) -> bool:
+        """Whether both compute the same: one graph, of the same weights, and equal constants."""
+        mine, theirs = (dict((*c.gm.named_parameters(), *c.gm.named_buffers())) for c in (self, other))
+        return self.hash == other.hash and all(_same_weight(mine[name], theirs.get(name)) for name in mine)
+
     def unflatten(self, outputs: list[Any]) -> Any:
         """The model's own output structure from the graph's flat outputs."""
         return pytree.tree_unflatten(outputs, self.out_spec)
@@ -204,20 +219,34 @@ def capture(
         program = model
     else:
         signature = inspect.signature(model.forward)
-        program = _export(model, *_bind(signature, args, kwargs))
+        bind(signature, args, kwargs)  # says what does not fit
+        program = _export(model, args, kwargs)
     program = _decomposed(program)
-    gm, constants = _unlift(program)
+    leaves, in_spec = normal_form(signature, program.call_spec.in_spec)
+    gm, constants = _unlift(program, leaves)
     run_passes(gm, [Normalize()], label="capture")
     inputs = tuple(
         InputSpec(str(n.target), shape(n), value(n).dtype, value(n).device)
         for n in gm.graph.nodes
         if n.op == "placeholder"
     )
-    spec = program.call_spec
     inner = [graph_text(module.graph) for module in gm.children() if isinstance(module, fx.GraphModule)]
     found = noise_level(gm.graph) if level is None else _position(level, [spec.name for spec in inputs])
     digest = graph_hash(gm.graph, inner)
-    return Captured(gm, inputs, constants, spec.in_spec, spec.out_spec, signature, digest, found, samples(gm.graph))
+    out_spec = program.call_spec.out_spec
+    autocast = None if isinstance(model, ExportedProgram) else _autocast(inputs)
+    return Captured(gm, inputs, constants, in_spec, out_spec, signature, digest, found, samples(gm.graph), autocast)
+
+
+def _autocast(inputs: Sequence[InputSpec]) -> torch.dtype | None:
+    """The dtype that `torch.autocast` casts to on the inputs' device; None where it is off."""
+    kind = inputs[0].device.type if inputs else "cpu"
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
+def _state(autocast: torch.dtype | None) -> str:
+    return "off" if autocast is None else f"to {autocast}"
 
 
 def _position(level: str, names: list[str]) -> int:
@@ -228,20 +257,6 @@ def _position(level: str, names: list[str]) -> int:
     return names.index(level)
 
 
-def _bind(
-    signature: inspect.Signature | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """One form for every way of writing the same call: defaults applied, keywords made positional where they can be."""
-    if signature is None:
-        return args, kwargs
-    try:
-        bound = signature.bind(*args, **kwargs)
-    except TypeError as error:
-        raise CallError(f"the call does not fit the model's forward: {error}") from error
-    bound.apply_defaults()
-    return bound.args, bound.kwargs
-
-
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
     if model.training:
         raise CaptureError("the model is in training mode (dropout would be captured): call model.eval() first")
@@ -249,7 +264,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         with torch.no_grad():
             return torch.export.export(model, *_plain(args, kwargs), strict=False)
     except Exception as error:
-        raise CaptureError(_explain(model, error)) from error
+        raise CaptureError(explain(model, error)) from error
 
 
 def _plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -270,43 +285,6 @@ def _plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ..
     return found
 
 
-#: In the kind or the text of an error: a value that no number stands for, or one that leaves torch.
-_VALUE_SIGNS = (
-    *("DataDependent", "data-dependent", "data dependent", "DynamicOutputShape"),
-    *("SymInt", "SymFloat", "SymBool", ".item()", ".numpy()", "__format__"),
-)
-
-
-def _explain(model: nn.Module, error: Exception) -> str:
-    text = str(error)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    what = lines[0] if lines else type(error).__name__
-    place = _source_of(error)
-    return f"torch.export could not capture {type(model).__name__}: {what}{place}. " + (
-        "The forward must not branch on tensor values (`if x.sum() > 0`, `.item()`, `.tolist()`): make such values "
-        "plain Python arguments, or compute both sides and choose with torch.where"
-        if _reads_values(error)
-        else "See whether the call runs without tcc: if model(*args, **kwargs) fails alike, its inputs are wrong; if "
-        "not, torch.export cannot follow its code"
-    )
-
-
-def _reads_values(error: Exception) -> bool:
-    """Whether the forward needed the value of a tensor, of which only shape and dtype are known while it is traced."""
-    return any(sign in f"{type(error).__name__} {error}" for sign in _VALUE_SIGNS)
-
-
-def _source_of(error: BaseException) -> str:
-    """The innermost line outside torch that the error passed through."""
-    place, trace = "", error.__traceback__
-    while trace is not None:
-        name = trace.tb_frame.f_code.co_filename
-        if "/torch/" not in name and name != __file__ and not name.startswith("<"):
-            place = f" (at {name}:{trace.tb_lineno})"
-        trace = trace.tb_next
-    return place
-
-
 def _decomposed(program: ExportedProgram) -> ExportedProgram:
     """Functional form with an *empty* table: `linear`, `layer_norm` and attention stay whole."""
     with warnings.catch_warnings():  # torch copies its own tree specs in a way that it warns about
@@ -325,18 +303,19 @@ def _decomposed(program: ExportedProgram) -> ExportedProgram:
     return program
 
 
-def _unlift(program: ExportedProgram) -> tuple[fx.GraphModule, dict[int, Any]]:
-    """A graph module whose weights are attributes, and the constant inputs by flat position."""
+def _unlift(program: ExportedProgram, leaves: Sequence[Any]) -> tuple[fx.GraphModule, dict[int, Any]]:
+    """A graph module whose weights are attributes, and the constant inputs by position among `leaves`."""
     root, graph = nn.Module(), fx.Graph()
     names: dict[fx.Node, fx.Node] = {}
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     constants: dict[int, Any] = {}
     users = [n for n in program.graph.nodes if n.op == "placeholder" and specs[n.name].kind == InputKind.USER_INPUT]
-    for position, node in enumerate(users):  # the model's inputs first, then its weights
-        if isinstance(node.meta.get("val"), torch.Tensor):
-            names[node] = graph.node_copy(node)
+    for position, leaf in enumerate(leaves):  # the model's inputs first, then its weights
+        node = users[leaf.number] if isinstance(leaf, Leaf) else None
+        if node is None or not isinstance(node.meta.get("val"), torch.Tensor):
+            constants[position] = leaf if node is None else node.meta.get("val")
         else:
-            constants[position] = node.meta.get("val")
+            names[node] = graph.node_copy(node)
     for node in program.graph.nodes:
         if node.op == "placeholder":
             if specs[node.name].kind != InputKind.USER_INPUT:
@@ -372,7 +351,13 @@ def _weight(root: nn.Module, graph: fx.Graph, node: fx.Node, tensor: torch.Tenso
 
 
 def _same_constant(now: Any, then: Any) -> bool:
-    return bool(type(now) is type(then) and now == then)
+    return now is then or bool(type(now) is type(then) and not isinstance(then, torch.Tensor) and now == then)
+
+
+def _same_weight(now: torch.Tensor, then: torch.Tensor | None) -> bool:
+    if now is then or then is None or isinstance(now, nn.Parameter):
+        return now is then
+    return now.shape == then.shape and now.dtype == then.dtype and bool(torch.equal(now, then))
 
 
 def _shown(leaf: Any) -> str:

@@ -7,12 +7,13 @@ import copy
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from tcc.arguments import check_arguments, numbers
 from tcc.errors import CallError, PlanError, ShapeError
 from tcc.image import Image, Images
 from tcc.info import ModelInfo
@@ -49,6 +50,11 @@ class CompiledModel(StandIn):
         self._places: dict[int, _Place] = {}
         self._start = 0
 
+    def extra_repr(self) -> str:
+        """What `print` shows: the plan, or the policy that will make one."""
+        known = self.num_steps is not None
+        return repr(self.plan) if known else "a policy, which makes its plan at the first call"
+
     def with_plan(self, plan: CachePlan | Policy) -> CompiledModel:
         """The same model under another plan: capture, analysis and the variants that both plans have are shared.
 
@@ -61,6 +67,10 @@ class CompiledModel(StandIn):
         prepared = self._prepared
         return CompiledModel(Prepared(copy.deepcopy(prepared.model, memo), prepared.request, prepared.options))
 
+    def __copy__(self) -> CompiledModel:
+        """The same compiled model with sessions of its own."""
+        return CompiledModel(self._prepared)
+
     def prepare(self, *args: Any, **kwargs: Any) -> CompiledModel:
         """Capture, rewrite and compile now, for calls like this one."""
         with self._prepared.lock:
@@ -68,6 +78,7 @@ class CompiledModel(StandIn):
             ready.executable(self._start)
         return self
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator] # there is nothing left for torch.compile to do
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the next step of the current session.
 
@@ -75,6 +86,10 @@ class CompiledModel(StandIn):
             CaptureError, AnalysisError, PlanError: on the first call, which captures and compiles.
             CallError: the call differs from the captured one, or the caller is at another step than the session.
         """
+        if torch.compiler.is_exporting():
+            raise CallError(
+                "a compiled model cannot be exported by torch.export: tcc.export.bundle writes it to a folder"
+            )
         with self._images.working() as image:
             with self._prepared.lock:
                 place, options = self._place, self._prepared.options
@@ -84,6 +99,9 @@ class CompiledModel(StandIn):
                 if not uniform and not place.context and options.calls_per_step > 1:
                     place = _Place(image.next_call(level, options.calls_per_step))
                 step, new = (self._start, False) if uniform else self._step(image, place, ready, level)
+                before = image.sessions.get(place.context)
+                if before is None or new or (uniform and before.step == before.start):
+                    self._prepared.check_parts(ready, args, kwargs)
                 session = self._session_at(image, place, ready, step, new=new, uniform=uniform)
             output = session.run(tensors, begin=not uniform and step == session.start)
             if uniform:
@@ -124,8 +142,6 @@ class CompiledModel(StandIn):
         """The session of the context at `step`: the one there is, or one that begins there."""
         session = image.sessions.get(place.context)
         same = session is not None and session.executable is ready.executables.get(session.start)
-        if session is None or new or (uniform and session.step == session.start):
-            self._prepared.check_parts()
         if session is not None and not new and not uniform and session.step == step != session.start and not same:
             raise ShapeError(_other_shape(session, "the call's inputs have other shapes than those of the call before"))
         if session is not None and same and (session.start == step or (session.step == step and not new)):
@@ -278,13 +294,6 @@ class CompiledModel(StandIn):
         return self._prepared.last.executables.get(self._start) if self._prepared.last else None
 
 
-def _numbers(timesteps: object) -> torch.Tensor:
-    try:
-        return torch.as_tensor(timesteps)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise CallError(f"timesteps={timesteps!r}: give a tensor or a list of numbers, one per step") from error
-
-
 def _other_shape(session: Session, what: str) -> str:
     return (
         f"step {session.step} of {session.num_steps}: {what}: shapes may change when an image begins. Call reset() "
@@ -348,22 +357,14 @@ def compile(
         A model with the same forward signature.
 
     Raises:
+        CallError, PlanError: an argument is not what it must be.
         CaptureError, AnalysisError, PlanError: with `example_inputs`; else at the first call.
     """
-    if not callable(plan) and not isinstance(plan, CachePlan):
-        raise PlanError(f"plan={plan!r} is neither a plan nor a policy: read a file with tcc.CachePlan.load(path)")
-    if example_inputs is not None and [type(part) for part in example_inputs] != [tuple, dict]:
-        raise CallError("example_inputs is a pair (args, kwargs), a tuple and a dict: write ((x, t, y), {})")
-    if on_shape_change not in get_args(OnShapeChange):
-        raise CallError(f"on_shape_change={on_shape_change!r}: use 'error' or 'recapture'")
-    if max_shapes < 1 or calls_per_step < 1:
-        raise CallError(f"max_shapes={max_shapes}, calls_per_step={calls_per_step}: both are 1 at least")
-    if max_slot_bytes is not None and not isinstance(max_slot_bytes, int):
-        raise CallError(f"max_slot_bytes={max_slot_bytes!r}: give a whole number of bytes, such as 20 * 2**20")
     given = Options(
         backend, options, progress, mode, on_shape_change, max_shapes, noise_level, max_slot_bytes, calls_per_step,
-        slot_dtype, regional, None if timesteps is None else _numbers(timesteps),
+        slot_dtype, regional, None if timesteps is None else numbers(timesteps),
     )  # fmt: skip
+    check_arguments(model, plan, given, example_inputs)
     compiled = CompiledModel(Prepared(model, plan, given))
     if example_inputs is not None:
         args, kwargs = example_inputs

@@ -25,7 +25,7 @@ _UNWATCHED = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ModelInfo:
     """A captured and analysed model.
 
@@ -37,6 +37,14 @@ class ModelInfo:
     captured: Captured
     analysis: Analysis
     _variants: dict[StepKind, Variant] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        """One line; `table()` says more."""
+        macs = self.analysis.macs / self.batch / 1e9
+        return (
+            f"<ModelInfo: {len(self.blocks)} blocks, {len(self.sites)} sites, {self.num_tokens} tokens, "
+            f"batch {self.batch}, {macs:.3g} GMACs for each sample>"
+        )
 
     @property
     def blocks(self) -> tuple[str, ...]:

@@ -22,9 +22,10 @@ from tcc.passes.pipeline import StepKind, lowering_passes
 from tcc.program import Program, Variant
 from tcc.runtime import Executable, Runner
 
-__all__ = ["Backend", "Compiled", "Known", "lower"]
+__all__ = ["MODES", "Backend", "Compiled", "Known", "find_backend", "lower"]
 
 logger = logging.getLogger(__name__)
+MODES = ("default", "reduce-overhead")
 #: A compiled variant, and the names of its inputs after the model's own.
 Compiled = tuple[Runner, tuple[str, ...]]
 #: What makes two variants of one model the same: their kind, the names of their slots, what is folded, and the steps.
@@ -62,7 +63,7 @@ def lower(
         known: what the same backend made of variants of the same model before; new ones are added to it.
 
     Raises:
-        CallError: the mode or the backend is not known, or CUDA graphs are asked for and inputs are on several devices.
+        CallError: the backend is not known, or CUDA graphs are asked for and inputs are on several devices.
         CompileError: the backend failed.
     """
     recorder = _recorder(program, mode)
@@ -91,8 +92,6 @@ def lower(
 
 
 def _recorder(program: Program, mode: str) -> Callable[[], Record] | None:
-    if mode not in ("default", "reduce-overhead"):
-        raise CallError(f"mode={mode!r}: use 'default', or 'reduce-overhead' for CUDA graphs")
     inputs = program.captured.inputs
     on_cuda = next((spec for spec in inputs if spec.device.type == "cuda"), None)
     if mode == "default" or on_cuda is None:
@@ -156,7 +155,7 @@ def _start(backend: str | Backend, options: dict[str, Any]) -> Start:
         from tcc.inductor import start_compiling  # here: it is slow to import, and other backends do not need it
 
         return lambda gm, examples: start_compiling(gm, examples, options)
-    compile_one = _backend(backend)
+    compile_one = find_backend(backend)
 
     def compile_now(gm: fx.GraphModule, examples: list[torch.Tensor]) -> Callable[[], Runner]:
         runner = compile_one(gm, examples)
@@ -165,7 +164,12 @@ def _start(backend: str | Backend, options: dict[str, Any]) -> Start:
     return compile_now
 
 
-def _backend(backend: str | Backend) -> Backend:
+def find_backend(backend: str | Backend) -> Backend:
+    """The backend of that name, or the function itself; but Inductor, which has a module of its own.
+
+    Raises:
+        CallError: there is none.
+    """
     if callable(backend):
         return backend
     if backend == "eager":
@@ -177,6 +181,6 @@ def _backend(backend: str | Backend) -> Backend:
     try:
         found: Backend = lookup_backend(backend)
     except InvalidBackend as error:
-        known = ", ".join(["eager", "inductor", *list_backends()])
+        known = ", ".join(sorted({"eager", "inductor", *list_backends()}))
         raise CallError(f"backend={backend!r} is not known: use one of {known}, or a function") from error
     return found

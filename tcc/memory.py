@@ -116,7 +116,7 @@ class Memory:
             "attention 'kept' or 'current', without stored keys": keys,
             "reuse in place of forecasts (order=0)": older,
             "one delta per block (level='block')": merged,
-            "slot_dtype=torch.bfloat16": wide,
+            "slots in bfloat16 (slot_dtype=torch.bfloat16, on the command line --slot-dtype bfloat16)": wide,
             "caching half of the sites": self.total // 2,
         }
         return {way: saved for way, saved in found.items() if saved}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-import types
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -14,12 +14,13 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from tcc.capture import capture
+from tcc.capture import Captured, capture
 from tcc.checks import check_model
 from tcc.errors import CallError, PlanError, ShapeError
 from tcc.folding import Folding, find_folding
 from tcc.info import ModelInfo
 from tcc.lowering import Backend, Compiled, Known, lower
+from tcc.parts import Parts
 from tcc.passes.sites import analyse
 from tcc.plan import CachePlan
 from tcc.plan_start import start_at
@@ -49,12 +50,12 @@ class Options(NamedTuple):
     timesteps: torch.Tensor | None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Shape:
     """The model at one set of input shapes, with what was made of it; the plans of a model share it."""
 
     info: ModelInfo
-    parts: list[Any]
+    parts: Parts
     runners: dict[Known, Compiled] = field(default_factory=dict)
 
 
@@ -177,6 +178,8 @@ class Prepared:
     def _make(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ready:
         shape = self._shape(args, kwargs)
         plan = self.request if isinstance(self.request, CachePlan) else self.request(shape.info)
+        if not isinstance(plan, CachePlan):
+            raise PlanError(f"the policy gave {plan!r}: it must return a tcc.CachePlan")
         try:
             check_model(plan, shape.info.key)
         except PlanError as error:
@@ -200,9 +203,10 @@ class Prepared:
                     return shape  # the call will say so
                 continue
             return shape
-        self.check_parts()
-        captured = capture(self.model, args, kwargs, level=self.options.noise_level)
-        self.shapes.append(_Shape(ModelInfo(captured, analyse(captured.gm.graph)), parts_of(self.model)))
+        if self.shapes:
+            Parts.of(self.model).check(self.shapes[0].parts)
+        captured = self._capture(args, kwargs)
+        self.shapes.append(_Shape(ModelInfo(captured, analyse(captured.gm.graph)), Parts.of(self.model)))
         if len(self.shapes) > self.options.max_shapes:
             self._drop(self.shapes.pop(0))
         return self.shapes[-1]
@@ -222,51 +226,42 @@ class Prepared:
         _move_to_end(self.shapes, ready.shape)
         _move_to_end(self.readies, ready)
 
-    def check_parts(self) -> None:
-        """The model has the parts that it was captured with.
+    def _capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
+        return capture(self.model, args, kwargs, level=self.options.noise_level)
+
+    def check_parts(self, ready: Ready, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The model is the one that was captured for calls like this one.
 
         Raises:
-            CallError: it has others.
+            CallError: it has other parts, or computes something else since its attributes were set.
         """
-        now = parts_of(self.model) if self.shapes else []
-        for shape in self.shapes[:1]:
-            if len(now) != len(shape.parts) or not all(map(_is_same, now, shape.parts)):
-                raise CallError(
-                    "layers, weights, buffers or functions of the model were replaced after it was compiled, by an "
-                    "adapter for example, or cast, or moved, and the compiled steps do not have them: call tcc.compile "
-                    "anew, or do that before the first call"
-                )
+        now, shape = Parts.of(self.model), ready.shape
+        now.check(shape.parts)
+        changed = now.changed(shape.parts)
+        if changed:
+            self._look_again(shape, f"{', '.join(changed[:3])}{', ...' if changed[3:] else ''}", args, kwargs)
+        shape.parts = now
+
+    def _look_again(self, shape: _Shape, changed: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The model computes what it did, although attributes `changed`: capturing it again tells.
+
+        Raises:
+            CallError: it computes something else.
+        """
+        begun = time.perf_counter()
+        if not self._capture(args, kwargs).is_same(shape.info.captured):
+            raise CallError(
+                f"the model computes something else since {changed} changed, after it was compiled (an adapter's "
+                "scale, for example): call tcc.compile anew, or do that before the first call"
+            )
+        warnings.warn(
+            f"{changed} of the model changed after it was compiled, and it took {time.perf_counter() - begun:.1f} s to "
+            "see that it still computes the same: set attributes before the first call",
+            stacklevel=2,
+        )
 
 
 def _move_to_end(known: list[Any], used: Any) -> None:
     if known[-1] is not used and used in known:
         known.remove(used)
         known.append(used)
-
-
-def parts_of(model: nn.Module | ExportedProgram) -> list[Any]:
-    """The layers, weights, buffers, hooks and functions of a model; that they are others, not that values are.
-
-    An object that is called like a function, such as an attention processor, counts as its class and what it holds.
-    """
-    found: list[Any] = []
-    for module in model.modules() if isinstance(model, nn.Module) else ():
-        held = vars(module)
-        hooks = (*held["_forward_pre_hooks"].values(), *held["_forward_hooks"].values())
-        weights = (*held["_parameters"].values(), *held["_buffers"].values())
-        kinds = [kind for weight in weights if weight is not None for kind in (weight.dtype, str(weight.device))]
-        found += [module, *weights, *hooks, *kinds]
-        for part in held.values():
-            if callable(part):
-                found += (
-                    [part] if isinstance(part, _FUNCTIONS) else [type(part), *getattr(part, "__dict__", {}).values()]
-                )
-    return found
-
-
-_FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial, type)
-
-
-def _is_same(now: Any, then: Any) -> bool:
-    """Whether a part is the one that it was; the values that an object holds may be equal instead."""
-    return now is then or (isinstance(then, (int, float, str)) and type(now) is type(then) and bool(now == then))

@@ -18,7 +18,7 @@ from tcc.passes.graph import copy_of, output_values, value
 from tcc.passes.macs import count
 from tcc.passes.pipeline import ALL, Rewrites, StepKind, variant_passes
 from tcc.passes.sites import Analysis
-from tcc.plan import CachePlan, Cost, TopK, Update
+from tcc.plan import CachePlan, Cost, TopK
 from tcc.step_kinds import StepTable, find_step_kinds, share_stores
 
 __all__ = ["Binding", "Program", "SlotSpec", "Variant", "build_program"]
@@ -128,14 +128,10 @@ def build_program(
         PassError, VerificationError: a pass failed.
     """
     check_sites(plan, analysis)
-    known, apart = {} if known is None else known, set[str]()
-    while True:
-        kinds, tables = find_step_kinds(plan, analysis, rewrites, apart)
-        made = _Making(captured, analysis, plan, tables, check, progress, known, rewrites.share_buffers)
-        program = made.program(share_stores(kinds) if rewrites.share_variants else kinds)
-        if not (found := _read_whole(program.variants)):
-            break
-        apart |= found
+    kinds, tables = find_step_kinds(plan, analysis, rewrites)
+    share = rewrites.share_buffers
+    made = _Making(captured, analysis, plan, tables, check, progress, {} if known is None else known, share)
+    program = made.program(share_stores(kinds) if rewrites.share_variants else kinds)
     if max_slot_bytes is not None and program.slot_bytes > max_slot_bytes:  # more variants, and fewer slots at a time
         program = made.program(kinds)
     program.memory.check(max_slot_bytes)
@@ -194,22 +190,6 @@ class _Making:
         variants = [_renamed(variant, shared) for variant in variants]
         own = tuple(slot for slot in slots if slot.name not in shared)
         return Program(self.captured, tuple(variants), bindings, own, memory)
-
-
-def _read_whole(variants: tuple[Variant, ...]) -> set[str]:
-    """Sites that share a slot with the one before and yet are computed from the stream of all tokens, at an update.
-
-    Their branch mixes tokens on the way (a mean over them, normalized scores), so that pruning has left the stream
-    before it whole; of dropped tokens, a shared slot has no such stream. Of every slot the last one: those before it
-    may be computed as a whole for its sake alone.
-    """
-    found: set[str] = set()
-    for variant in variants:
-        names = {node.name for node in variant.gm.graph.nodes}
-        for entry in variant.kind.entries:
-            whole = [site.name for site in entry.sites[1:] if site.stream_in in names]
-            found.update(whole[-1:] if isinstance(entry.action, Update) else ())
-    return found
 
 
 def _renamed(variant: Variant, names: Mapping[str, str]) -> Variant:

@@ -131,6 +131,10 @@ class Session:
         self._watch = Watch(seen.noise_level, seen.samples, start, self.num_steps) if watched else None
         self._failed: int | None = None
 
+    def __repr__(self) -> str:
+        """Where it is."""
+        return f"<Session: step {self.step} of {self.num_steps} is next>"
+
     def _bind(self, step: int, number: torch.Tensor) -> tuple[Runner, list[torch.Tensor]]:
         """The function and the extra inputs of `step`, looked up once so that a step only calls."""
         variant = self.executable.program.bindings[step].variant

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -64,6 +65,28 @@ class StandIn(nn.Module):
             model.eval()
         return self
 
+    def requires_grad_(self, requires_grad: bool = True) -> StandIn:
+        """`nn.Module.requires_grad_` of the model; it is still the stand-in that comes back."""
+        model = self._model[0]
+        if isinstance(model, nn.Module):
+            model.requires_grad_(requires_grad)
+        return self
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing, with a warning: the steps are compiled already, and torch.compile would look into tcc itself."""
+        warnings.warn("the model is compiled by tcc; compile() has nothing to do", stacklevel=2)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """What pickle asks for.
+
+        Raises:
+            CallError: always.
+        """
+        raise CallError(
+            "a compiled model cannot be pickled: save the plan (model.plan.save) and the weights and compile where "
+            "they are needed, or write a bundle with tcc.export.bundle and read it with tcc.load"
+        )
+
     def __setattr__(self, name: str, value: Any) -> None:
         """Set the model's attribute where it has one of that name and the stand-in does not.
 
@@ -113,7 +136,7 @@ def _of_model(name: str) -> property:
 
 for _name in (
     *("parameters", "named_parameters", "buffers", "named_buffers", "modules", "named_modules", "children"),
-    *("named_children", "state_dict", "load_state_dict", "requires_grad_", "get_parameter", "get_buffer"),
+    *("named_children", "state_dict", "load_state_dict", "get_parameter", "get_buffer"),
     "get_submodule",
 ):
     setattr(StandIn, _name, _of_model(_name))

@@ -1,4 +1,4 @@
-"""Writing safetensors files, with tcc's own errors where that fails."""
+"""Writing safetensors files that others may read, with tcc's own errors where that fails."""
 
 from __future__ import annotations
 
@@ -11,7 +11,22 @@ from torch import Tensor
 
 from tcc.errors import TccError
 
-__all__ = ["write_tensors"]
+__all__ = ["save_tensors", "write_tensors"]
+
+_MASK = os.umask(0)  # there is no way to read it but to set it: once, while nobody else writes
+os.umask(_MASK)
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write one safetensors file, which others may read as they may other new files: safetensors lets nobody else.
+
+    Raises:
+        SafetensorError, OSError: it cannot be written.
+    """
+    save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+    os.chmod(path, 0o666 & ~_MASK)
 
 
 def write_tensors(
@@ -35,6 +50,6 @@ def write_tensors(
         TccError: the file cannot be written.
     """
     try:
-        save_file(dict(tensors), path, metadata=dict(metadata))
+        save_tensors(tensors, path, metadata)
     except (SafetensorError, OSError) as cause:
         raise error(f"{os.fspath(path)}: {what} cannot be written ({cause}): write to another place") from cause

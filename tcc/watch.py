@@ -29,7 +29,8 @@ _BACK = (
 _MORE = (
     "the plan's {count} steps are over, and the noise level goes on from {before:g} to {now:g}: the scheduler has more "
     "steps than the plan. Make the plan with as many steps as the scheduler calls the model (a solver of second order "
-    "calls it twice per step; guidance branches need {own}), or reset() to start a new image"
+    "calls it twice per step; guidance branches need {own}, and images made at the same time a new_session() each), or "
+    "reset() to start a new image"
 )
 
 

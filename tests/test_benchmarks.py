@@ -32,6 +32,11 @@ needs_diffusers = pytest.mark.skipif(find_spec("diffusers") is None, reason="nee
 scripts = modules_of(*SCRIPTS)
 
 
+def test_folders_of_results_are_there_before_the_work(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
+    """And not missing after it."""
+    assert scripts["provenance"].results_folder(str(tmp_path / "a" / "b")).is_dir()
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_part_is_called_as_its_command_line_is(scripts: dict[str, ModuleType], device: str) -> None:
     """Options that a script does not have would be noticed on the GPU machine only."""

@@ -177,7 +177,7 @@ def test_a_refused_step_changes_nothing(model: tcc.CompiledModel) -> None:
 def test_an_unknown_backend_is_refused() -> None:
     """With the names that there are."""
     which = case("dit")
-    with pytest.raises(CallError, match=r"backend='nope' is not known: use one of eager, inductor, .*, or a function"):
+    with pytest.raises(CallError, match=r"backend='nope' is not known: use one of .*eager, inductor, .*or a function"):
         tcc.compile(
             which.model, tcc.plans.full(which.info, num_steps=1), backend="nope", example_inputs=(which.args, {})
         )
@@ -222,6 +222,39 @@ def test_what_is_no_plan_or_no_pair_of_inputs_is_refused_at_once() -> None:
         tcc.compile(which.model, "plan.safetensors")
     with pytest.raises(CallError, match=r"a pair \(args, kwargs\)"):
         tcc.compile(which.model, CachePlan(num_steps=1, actions={}), example_inputs=which.args)
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "no model": ({"model": "DiT-S/2"}, "model='DiT-S/2' is no model: give an nn.Module"),
+    "no options": ({"plan": tcc.plans.fora}, r"'fora' cannot be called.*num_steps.*partial\(fora, num_steps=50\)"),
+    "a misspelt option": (
+        {"plan": functools.partial(tcc.plans.fora, num_steps=6, intervall=2)}, "the policy 'fora' cannot be called with"
+    ),
+    "mode": ({"mode": "max-autotune"}, "mode='max-autotune': use 'default', or 'reduce-overhead'"),
+    "backend": ({"backend": "nope"}, "backend='nope' is not known: use one of "),
+    "dtype by name": ({"slot_dtype": "bfloat16"}, "slot_dtype='bfloat16': use a floating-point type, such as torch.bf"),
+    "negative": ({"max_slot_bytes": -1}, "max_slot_bytes=-1: give a whole number of bytes"),
+    "options": ({"options": {"nope": 1}}, "options={'nope': 1} are Inductor's, and backend='eager' takes none"),
+    "shapes": ({"on_shape_change": "retry"}, "on_shape_change='retry': use 'error' or 'recapture'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_wrong_arguments_are_refused_at_once(kind: str) -> None:
+    """Before anything is captured, with what to write instead."""
+    given, message = WRONG[kind]
+    right = {"model": case("dit").model, "plan": CachePlan(num_steps=1, actions={}), "backend": "eager"}
+    with pytest.raises((CallError, PlanError), match=message):
+        tcc.compile(**right | given)
+
+
+def test_a_policy_that_makes_no_plan_is_refused(model: tcc.CompiledModel) -> None:
+    """When it is called; and what is compiled already takes another plan."""
+    which = case("dit")
+    with pytest.raises(PlanError, match=r"the policy gave None: it must return a tcc\.CachePlan"):
+        compiled(which, lambda _: None)  # type: ignore[arg-type, return-value]
+    with pytest.raises(CallError, match=r"compiled already: model.with_plan\(plan\)"):
+        tcc.compile(model, model.plan)
 
 
 LAYOUTS = {

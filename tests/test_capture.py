@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -283,3 +285,69 @@ def test_other_dtypes_are_captured(dtype: torch.dtype) -> None:
     with torch.no_grad():
         assert torch.equal(which.info.captured.gm(x)[0], model(x))
     assert which.info.captured.inputs[0].dtype == dtype
+
+
+class Decorated(nn.Module):
+    """A forward in a wrapper that reads keyword arguments by name, as diffusers' scales of adapters are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def _inner(self, x: Tensor, scale: float | None = None, more: dict[str, Tensor] | None = None) -> Tensor:
+        out: Tensor = self.inner(x if more is None else x + more["a"] - more["b"])
+        return out
+
+    @functools.wraps(_inner)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Scale, if asked."""
+        return self._inner(*args, **kwargs) * (kwargs.get("scale") or 1)
+
+
+def test_a_model_is_captured_in_its_callers_words() -> None:
+    """What is given by name stays named; later calls may be written in any way."""
+    model, x = Decorated().eval(), torch.ones(2, 4)
+    found = capture(model, (), {"scale": 0.5, "x": x})
+    with torch.no_grad():
+        expected = model(x, scale=0.5)
+        assert torch.equal(found.gm(*found.flatten((x,), {"scale": 0.5}))[0], expected)
+        assert torch.equal(found.gm(*found.flatten((x, 0.5, None), {}))[0], expected)
+    with pytest.raises(CallError, match=r"argument 'scale' is None but was 0.5 at capture"):
+        found.flatten((x,), {})
+
+
+def test_the_order_of_names_means_nothing() -> None:
+    """Of keyword arguments, and in dictionaries."""
+    model, x, more = Decorated().eval(), torch.ones(2, 4), {"a": torch.ones(4), "b": torch.zeros(4)}
+    found = capture(model, (x,), {"more": {"b": more["b"], "a": more["a"]}, "scale": 2.0})
+    with torch.no_grad():
+        result = found.gm(*found.flatten((), {"scale": 2.0, "more": more, "x": x}))[0]
+        assert torch.equal(result, model(x, scale=2.0, more=more))
+
+
+def test_autocast_is_that_of_the_capture() -> None:
+    """Its casts are in the graph; a call with another one is refused."""
+    which, low = case("dit"), torch.autocast("cpu", torch.bfloat16)
+    found = capture(which.model, which.args, which.kwargs)
+    with (
+        low,
+        pytest.raises(CallError, match=r"autocast to torch\.bfloat16, and the model was captured with autocast off"),
+    ):
+        found.flatten(which.args, which.kwargs)
+    with low:
+        found = capture(which.model, which.args, which.kwargs)
+        assert found.flatten(which.args, which.kwargs)
+    with pytest.raises(CallError, match=r"autocast off, and the model was captured with autocast to torch\.bfloat16"):
+        found.flatten(which.args, which.kwargs)
+
+
+def test_what_stands_in_the_way_is_named() -> None:
+    """A forward that something has replaced, as offloading does, and weights of inference mode."""
+    model = Decorated().eval()
+    model.inner.forward = lambda x: [][0]  # type: ignore[method-assign, assignment]
+    with pytest.raises(CaptureError, match=r"replaced the forward of its part 'inner', .* switch it off before tcc"):
+        capture(model, (torch.ones(2, 4),), {})
+    with torch.inference_mode():
+        model = Decorated().eval()
+    with pytest.raises(CaptureError, match=r"made under torch\.inference_mode\(\): call it there too"):
+        capture(model, (torch.ones(2, 4),), {})

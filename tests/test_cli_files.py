@@ -32,11 +32,11 @@ def refused(*arguments: str) -> str:
     [
         (("plan", "--out", "x.bogus"), "x.bogus: this is a .safetensors file: name it x.safetensors"),
         (("plan", "--out", "x"), "x: this is a .safetensors file"),
-        (("plan", "--png", "x.bogus"), "x.bogus: no such picture is written: .png is, and .avif, .eps"),
-        (("plan", "--png", "x"), "x: no such picture is written"),
-        (("sample", "--out", "x.safetensors"), "x.safetensors: no such picture is written"),
-        (("demo", "--out", "x.txt"), "x.txt: no such picture is written"),
-        (("run", "--out", "x.txt"), "x.txt: no such picture is written"),
+        (("plan", "--png", "x.bogus"), "x.bogus: no such file is written: use one of .png, .avif, .eps"),
+        (("plan", "--png", "x"), "x: no such file is written"),
+        (("sample", "--out", "x.safetensors"), "x.safetensors: no such file is written"),
+        (("demo", "--out", "x.txt"), "x.txt: no such file is written"),
+        (("run", "--out", "x.txt"), "x.txt: no such file is written: use one of .png, .safetensors, "),
     ],
 )
 def test_files_are_named_as_what_can_be_written(arguments: tuple[str, ...], message: str) -> None:

@@ -165,6 +165,13 @@ def test_sizes_are_asked_for_where_tcc_makes_the_inputs(command: str, name: str,
         assert option in plain(result.output)
 
 
+def test_inspect_looks_at_one_thing() -> None:
+    """One of two would not be shown."""
+    result = CliRunner().invoke(app, ["inspect", "--model", "DiT-S/2", "UViT-S/2"], env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert "give one thing to look at, UViT-S/2 or --model DiT-S/2" in plain(result.output.replace("│", ""))
+
+
 def test_inspect_knows_the_model_by_its_argument() -> None:
     """Wherever it stands."""
     result = CliRunner().invoke(app, ["inspect", "--batch", "3", "mine:f"], env={"COLUMNS": "200"})

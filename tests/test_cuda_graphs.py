@@ -119,7 +119,7 @@ def test_random_plans_replayed_agree_with_the_reference(name: str) -> None:
         error, call = fuzz_plans.worst_error(example, recorder=Tapes)
         assert error <= fuzz_plans.TOLERANCE, f"relative error {error:.3g} at call {call}:\n{example!r}"
 
-    fuzz_plans.draw(3, 2, (name,), check)
+    fuzz_plans.draw(3, 2, fuzz_plans.examples((name,)), check)
 
 
 def recorded() -> tuple[Executable, list[Tapes]]:

@@ -279,7 +279,7 @@ def test_recapture_needs_a_policy_or_a_plan_of_any_shape() -> None:
 def test_another_word_for_what_to_do_is_refused() -> None:
     """There are two."""
     with pytest.raises(CallError, match=r"on_shape_change='ignore': use 'error' or 'recapture'"):
-        tcc.compile(case("dit").model, tcc.plans.full, on_shape_change="ignore")  # type: ignore[arg-type]
+        tcc.compile(case("dit").model, tcc.CachePlan(1, {}), on_shape_change="ignore")  # type: ignore[arg-type]
 
 
 # --- inputs that are no tensors, or not always

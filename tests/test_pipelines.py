@@ -218,7 +218,7 @@ def test_pipelines_take_it_for_their_model(name: str) -> None:
         assert (pipe.dtype, pipe.device) == (torch.float32, torch.device("cpu"))
         assert pipe.components["transformer"] is pipe.transformer
         assert pipe.config["transformer"] == ("diffusers", type(model).__name__)
-        assert repr(pipe.transformer) == "CompiledModel()"
+        assert repr(pipe.transformer).startswith("CompiledModel(")
 
 
 def test_a_pipeline_for_another_task_takes_it_over() -> None:
@@ -253,12 +253,18 @@ def test_weights_may_change_in_place_and_not_be_replaced() -> None:
 
 
 def test_a_pipeline_saves_the_model_itself(tmp_path: Path) -> None:
-    """What is loaded again is the uncompiled pipeline, and makes its images."""
+    """What is loaded again is the uncompiled pipeline, and makes its images; the saved one goes on."""
     from diffusers import DiTPipeline
 
-    expected = run(pipeline("dit"), "dit", steps=2)
-    with using("dit", planned("dit", "fora")) as pipe:
-        pipe.save_pretrained(tmp_path)
+    pipe = BUILDERS["dit"]()  # of its own, since saving writes into the model's config
+    pipe.set_progress_bar_config(disable=True)
+    expected = run(pipe, "dit", steps=2)
+    pipe.transformer = tcc.compile(pipe.transformer, POLICIES["full"], backend="eager")
+    run(pipe, "dit", steps=2)
+    pipe.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"'_internal_dict' of the model changed .* it still computes the same"):
+        assert torch.equal(run(pipe, "dit", steps=2), expected)
+    assert torch.equal(run(pipe, "dit", steps=2), expected)
     loaded = DiTPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
     assert torch.equal(run(loaded, "dit", steps=2), expected)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +36,7 @@ class Scaled(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.inner, self.scale, self.act, self.process = Tokens(_blocks()), 2.0, torch.tanh, Times(1.5)
+        self.remark, self.inner.cached = "", []
         self.register_buffer("shift", torch.ones(16))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -212,3 +215,78 @@ def test_another_dtype_is_refused_with_the_remedy() -> None:
     x, t, y = which.args
     with pytest.raises(CallError, match=r"Cast it \(x.to\(torch.float32\)\), or call tcc.compile anew"):
         model(x.double(), t, y)
+
+
+def test_settings_that_matter_may_not_change() -> None:
+    """A plain attribute that the forward reads, set on the original model, would not be seen; others may change."""
+    model, fast, x = scaled()
+    before = fast(x)
+    fast.reset()
+    model.new = 5.0  # nothing has read it
+    model.remark, model.inner.cached = "seen", [1, 2]
+    with pytest.warns(UserWarning, match=r"'remark', 'inner.cached' of the model changed .* still computes the same"):
+        assert torch.equal(fast(x), before)
+    fast.reset()
+    model.scale = 3.0
+    with pytest.raises(CallError, match=r"computes something else since 'scale' changed, .* call tcc.compile anew"):
+        fast(x)
+    model.scale = 2.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is what it was
+        assert torch.equal(fast(x), before)
+
+
+class Adapted(nn.Module):
+    """One of two maps, by name, as adapters are chosen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.active = Tokens(_blocks()), ["a"]
+        self.maps = nn.ModuleDict({name: nn.Linear(16, 16) for name in "ab"})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map, and run the blocks."""
+        out: Tensor = self.inner(self.maps[self.active[0]](x))
+        return out
+
+
+def test_another_adapter_of_the_same_form_is_another_model() -> None:
+    """The graph is the same, and its weights are not."""
+    model = fill(Adapted(), std=0.2)
+    fast = tcc.compile(model, tcc.CachePlan(1, {}), backend="eager")
+    x = noise(2, 12, 16)
+    fast(x)
+    model.active = ["b"]
+    with pytest.raises(CallError, match=r"computes something else since 'active' changed"):
+        fast(x)
+
+
+def test_habits_of_callers() -> None:
+    """Code that freezes, compiles, copies, prints or pickles its model does no harm, or is told."""
+    model, fast, x = scaled()
+    assert repr(fast) == "CompiledModel(a policy, which makes its plan at the first call)"
+    before = fast(x)
+    assert type(fast.requires_grad_(False)) is tcc.CompiledModel
+    assert not any(weight.requires_grad for weight in model.parameters())
+    with pytest.warns(UserWarning, match="is compiled by tcc; compile\\(\\) has nothing to do"):
+        fast.compile()
+    assert torch.equal(copy.copy(fast)(x), before)
+    assert repr(fast) == f"CompiledModel({fast.plan!r})"
+    assert repr(fast.plan).startswith("<CachePlan fora: 3 steps IPI, ")
+    assert repr(fast.session) == "<Session: step 1 of 3 is next>"
+    assert repr(fast.info).startswith("<ModelInfo: 2 blocks, ")
+    with pytest.raises(CallError, match="cannot be pickled: save the plan"):
+        pickle.dumps(fast)
+    bare = tcc.compile(fill(Tokens(_blocks())), tcc.CachePlan(1, {}), backend="eager")
+    with pytest.raises(CallError, match=r"cannot be exported by torch\.export: tcc\.export\.bundle"):
+        torch.export.export(bare, (x,))
+
+
+def test_torch_compile_leaves_a_compiled_model_alone() -> None:
+    """It does not look into it."""
+    _, fast, x = scaled()
+    before = [fast(x) for _ in range(3)]
+    again = torch.compile(fast, backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert all(torch.equal(again(x), expected) for expected in before)

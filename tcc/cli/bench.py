@@ -277,6 +277,10 @@ def _title(label: str, info: ModelInfo, steps: int, dtype: str, backend: str) ->
     """What was run, and where."""
     where = timing.machine()
     on_gpu = info.captured.inputs[0].device.type == "cuda"
-    device = where["accelerator"] if on_gpu else f"{where['processor']}, {where['threads']} thread(s)"
+    device = (
+        where["accelerator"]
+        if on_gpu
+        else f"{where['processor']}, {where['threads']} thread{'s' * (where['threads'] != 1)}"
+    )
     inputs = ", ".join(f"{spec.name} {list(spec.shape)}" for spec in info.captured.inputs)
     return f"{label}: {inputs}; {steps} steps; {dtype} on {device}, torch {where['torch']}, backend {backend}"

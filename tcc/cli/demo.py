@@ -175,7 +175,7 @@ def _caption(rows: list[Row], steps: int, cfg: float, seed: int, backend: str) -
     """How the numbers came about."""
     where, images = timing.machine(), rows[0].images
     rounds = len(rows[0].timing.rounds)
-    device = where["accelerator"] or f"{where['processor']}, {where['threads']} threads"
+    device = where["accelerator"] or f"{where['processor']}, {where['threads']} thread{'s' * (where['threads'] != 1)}"
     how = "" if backend == "inductor" else f" (backend {backend}, not compiled)"
     return (
         f"{len(images)} images of {images.shape[-2]}x{images.shape[-1]}, DDIM {steps} steps, guidance {cfg:g}, "

@@ -26,7 +26,7 @@ What = Annotated[
 
 def inspect(
     what: What = None,
-    model: options.ModelName = "reference",
+    model: options.ModelName = "",
     input_size: options.InputSize = 32,
     batch: options.Batch = 2,
     json: options.Json = None,
@@ -47,7 +47,9 @@ def inspect(
       tcc inspect plan.safetensors             a plan written by tcc plan
       tcc inspect bundle                       a folder written by tcc export
     """
-    name = what or model
+    if what and model and what != model:
+        raise typer.BadParameter(f"give one thing to look at, {what} or --model {model}")
+    name = what or model or "reference"
     if _is_plan(name):
         plan = CachePlan.load(name)
         screen.out().print(plan.summary(), soft_wrap=True, markup=False)

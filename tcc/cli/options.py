@@ -7,7 +7,7 @@ import functools
 import inspect
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -81,12 +81,18 @@ def picture_file(path: Path | None) -> Path | None:
     Raises:
         typer.BadParameter: there is no writing to it, or matplotlib knows no such format.
     """
-    if in_a_folder(path) is not None and path is not None:
+    return _file(path, ())
+
+
+def _file(path: Path | None, beside: Sequence[str]) -> Path | None:
+    """A picture, or a file with one of the endings `beside`."""
+    if in_a_folder(path) is not None and path is not None and path.suffix not in beside:
         from matplotlib.backend_bases import FigureCanvasBase  # here: slow to import, and not every command draws
 
         known = FigureCanvasBase.get_supported_filetypes()
         if path.suffix[1:].lower() not in known:
-            raise typer.BadParameter(f"{path}: no such picture is written: .png is, and .{', .'.join(sorted(known))}")
+            endings = ", ".join((".png", *beside, *(f".{name}" for name in sorted(known) if name != "png")))
+            raise typer.BadParameter(f"{path}: no such file is written: use one of {endings}")
     return path
 
 
@@ -96,8 +102,7 @@ def samples_file(path: Path | None) -> Path | None:
     Raises:
         typer.BadParameter: it is neither, or there is no writing to it.
     """
-    tensors = path is not None and path.suffix == ".safetensors"
-    return in_a_folder(path) if tensors else picture_file(path)
+    return _file(path, (".safetensors",))
 
 
 def check_apart(written: Mapping[str, Path | None], model: str = "") -> None:

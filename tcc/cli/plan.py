@@ -110,6 +110,8 @@ def _show(made: CachePlan, label: str, out: Path | None, png: Path | None, json:
     if out is not None:
         made.save(str(out))
         screen.note(f"wrote {out}")
+    else:
+        screen.note("nothing was written: --out plan.safetensors saves the plan")
     if png is not None:
         made.plot(str(png))
         screen.note(f"wrote {png}")

@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 
 import torch
 import typer
-from safetensors.torch import save_file
 
 from tcc.cli import options, screen
 from tcc.cli.feeds import Parts, parts_of, read_inputs
@@ -16,6 +15,7 @@ from tcc.cli.sheet import SheetRow, draw_sheet
 from tcc.errors import CallError
 from tcc.export import Runner, load
 from tcc.samplers import Evaluation, Sampler, denoise, guide, named
+from tcc.tensors_file import save_tensors
 
 __all__ = ["run"]
 
@@ -119,7 +119,7 @@ def run(
     seconds = time.perf_counter() - start
     own = [] if labels is None else labels[:count].tolist()
     if out.suffix == ".safetensors":
-        save_file({"images": samples.cpu().contiguous(), "labels": torch.tensor(own, dtype=torch.int64)}, out)
+        save_tensors({"images": samples.cpu().contiguous(), "labels": torch.tensor(own, dtype=torch.int64)}, out)
     else:
         draw_sheet(out, [SheetRow("", "", samples.cpu())], list(map(str, own)) or [""] * count, "")
     screen.note(f"{count} samples in {runner.num_steps} steps, {seconds:.2f} s; wrote {out}")
@@ -187,7 +187,7 @@ def _labels(
     if len(chosen) != count:
         raise CallError(
             f"{folder}: made for a batch of {parts.sample.shape[0]}, and these classes and this guidance make "
-            f"{len(rows)} rows: give as many classes as fit, or export a plan for another batch"
+            f"{len(rows)} rows: give {count} classes{' with guidance' if guided else ''}, or export for another batch"
         )
     if wrong := [label for label in rows if parts.label.values and not 0 <= label < parts.label.values]:
         raise CallError(f"{folder}: there is no label {wrong[0]}: {parts.label}")
