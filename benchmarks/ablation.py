@@ -54,14 +54,13 @@ import functools
 import time
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from ablation_table import earlier_rows, show, write
 from compile_time import build_headers
 from peers_models import Subject, dit, pixart
-from provenance import provenance
+from provenance import provenance, results_folder
 from rich.progress import track
 from torch import fx
 
@@ -328,7 +327,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="runs of every row")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--backend", default="inductor")
-    parser.add_argument("--results", type=Path, help="write the table as JSON, Markdown and a plot here")
+    parser.add_argument("--results", type=results_folder, help="write the table as JSON, Markdown and a plot here")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     subject = MODELS[args.model]()

@@ -28,7 +28,7 @@ from rich.progress import track
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the tests' models and plan
 
-from provenance import provenance  # noqa: E402
+from provenance import provenance, results_folder  # noqa: E402
 
 from tcc.errors import ExportError  # noqa: E402
 from tcc.export import bundle  # noqa: E402
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--without-driver", action="store_true", help="on a machine without a GPU: stand in for its driver"
     )
-    parser.add_argument("--results", type=Path, help="also write engines.md and engines.json here")
+    parser.add_argument("--results", type=results_folder, help="also write engines.md and engines.json here")
     args = parser.parse_args(arguments)
     jobs = [(name, dtype) for name in args.models for dtype in DTYPES]
     engines: list[Engines] = []

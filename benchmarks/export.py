@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import provenance
+from provenance import provenance, results_folder
 from rich.console import Console
 
 import tcc
@@ -157,7 +157,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3, help="runs of every kind that are timed")
     parser.add_argument("--steps", type=int, nargs="+", default=[20, 50])
-    parser.add_argument("--results", type=Path, help="also write export.md and export.json here")
+    parser.add_argument("--results", type=results_folder, help="also write export.md and export.json here")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

@@ -18,6 +18,12 @@ def provenance() -> dict[str, Any]:
     return {"command": shlex.join(["python", *words]), "commit": commit(), **machine()}
 
 
+def results_folder(path: str) -> Path:
+    """The folder that `--results` names, made now: after minutes of measuring it is too late to miss it."""
+    Path(path).mkdir(parents=True, exist_ok=True)
+    return Path(path)
+
+
 def commit() -> str:
     """The commit of the checkout, marked where code differs from it; without git, what TCC_COMMIT says."""
     changed = ["status", "--porcelain", "--", ":/passes", ":/tcc", ":/export", ":/benchmarks/*.py"]

@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from provenance import provenance
+from provenance import provenance, results_folder
 
 import tcc
 from tcc import timing
@@ -122,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, nargs="+", default=[2, 20])
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5, help="runs of each that are timed")
-    parser.add_argument("--results", type=Path, help="also write sessions.md and sessions.json here")
+    parser.add_argument("--results", type=results_folder, help="also write sessions.md and sessions.json here")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
