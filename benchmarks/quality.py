@@ -317,7 +317,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if args.chunk % args.batch:
             raise ValueError(f"--chunk {args.chunk} is not a multiple of --batch {args.batch}")
-        store = Store(args.out, settings(args, model))
+        store = Store(args.out, settings(args, model), reading=args.what in ("list", "report"))
     except ValueError as error:
         print(f"quality: {error}", file=sys.stderr)
         return 2

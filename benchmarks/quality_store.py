@@ -63,17 +63,18 @@ class Store:
     Args:
         root: the folder; made if it is not there.
         settings: what all numbers in it depend on.
+        reading: nothing will be measured, so that a new folder is not made for these settings.
 
     Raises:
         ValueError: the folder holds measurements with other settings.
     """
 
-    def __init__(self, root: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, root: Path, settings: dict[str, Any], *, reading: bool = False) -> None:
         self.root, file = root, root / "settings.json"
-        root.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
+        if not file.exists() and not reading:
+            root.mkdir(parents=True, exist_ok=True)
             _write_json(file, settings)
-        stored = json.loads(file.read_text())
+        stored = json.loads(file.read_text()) if file.exists() else settings
         changed = [f"{k} {stored.get(k)} -> {v}" for k, v in settings.items() if stored.get(k) != v]
         if changed:
             raise ValueError(f"{root} is of other settings ({', '.join(changed)}): choose another --out")

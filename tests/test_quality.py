@@ -328,6 +328,13 @@ def test_rows_with_other_steps_to_visit_are_kept_apart(
     assert placed[1] != pytest.approx(placed[0], rel=1e-3)
 
 
+def test_listing_rows_settles_nothing(scripts: dict[str, ModuleType], weights: str, tmp_path: Path) -> None:
+    """A folder that nothing was measured in yet is free for any settings."""
+    out = tmp_path / "out"
+    assert run(scripts, weights, out, "--only", "FORA", what="list") == 0
+    assert not out.exists()
+
+
 def test_the_sampler_tells_rows_apart(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
     """Plain DDIM has no key of its own, so that what was measured stays; every other sampler and option has one."""
     quality_rows, store = scripts["quality_rows"], scripts["quality_store"].Store(tmp_path, {})
