@@ -65,7 +65,6 @@ from rich.progress import track
 from torch import fx
 
 import tcc
-from tcc.folding import Folding, find_folding
 from tcc.info import ModelInfo
 from tcc.lowering import lower
 from tcc.passes.graph import graph_text
@@ -74,6 +73,7 @@ from tcc.plan import CachePlan
 from tcc.program import Program, build_program
 from tcc.reference import Reference
 from tcc.runtime import Session
+from tcc.runtime.folding import Folding, find_folding
 from tcc.timing import Run, RunTiming, time_runs
 
 Made = TypeVar("Made")

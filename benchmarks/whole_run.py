@@ -25,8 +25,8 @@ from step_speed import build_model
 from torch import Tensor
 
 import tcc
-from tcc.cuda_graphs import Graphs
 from tcc.runtime import Session
+from tcc.runtime.cuda_graphs import Graphs
 from tcc.samplers import DDIM, sample
 from tcc.timing import time_calls
 

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.export import ExportedProgram
 
-from tcc.checks import check_model
 from tcc.driver import CompiledModel
+from tcc.driver.prepare import Policy
 from tcc.errors import BundleError, ExportError
 from tcc.export import manifest as manifests
 from tcc.export.graphs import model_outputs
@@ -32,7 +32,7 @@ from tcc.export.weights import collect
 from tcc.info import inspect
 from tcc.passes.graph import value
 from tcc.plan import CachePlan
-from tcc.prepare import Policy
+from tcc.plan.checks import check_model
 from tcc.program import Program
 
 __all__ = ["Written", "bundle"]

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from tcc.checks import check_model
 from tcc.errors import BundleError, PlanError
 from tcc.export.manifest import COUNTER, PLAN, Manifest, Step
 from tcc.plan import CachePlan, Compute, ModelKey, Reuse, TopK, Update
+from tcc.plan.checks import check_model
 
 __all__ = ["check_steps", "read_plan"]
 

@@ -18,9 +18,9 @@ from tcc.export.slots import Slots
 from tcc.export.tensorrt_engine import open_tensorrt
 from tcc.export.tensorrt_rtx import open_rtx
 from tcc.export.weights import load_tensors
-from tcc.memory import in_units
 from tcc.plan import CachePlan
-from tcc.watch import Advice, Watch
+from tcc.program.memory import in_units
+from tcc.runtime.watch import Advice, Watch
 
 __all__ = ["Engine", "Runner", "load"]
 
@@ -241,7 +241,7 @@ class Runner:
         Raises:
             CallError: a tensor is missing, unknown, or of another shape, dtype or device than the manifest says; or the
                 noise level tells that the caller is at another step, or that two guidance branches share this session
-                (see `tcc.watch`). Nothing was run then.
+                (see `tcc.runtime.watch`). Nothing was run then.
         """
         tensors = self._given(args, kwargs)
         if self._watch is not None:

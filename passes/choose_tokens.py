@@ -19,7 +19,7 @@ from tcc.passes.graph import emit, shape, value
 from tcc.passes.sites import Site
 from tcc.passes.token_axis import argument
 from tcc.passes.tokens import Axis
-from tcc.scores import Attended, Entropy, Fixed, Mapped, Norm, Score, Stale, Term
+from tcc.plan.scores import Attended, Entropy, Fixed, Mapped, Norm, Score, Stale, Term
 
 __all__ = ["Choice", "age_slot", "choose", "map_slot", "older", "read_map"]
 

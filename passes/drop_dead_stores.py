@@ -16,7 +16,7 @@ __all__ = ["DropDeadStores"]
 class DropDeadStores(Pass):
     """Remove the stores to slots that no later step reads before the slot's next write.
 
-    Which stores are live is a question about the whole plan: `tcc.liveness` answers it.
+    Which stores are live is a question about the whole plan: `tcc.program.liveness` answers it.
 
     Before: outputs `(y, slot_a, slot_b)` with `live = {slot_a}`
     After:  outputs `(y, slot_a)`

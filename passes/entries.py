@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tcc.passes.keys import Cross
 from tcc.passes.sites import Site
 from tcc.plan import Action
-from tcc.scores import Mapped
+from tcc.plan.scores import Mapped
 
 __all__ = ["NO_RECORDS", "Entry", "Records", "history"]
 

@@ -21,7 +21,7 @@ from tcc.passes.macs import count
 from tcc.passes.residual_adds import guess_axis
 from tcc.passes.streams import Block, Branch, Skip, Stream, find_streams
 from tcc.passes.tokens import Axis
-from tcc.site_name import SiteName
+from tcc.plan.site_name import SiteName
 
 __all__ = ["Analysis", "Site", "analyse"]
 

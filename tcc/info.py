@@ -10,12 +10,12 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from tcc.capture import Captured, capture
-from tcc.memory import Memory
 from tcc.passes.macs import count
 from tcc.passes.pipeline import StepKind
 from tcc.passes.sites import Analysis, Site, analyse
 from tcc.plan import CachePlan, ModelKey
 from tcc.program import Program, Variant, build_program
+from tcc.program.memory import Memory
 from tcc.tables import TextTable
 
 __all__ = ["ModelInfo", "inspect"]

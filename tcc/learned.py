@@ -83,7 +83,8 @@ class Probes:
     """Importance that depends on the stream: one small network per run, read out for every block and step.
 
     With x the stream that enters block 0, the score of a token is
-    `gelu(layer_norm(x) @ hidden + offset) @ weight[step, block] + bias[step, block]`: the terms of `tcc.scores.Probe`.
+    `gelu(layer_norm(x) @ hidden + offset) @ weight[step, block] + bias[step, block]`: the terms of
+    `tcc.plan.scores.Probe`.
 
     Attributes:
         hidden: `[D, H]` float32.

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from tcc.checks import check_model, check_sites
 from tcc.info import ModelInfo, inspect
 from tcc.passes.sites import Analysis, Site
 from tcc.passes.tokens import Axis
 from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, Skip, TopK, Update
-from tcc.scores import Attended, Entropy, Fixed, Mapped, Norm, Probe, Score, Stale, Term, kv_of
+from tcc.plan.checks import check_model, check_sites
+from tcc.plan.scores import Attended, Entropy, Fixed, Mapped, Norm, Probe, Score, Stale, Term, kv_of
 
 __all__ = ["Reference"]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tcc
-from tcc.image import Images
+from tcc.runtime.image import Images
 from tests.running import compiled, token_plan
 from tests.tiny_models import case
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from tcc.plan import Action, Attention, CachePlan, Compute, TopK, Update
-from tcc.scores import Attended, Fixed, Norm, Probe, Score, Stale
+from tcc.plan.scores import Attended, Fixed, Norm, Probe, Score, Stale
 from tests.tiny_models import Case, noise
 
 STEPS = 6

@@ -18,16 +18,16 @@ import torch
 from hypothesis import HealthCheck, Phase
 
 import tcc
-from tcc.checks import check_sites
-from tcc.cuda_graphs import Record
 from tcc.errors import PlanError
-from tcc.folding import Folding, find_folding
 from tcc.lowering import lower
 from tcc.passes.sites import Site
 from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, Skip, TopK, Update
+from tcc.plan.checks import check_sites
+from tcc.plan.scores import Attended, Fixed, Norm, Probe, Score, Stale, Term
 from tcc.program import build_program
 from tcc.runtime import Session
-from tcc.scores import Attended, Fixed, Norm, Probe, Score, Stale, Term
+from tcc.runtime.cuda_graphs import Record
+from tcc.runtime.folding import Folding, find_folding
 from tests import block_styles, joint_models, styles, tiny_models
 from tests.odd_styles import ODD as ODD_STYLES
 from tests.tiny_models import Case, relative_error, tensor_of

@@ -52,7 +52,7 @@ def place(tensor: Tensor) -> int:
 
 
 class Tapes:
-    """Records like `tcc.cuda_graphs.Graphs`: recordings share memory, and overwrite what others left."""
+    """Records like `tcc.runtime.cuda_graphs.Graphs`: recordings share memory, and overwrite what others left."""
 
     def __init__(self) -> None:
         self.made: list[Tape] = []

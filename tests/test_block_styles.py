@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import tcc
 from tcc.lowering import lower
 from tcc.plan import Action, Attention, CachePlan, Hold, Reuse, TopK, Update
+from tcc.plan.scores import Norm, Score
 from tcc.program import build_program
 from tcc.runtime import Session
-from tcc.scores import Norm, Score
 from tests.block_styles import BATCH, STYLES, TOKENS, convolved
 from tests.running import CLOSE
 from tests.tiny_models import Block, Case, Tokens, relative_error, tensor_of, tokens_case

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import tcc
-from tcc.checks import check_model, check_sites, forecast_depth
 from tcc.errors import PlanError
 from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, Skip, TopK, Update
-from tcc.scores import Attended, Fixed, Norm, Probe, Score, Term
+from tcc.plan.checks import check_model, check_sites, forecast_depth
+from tcc.plan.scores import Attended, Fixed, Norm, Probe, Score, Term
 from tests.tiny_models import Attention, Block, Case, Tokens, case, dit, noise
 
 BLOCK, KEYS = "blocks.0.delta", "blocks.0.attn.kv"

@@ -12,8 +12,8 @@ from torch._inductor import metrics
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import tcc
-from tcc.inductor import start_compiling
 from tcc.lowering import lower
+from tcc.lowering.inductor import start_compiling
 from tcc.models import DiT
 from tcc.passes.graph import write_code
 from tcc.plan import CachePlan, Compute, Hold, Reuse, Update

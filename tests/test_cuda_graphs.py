@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 import tcc
 from tcc.cli import compare
-from tcc.cuda_graphs import Graphs, Replay
 from tcc.errors import CallError
-from tcc.lowering import _recorder
+from tcc.lowering.lowering import _recorder
 from tcc.models import DiT
 from tcc.runtime import Executable, Session
+from tcc.runtime.cuda_graphs import Graphs, Replay
 from tests import fuzz_plans, running
 from tests.tapes import Tapes
 from tests.tiny_models import Block, Tokens, case, dit, fill, noise

@@ -12,9 +12,9 @@ from tcc.lowering import lower
 from tcc.passes.graph import write_code
 from tcc.passes.tokens import gather_tokens
 from tcc.plan import Action, CachePlan, Compute, Reuse, TopK, Update
+from tcc.plan.scores import Attended, Entropy, Fixed, Norm, Score, Stale
 from tcc.program import build_program
 from tcc.runtime import Session
-from tcc.scores import Attended, Entropy, Fixed, Norm, Score, Stale
 from tests.dynamic_plans import SCORES, STEPS, dynamic_plan
 from tests.odd_styles import ODD
 from tests.running import CLOSE, call, session

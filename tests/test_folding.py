@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import tcc
-from tcc import folding
 from tcc.errors import CallError, PlanError
-from tcc.folding import find_folding
 from tcc.passes.macs import count
 from tcc.plan import CachePlan, Compute, Reuse
+from tcc.runtime import folding
+from tcc.runtime.folding import find_folding
 from tcc.timing import allocations
 from tests.running import CLOSE
 from tests.tiny_models import Case, case, relative_error, tensor_of

@@ -7,10 +7,10 @@ import re
 import pytest
 import torch
 
-import tcc.step_kinds
-from tcc.liveness import find_spans
 from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, TopK, Update
-from tcc.scores import Norm, Probe
+from tcc.plan.scores import Norm, Probe
+from tcc.program import step_kinds
+from tcc.program.liveness import find_spans
 from tests import fuzz_plans
 from tests.fuzz_plans import JOINT, MODELS, ODD, Example
 
@@ -100,8 +100,8 @@ def test_streams_of_a_joint_block_do_different_things(image: Action, text: Actio
 @pytest.fixture
 def _lost_store(monkeypatch: pytest.MonkeyPatch) -> None:
     """A compiler with a defect: the newest value is never stored."""
-    live_stores = tcc.step_kinds.live_stores
-    monkeypatch.setattr(tcc.step_kinds, "live_stores", lambda *args: [ages - {0} for ages in live_stores(*args)])
+    live_stores = step_kinds.live_stores
+    monkeypatch.setattr(step_kinds, "live_stores", lambda *args: [ages - {0} for ages in live_stores(*args)])
 
 
 @pytest.mark.usefixtures("_lost_store")

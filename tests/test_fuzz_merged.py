@@ -8,9 +8,9 @@ from typing import Any
 import hypothesis.strategies as st
 import torch
 
-from tcc.liveness import find_spans
 from tcc.passes.sites import Site
 from tcc.plan import Action, CachePlan, Compute, Reuse, Skip, Update
+from tcc.program.liveness import find_spans
 from tests import fuzz_plans
 from tests.fuzz_plans import DITS, Example
 from tests.odd_styles import ODD

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import tcc
 from tcc.errors import CallError
-from tcc.plan_start import start_at
+from tcc.plan.start import start_at
 from tests.running import CLOSE
 from tests.tiny_models import case, noise, relative_error
 
@@ -26,8 +26,8 @@ ORDERS = {"cond first": ("cond", "uncond"), "uncond first": ("uncond", "cond")}
 def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where noise levels are: on a device they are read only where they must be."""
     if request.param == "device":
-        monkeypatch.setattr("tcc.watch.is_readable", lambda tensor: False)
-        monkeypatch.setattr("tcc.image.is_readable", lambda tensor: False)
+        monkeypatch.setattr("tcc.runtime.watch.is_readable", lambda tensor: False)
+        monkeypatch.setattr("tcc.runtime.image.is_readable", lambda tensor: False)
     name: str = request.param
     return name
 

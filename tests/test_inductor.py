@@ -14,8 +14,8 @@ from torch._inductor.exc import CppCompileError, InductorError, OperatorIssue
 from torch._inductor.lowering import lowerings
 
 import tcc
-from tcc.inductor import start_compiling
 from tcc.lowering import lower
+from tcc.lowering.inductor import start_compiling
 from tcc.program import build_program
 from tests.graphs import Sketch
 from tests.tiny_models import case

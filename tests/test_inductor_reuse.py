@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tcc.inductor import start_compiling
-from tcc.inductor_reuse import memory_in_use
+from tcc.lowering.inductor import start_compiling
+from tcc.lowering.inductor_reuse import memory_in_use
 from tcc.timing import allocations
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 import tcc
-from tcc.inductor_stores import StoreEarly
 from tcc.lowering import lower
+from tcc.lowering.inductor_stores import StoreEarly
 from tcc.models import DiT
 from tcc.program import build_program
 from tcc.runtime import Session

@@ -13,8 +13,8 @@ import torch
 import tcc
 from tcc.errors import PlanError
 from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, Skip, TopK, Update
+from tcc.plan.scores import Attended, Norm, Score, Stale
 from tcc.program import build_program
-from tcc.scores import Attended, Norm, Score, Stale
 from tests.joint_models import IMAGE, TEXT, joint
 from tests.running import CLOSE, call, session
 from tests.tiny_models import relative_error

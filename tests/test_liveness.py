@@ -11,9 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from tcc.liveness import find_spans, live_stores, sets_by_site, slot_names
 from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, Skip, TopK, Update
-from tcc.scores import Fixed, Score
+from tcc.plan.scores import Fixed, Score
+from tcc.program.liveness import find_spans, live_stores, sets_by_site, slot_names
 from tests.tiny_models import Case, case, dit
 
 SITE = "blocks.0.delta"

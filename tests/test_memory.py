@@ -15,10 +15,10 @@ from hypothesis import given, settings
 
 import tcc
 from tcc.errors import PlanError
-from tcc.memory import share_buffers, steps_in_use
 from tcc.passes.pipeline import Rewrites
 from tcc.plan import Action, CachePlan, Compute, Reuse, Update
 from tcc.program import SlotSpec, build_program
+from tcc.program.memory import share_buffers, steps_in_use
 from tcc.timing import allocations
 from tests import running
 from tests.running import hold_plan

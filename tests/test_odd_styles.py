@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tcc.checks import check_sites
 from tcc.errors import PlanError
 from tcc.plan import CachePlan, TopK, Update
-from tcc.scores import Fixed, Score
+from tcc.plan.checks import check_sites
+from tcc.plan.scores import Fixed, Score
 from tests.odd_styles import ODD
 from tests.test_block_styles import KEPT, every_update, run
 from tests.tiny_models import noise

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import tcc
+from tcc.driver.stand_in import StandIn
 from tcc.errors import CallError, PlanError, ShapeError
-from tcc.plan_start import start_at
-from tcc.stand_in import StandIn
+from tcc.plan.start import start_at
 from tests.running import CLOSE, call, compiled
 from tests.tiny_models import Case, Tokens, _blocks, case, fill, noise, relative_error, tensor_of
 from tests.tiny_pipelines import NAMES, STEPS, Oracle, arguments, by_hand, captured, pipeline, planned, run, using

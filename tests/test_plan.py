@@ -10,7 +10,7 @@ import torch
 
 from tcc.errors import PlanError
 from tcc.plan import COMPUTE, Action, CachePlan, Compute, Cost, Hold, Reuse, Skip, TopK, Update
-from tcc.scores import Norm, Score
+from tcc.plan.scores import Norm, Score
 
 SITE, KEYS, STREAM = "blocks.0.delta", "blocks.0.attn.kv", "blocks.0.stream"
 SETS = {"T": torch.tensor([0, 2])}

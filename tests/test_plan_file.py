@@ -15,10 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import tcc
-from tcc import plan_file
 from tcc.errors import PlanError
 from tcc.plan import Action, CachePlan, Compute, Cost, Hold, ModelKey, Reuse, Skip, TopK, Update
-from tcc.scores import Attended, Fixed, Norm, Probe, Score, Stale
+from tcc.plan import file as plan_file
+from tcc.plan.scores import Attended, Fixed, Norm, Probe, Score, Stale
 from tests.tiny_models import case
 
 SITE = "blocks.0.delta"

@@ -11,8 +11,8 @@ import torch
 from matplotlib.figure import Figure
 
 from tcc.plan import Action, CachePlan, Compute, Cost, Hold, ModelKey, Reuse, Skip, TopK, Update
-from tcc.plan_picture import facts, plot, summary
-from tcc.scores import Norm, Score, Stale
+from tcc.plan.picture import facts, plot, summary
+from tcc.plan.scores import Norm, Score, Stale
 
 SITES = ("blocks.0.attn.out", "blocks.0.mlp.out")
 

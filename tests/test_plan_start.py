@@ -8,7 +8,7 @@ import torch
 import tcc
 from tcc.errors import PlanError
 from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, Skip
-from tcc.plan_start import start_at
+from tcc.plan.start import start_at
 from tests.dynamic_plans import SCORES, dynamic_plan
 from tests.running import CLOSE, call, compiled, token_plan
 from tests.tiny_models import case, relative_error

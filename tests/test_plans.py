@@ -12,7 +12,7 @@ import torch
 from tcc import plans
 from tcc.errors import PlanError
 from tcc.plan import Compute, Reuse, Update
-from tcc.site_name import SiteName
+from tcc.plan.site_name import SiteName
 from tests.tiny_models import Case, case, dit
 
 # --- schedules

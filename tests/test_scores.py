@@ -10,8 +10,8 @@ import torch
 
 from tcc.errors import PlanError
 from tcc.plan import Action, CachePlan, Reuse, Skip, TopK, Update
-from tcc.scores import Attended, Fixed, Norm, Probe, Score, Stale, Term
-from tcc.site_name import SiteName
+from tcc.plan.scores import Attended, Fixed, Norm, Probe, Score, Stale, Term
+from tcc.plan.site_name import SiteName
 
 SITE = "b.0.mlp.out"
 TABLES = {"s": torch.zeros(4), "w": torch.zeros(8, 3), "row": torch.zeros(3)}

@@ -14,8 +14,8 @@ from tcc import plans
 from tcc.cli.policies import options_of
 from tcc.errors import PlanError
 from tcc.plan import Compute, Hold, Reuse, TopK, Update
+from tcc.plan.scores import Attended, Entropy, Norm, Score, Stale
 from tcc.plans.toca import toca_steps
-from tcc.scores import Attended, Entropy, Norm, Score, Stale
 from tests.published import dit_xl2, toca_tokens, updated_tokens
 from tests.running import CLOSE, call, session
 from tests.tiny_models import case, relative_error

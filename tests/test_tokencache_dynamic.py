@@ -11,7 +11,7 @@ import tcc
 from tcc.errors import PlanError
 from tcc.learned import Probes
 from tcc.plan import CachePlan, TopK, Update
-from tcc.scores import Norm, Probe, Stale
+from tcc.plan.scores import Norm, Probe, Stale
 from tcc.train.predictors import Sizes, StreamPredictor
 from tests.tiny_models import relative_error, tensor_of
 from tests.token_plans import BLOCKS, P_STEPS, STEPS, TOKENS, deep, plan

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tcc.errors import CallError
-from tcc.watch import Watch
+from tcc.runtime.watch import Watch
 from tests.tiny_models import noise
 
 COUNT = 4
@@ -37,7 +37,7 @@ class Caller:
 def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where the inputs are: what is on a device is not read but at the ends of a run."""
     if request.param == "device":
-        monkeypatch.setattr("tcc.watch.is_readable", lambda tensor: False)
+        monkeypatch.setattr("tcc.runtime.watch.is_readable", lambda tensor: False)
     name: str = request.param
     return name
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 import tcc
-from tcc import whole_run
 from tcc.errors import CallError, PlanError
+from tcc.runtime import whole_run
+from tcc.runtime.whole_run import WholeRun
 from tcc.samplers import sample
 from tcc.timing import Timing
-from tcc.whole_run import WholeRun
 from tests.tapes import Tapes
 from tests.tiny_models import case, dit, noise
 

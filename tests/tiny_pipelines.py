@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import tcc
-from tcc.stand_in import StandIn
+from tcc.driver.stand_in import StandIn
 from tests.tiny_models import fill, noise, wan_model
 
 

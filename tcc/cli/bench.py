@@ -14,7 +14,6 @@ import typer
 from torch.utils import _pytree as pytree  # no public pytree module in torch 2.11-2.13
 
 from tcc import timing
-from tcc.checks import check_model
 from tcc.cli import options, record, screen
 from tcc.cli.calls import Calls
 from tcc.cli.compare import Task
@@ -28,7 +27,8 @@ from tcc.errors import ModelError, PlanError
 from tcc.info import ModelInfo
 from tcc.models import Architecture
 from tcc.plan import CachePlan
-from tcc.plan_picture import facts
+from tcc.plan.checks import check_model
+from tcc.plan.picture import facts
 
 __all__ = ["bench"]
 

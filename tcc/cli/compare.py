@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tcc.folding import Folding
 from tcc.metrics import psnr
 from tcc.runtime import Executable, Session
+from tcc.runtime.folding import Folding
 from tcc.samplers import DDIM, Evaluation, Sampler, denoise, guide
 from tcc.timing import Run, RunTiming, time_runs
 

@@ -6,11 +6,11 @@ import functools
 import itertools
 from collections.abc import Mapping
 
-from tcc.checks import check_model
 from tcc.cli import screen
 from tcc.info import ModelInfo
 from tcc.lowering import Compiled, Known, lower
 from tcc.plan import CachePlan
+from tcc.plan.checks import check_model
 from tcc.runtime import Executable
 
 __all__ = ["executables"]

@@ -24,7 +24,7 @@ from tcc.cli.subjects import load_pixel_dit, look
 from tcc.info import ModelInfo
 from tcc.models import DiT
 from tcc.plan import CachePlan
-from tcc.plan_picture import facts
+from tcc.plan.picture import facts
 from tcc.runtime import Executable
 
 __all__ = ["demo"]

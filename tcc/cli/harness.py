@@ -18,11 +18,11 @@ from tcc import plans
 from tcc.cli.compare import Job, Method, Model, compare, of_executable, warm_up
 from tcc.cli.lines import UNCACHED, Line
 from tcc.errors import CallError, PlanError, TccError
-from tcc.folding import Folding, find_folding
 from tcc.info import ModelInfo
 from tcc.lowering import Compiled, Known, lower
 from tcc.plan import CachePlan
 from tcc.runtime import Executable, Session
+from tcc.runtime.folding import Folding, find_folding
 from tcc.timing import Compilation, Progress, allocations, watched_compilation
 
 __all__ = ["COMPILED", "EAGER", "TCC", "Harness", "device_named", "known_options", "run"]

@@ -13,8 +13,8 @@ from tcc.cli import options, screen
 from tcc.cli.bundles import bundle_tables
 from tcc.export.manifest import MANIFEST, read
 from tcc.plan import CachePlan
-from tcc.plan_file import FORMAT
-from tcc.plan_picture import facts
+from tcc.plan.file import FORMAT
+from tcc.plan.picture import facts
 
 __all__ = ["inspect"]
 

@@ -21,7 +21,7 @@ from tcc.driver import compile as compile_model
 from tcc.info import ModelInfo
 from tcc.models import DiT
 from tcc.plan import CachePlan
-from tcc.plan_picture import facts
+from tcc.plan.picture import facts
 from tcc.plans.forecast import even_steps, forecast
 from tcc.samplers import sample
 from tcc.train.placement import image_quality, search_steps

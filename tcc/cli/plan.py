@@ -13,7 +13,7 @@ from tcc.cli import options, screen
 from tcc.cli.policies import describe, find_policy, option_table, parse_options, policy_table
 from tcc.cli.subjects import load_subject, look
 from tcc.plan import CachePlan
-from tcc.plan_picture import facts
+from tcc.plan.picture import facts
 from tcc.plans import shifted
 
 __all__ = ["plan"]

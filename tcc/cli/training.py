@@ -24,7 +24,7 @@ from tcc.info import ModelInfo
 from tcc.learned import save_learned
 from tcc.models import Architecture
 from tcc.plan import CachePlan
-from tcc.plan_picture import facts
+from tcc.plan.picture import facts
 from tcc.plans import shifted
 from tcc.samplers import Evaluation, timestep_dtype
 from tcc.train.calls import images_with_labels, noise_with_labels

@@ -14,10 +14,10 @@ from tcc.calibrate import Calibration
 from tcc.errors import PlanError
 from tcc.info import ModelInfo
 from tcc.plan import CachePlan
+from tcc.plan.site_name import SiteName
 from tcc.plans.branches import Kept, branch_plan, branch_sites, p_steps
 from tcc.plans.checks import check_seed, check_share
 from tcc.plans.options import plain_options
-from tcc.site_name import SiteName
 
 __all__ = ["bottom_up", "metric", "random_units", "time_cut", "top_down"]
 

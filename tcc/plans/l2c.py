@@ -10,11 +10,11 @@ from tcc.errors import PlanError
 from tcc.info import ModelInfo
 from tcc.learned import Router, load_learned
 from tcc.plan import CachePlan
+from tcc.plan.site_name import SiteName
 from tcc.plans.branches import Kept, branch_plan
 from tcc.plans.checks import check_number, check_whole
 from tcc.plans.options import plain_options
 from tcc.plans.routers import read_published_router
-from tcc.site_name import SiteName
 
 __all__ = ["find_router", "l2c", "name_of", "scored_below"]
 

@@ -14,8 +14,8 @@ from tcc.info import ModelInfo
 from tcc.learned import Probes
 from tcc.passes.sites import Site
 from tcc.plan import TopK
+from tcc.plan.scores import Norm, Probe, Score, Stale, Term
 from tcc.plans.tokens import best_per_cell, checkerboard, with_others
-from tcc.scores import Norm, Probe, Score, Stale, Term
 
 __all__ = ["Grain", "NormRanking", "ProbeRanking", "Ranking", "StaticRanking", "spread_evenly"]
 

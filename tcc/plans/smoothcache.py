@@ -14,10 +14,10 @@ from tcc.calibrate import Calibration
 from tcc.errors import PlanError
 from tcc.info import ModelInfo
 from tcc.plan import CachePlan
+from tcc.plan.site_name import SiteName
 from tcc.plans.branches import Kept, branch_plan, branch_sites
 from tcc.plans.checks import check_number, check_whole
 from tcc.plans.options import plain_options
-from tcc.site_name import SiteName
 
 __all__ = ["smoothcache"]
 

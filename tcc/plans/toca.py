@@ -14,12 +14,12 @@ from tcc.errors import PlanError
 from tcc.info import ModelInfo
 from tcc.passes.sites import Site
 from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, TopK, Update
+from tcc.plan.scores import Attended, Entropy, Fixed, Norm, Score, Stale, Term
+from tcc.plan.site_name import SiteName
 from tcc.plans.branches import branch_sites
 from tcc.plans.checks import check_number, check_seed, check_share, check_whole
 from tcc.plans.options import plain_options
 from tcc.plans.tokens import grid_cells, with_others
-from tcc.scores import Attended, Entropy, Fixed, Norm, Score, Stale, Term
-from tcc.site_name import SiteName
 
 __all__ = ["duca", "toca", "toca_steps"]
 

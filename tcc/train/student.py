@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from tcc.checks import check_sites
 from tcc.errors import CallError, PlanError
 from tcc.info import ModelInfo
 from tcc.passes.base import run_passes
 from tcc.passes.sites import Site
 from tcc.passes.superpose import Superpose
 from tcc.plan import CachePlan, Compute
+from tcc.plan.checks import check_sites
 
 __all__ = ["Student", "Values"]
 

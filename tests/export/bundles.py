@@ -16,7 +16,7 @@ from tcc.export.inputs import describe, random_inputs
 from tcc.export.manifest import Manifest
 from tcc.info import ModelInfo
 from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, Skip, TopK, Update
-from tcc.scores import Attended, Fixed, Norm, Probe, Score, Stale
+from tcc.plan.scores import Attended, Fixed, Norm, Probe, Score, Stale
 from tests.tiny_models import Case, case, noise
 
 __all__ = [

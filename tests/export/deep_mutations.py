@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import tcc
 from tcc.export.manifest import PLAN, TENSORS, WEIGHTS
-from tcc.plan_file import FORMAT
-from tcc.plan_file import _digest as plan_digest
+from tcc.plan.file import FORMAT
+from tcc.plan.file import _digest as plan_digest
 from tests.export.mutations import (
     BODIES,
     BYTES,

@@ -21,8 +21,8 @@ from tcc.export import load
 from tcc.export import manifest as manifests
 from tcc.export.manifest import TensorSpec
 from tcc.export.slots import Slots
-from tcc.plan_file import FORMAT
-from tcc.plan_file import _digest as plan_digest
+from tcc.plan.file import FORMAT
+from tcc.plan.file import _digest as plan_digest
 from tests.tiny_models import case
 
 pytest.importorskip("onnx", reason="needs the ONNX packages: pip install 'tcc[onnx]'")

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from tcc.passes.attention import find_attention
 from tcc.passes.choose_tokens import Choice, choose, older, read_map
 from tcc.passes.tokens import Axis
-from tcc.scores import Attended, Entropy, Fixed, Score
+from tcc.plan.scores import Attended, Entropy, Fixed, Score
 from tests.graphs import Sketch, calls
 
 aten = torch.ops.aten

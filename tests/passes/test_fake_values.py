@@ -121,13 +121,13 @@ def test_counting_writes_no_code(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_counted_is_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each kind of step is rewritten once, with every check, for a plan that a policy makes, counts and gives away."""
     which, checked = dit(depth=2, hidden_size=16), []
-    build = tcc.program._build_variant
+    build = tcc.program.program._build_variant
 
     def note(gm: fx.GraphModule, kind: StepKind, label: str, check: bool) -> Variant:
         checked.append(check)
         return build(gm, kind, label, check)
 
-    monkeypatch.setattr(tcc.program, "_build_variant", note)
+    monkeypatch.setattr(tcc.program.program, "_build_variant", note)
     given: Any = {"backend": "eager", "example_inputs": (which.args, which.kwargs)}
     compiled = tcc.compile(which.model, lambda info: fora(info, num_steps=4, interval=2), **given)
     assert compiled.plan.macs > 0

@@ -15,7 +15,7 @@ from tcc.passes.insert_slots import InsertSlots
 from tcc.passes.sites import Site
 from tcc.passes.tokens import Axis
 from tcc.plan import Action, Compute, Hold, Reuse, Skip, Update
-from tcc.scores import Norm, Score, Stale
+from tcc.plan.scores import Norm, Score, Stale
 from tests.graphs import Sketch, calls, edits, text, values
 from tests.tiny_models import case
 

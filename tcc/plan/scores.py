@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from tcc.errors import PlanError
-from tcc.site_name import SiteName
+from tcc.plan.site_name import SiteName
 
 __all__ = ["Attended", "Entropy", "Fixed", "Mapped", "Norm", "Probe", "Score", "Stale", "Term"]
 

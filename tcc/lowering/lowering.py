@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from tcc.cuda_graphs import Graphs, Record
 from tcc.errors import CallError, CompileError
-from tcc.folding import Folding
 from tcc.passes.base import Pass, run_passes
 from tcc.passes.fold_timesteps import Fold
 from tcc.passes.graph import value
 from tcc.passes.pipeline import StepKind, lowering_passes
 from tcc.program import Program, Variant
 from tcc.runtime import Executable, Runner
+from tcc.runtime.cuda_graphs import Graphs, Record
+from tcc.runtime.folding import Folding
 
 __all__ = ["MODES", "Backend", "Compiled", "Known", "find_backend", "lower"]
 
@@ -152,7 +152,9 @@ def _example(val: torch.Tensor) -> torch.Tensor:
 
 def _start(backend: str | Backend, options: dict[str, Any]) -> Start:
     if backend == "inductor":
-        from tcc.inductor import start_compiling  # here: it is slow to import, and other backends do not need it
+        from tcc.lowering.inductor import (
+            start_compiling,  # here: it is slow to import, and other backends do not need it
+        )
 
         return lambda gm, examples: start_compiling(gm, examples, options)
     compile_one = find_backend(backend)

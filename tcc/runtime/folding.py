@@ -12,11 +12,11 @@ from torch import fx
 
 from tcc.capture import Captured
 from tcc.errors import CallError, PlanError
-from tcc.memory import in_units
 from tcc.passes.fold_timesteps import Fold, find_folds, fold_graph
 from tcc.passes.sites import Analysis
 from tcc.plan import CachePlan
-from tcc.watch import is_readable, version_of
+from tcc.program.memory import in_units
+from tcc.runtime.watch import is_readable, version_of
 
 __all__ = ["Folded", "Folding", "find_folding"]
 

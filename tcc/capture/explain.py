@@ -8,7 +8,7 @@ from torch import nn
 __all__ = ["explain"]
 
 #: Files whose lines are no part of the model.
-_OWN = ("tcc/capture.py", "tcc/capture_error.py")
+_OWN = ("tcc/capture/captured.py", "tcc/capture/explain.py")
 #: In the kind or the text of an error: a value that no number stands for, or one that leaves torch.
 _VALUE_SIGNS = (
     *("DataDependent", "data-dependent", "data dependent", "DynamicOutputShape"),

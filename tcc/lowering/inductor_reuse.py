@@ -20,7 +20,7 @@ from torch._inductor.codegen import wrapper
 from torch._inductor.virtualized import V
 from torch.utils._ordered_set import OrderedSet
 
-from tcc.inductor_stores import StoreEarly
+from tcc.lowering.inductor_stores import StoreEarly
 
 __all__ = ["LoopsAsTheyAre", "install", "memory_in_use"]
 

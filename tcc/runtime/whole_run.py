@@ -9,9 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tcc.cuda_graphs import Graphs, Record, Replay
 from tcc.errors import CallError
-from tcc.runtime import Executable, Session
+from tcc.runtime.cuda_graphs import Graphs, Record, Replay
+from tcc.runtime.session import Executable, Session
 from tcc.timing import time_calls
 
 __all__ = ["WholeRun"]

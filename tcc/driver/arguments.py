@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from tcc.driver.prepare import OnShapeChange, Options
+from tcc.driver.stand_in import StandIn
 from tcc.errors import CallError, PlanError
 from tcc.lowering import MODES, find_backend
-from tcc.plan import CachePlan, check_slot_dtype
-from tcc.prepare import OnShapeChange, Options
-from tcc.stand_in import StandIn
+from tcc.plan import CachePlan
+from tcc.plan.plan import check_slot_dtype
 
 __all__ = ["check_arguments", "numbers"]
 

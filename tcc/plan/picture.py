@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tcc.memory import in_units
-from tcc.plan import Action, CachePlan, Reuse, TopK, Update
-from tcc.scores import Score
+from tcc.plan.plan import Action, CachePlan, Reuse, TopK, Update
+from tcc.plan.scores import Score
+from tcc.program.memory import in_units
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

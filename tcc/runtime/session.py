@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from tcc.cuda_graphs import Record, Replay, settle
 from tcc.errors import CallError
-from tcc.folding import Folded, Folding
 from tcc.program import Program
-from tcc.watch import Watch
+from tcc.runtime.cuda_graphs import Record, Replay, settle
+from tcc.runtime.folding import Folded, Folding
+from tcc.runtime.watch import Watch
 
 __all__ = ["Executable", "Runner", "Session"]
 
@@ -177,7 +177,8 @@ class Session:
 
         Raises:
             CallError: the call differs from the captured one in structure, shape (ShapeError), dtype or device; the
-                caller is at another step, where sessions are watched (see `tcc.watch`); or the step before failed.
+                caller is at another step, where sessions are watched (see `tcc.runtime.watch`); or the step before
+                failed.
         """
         return self.run(self._captured.flatten(args, kwargs))
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 
-from tcc.check_scores import check_scores
 from tcc.errors import PlanError
 from tcc.passes.sites import Analysis, Site
-from tcc.plan import Action, CachePlan, Compute, ModelKey, Reuse, Update
-from tcc.site_name import SiteName
+from tcc.plan.check_scores import check_scores
+from tcc.plan.plan import Action, CachePlan, Compute, ModelKey, Reuse, Update
+from tcc.plan.site_name import SiteName
 
 __all__ = ["check_model", "check_sites"]
 

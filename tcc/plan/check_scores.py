@@ -6,9 +6,9 @@ import math
 
 from tcc.errors import PlanError
 from tcc.passes.sites import Analysis, Site
-from tcc.plan import Action, CachePlan, Compute, Skip, TopK, Update
-from tcc.scores import Entropy, Fixed, Mapped, Norm, Probe, Score, kv_of
-from tcc.site_name import SiteName
+from tcc.plan.plan import Action, CachePlan, Compute, Skip, TopK, Update
+from tcc.plan.scores import Entropy, Fixed, Mapped, Norm, Probe, Score, kv_of
+from tcc.plan.site_name import SiteName
 
 __all__ = ["check_scores"]
 

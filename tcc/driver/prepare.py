@@ -15,17 +15,17 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from tcc.capture import Captured, capture
-from tcc.checks import check_model
+from tcc.driver.parts import Parts
 from tcc.errors import CallError, PlanError, ShapeError
-from tcc.folding import Folding, find_folding
 from tcc.info import ModelInfo
 from tcc.lowering import Backend, Compiled, Known, lower
-from tcc.parts import Parts
 from tcc.passes.sites import analyse
 from tcc.plan import CachePlan
-from tcc.plan_start import start_at
+from tcc.plan.checks import check_model
+from tcc.plan.start import start_at
 from tcc.program import Program
 from tcc.runtime import Executable
+from tcc.runtime.folding import Folding, find_folding
 
 __all__ = ["OnShapeChange", "Options", "Policy", "Prepared", "Ready"]
 

@@ -14,7 +14,7 @@ from tcc.tables import TextTable
 
 if TYPE_CHECKING:
     from tcc.passes.sites import Site
-    from tcc.program import Binding, SlotSpec, Variant
+    from tcc.program.program import Binding, SlotSpec, Variant
 
 __all__ = ["Memory", "SlotUse", "find_memory", "in_units"]
 

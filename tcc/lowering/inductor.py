@@ -19,8 +19,8 @@ from torch._inductor.exc import CppCompileError, InductorError, OperatorIssue
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from tcc import inductor_reuse
-from tcc.inductor_stores import StoreEarly
+from tcc.lowering import inductor_reuse
+from tcc.lowering.inductor_stores import StoreEarly
 
 __all__ = ["start_compiling"]
 

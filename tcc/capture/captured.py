@@ -19,8 +19,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree  # no public pytree module in torch 2.11-2.13
 
-from tcc.call_form import Leaf, bind, normal_form
-from tcc.capture_error import explain
+from tcc.capture.call_form import Leaf, bind, normal_form
+from tcc.capture.explain import explain
 from tcc.errors import CallError, CaptureError, ShapeError
 from tcc.passes.base import run_passes
 from tcc.passes.graph import graph_hash, graph_text, shape, value
@@ -89,7 +89,7 @@ class Captured:
             tensors, the output is a flat tuple.
         inputs: the tensor inputs.
         constants: the flattened inputs that are not tensors, by position; fixed at capture.
-        in_spec: the structure of `(args, kwargs)` in normal form, see `tcc.call_form`.
+        in_spec: the structure of `(args, kwargs)` in normal form, see `tcc.capture.call_form`.
         out_spec: the structure of the result.
         signature: the signature that calls are bound to, or None where the source was an ExportedProgram.
         hash: content hash of the graph (operators, shapes, dtypes; not the weights).

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import torch
 
 from tcc.errors import CallError
-from tcc.runtime import Session
-from tcc.watch import is_readable
+from tcc.runtime.session import Session
+from tcc.runtime.watch import is_readable
 
 __all__ = ["Image", "Images"]
 

@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from tcc.errors import PlanError, TccError
-from tcc.plan import Action, CachePlan, Compute, Cost, Hold, ModelKey, Reuse, Skip, TopK, Update
-from tcc.scores import Attended, Entropy, Fixed, Norm, Probe, Score, Stale, Term
+from tcc.plan.plan import Action, CachePlan, Compute, Cost, Hold, ModelKey, Reuse, Skip, TopK, Update
+from tcc.plan.scores import Attended, Entropy, Fixed, Norm, Probe, Score, Stale, Term
 from tcc.tensors_file import write_tensors
 
 __all__ = ["load", "save"]

@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 import torch
 
 from tcc.errors import PlanError
-from tcc.plan_facts import Cost, ModelKey, Schedule
-from tcc.scores import Mapped, Score, Stale, check_score, check_table
-from tcc.site_name import SITE_KINDS, SiteName
+from tcc.plan.facts import Cost, ModelKey, Schedule
+from tcc.plan.scores import Mapped, Score, Stale, check_score, check_table
+from tcc.plan.site_name import SITE_KINDS, SiteName
 
 if TYPE_CHECKING:
     from tcc.info import ModelInfo
-    from tcc.memory import Memory
+    from tcc.program.memory import Memory
 
 __all__ = [
+    "COMPUTE",
     "Action",
     "Attention",
     "CachePlan",
@@ -245,7 +246,7 @@ class CachePlan:
 
     def save(self, path: str) -> None:
         """Write the plan as one safetensors file: a JSON header and the token sets."""
-        from tcc.plan_file import save  # here: plan_file builds plans
+        from tcc.plan.file import save  # here: plan_file builds plans
 
         save(self, path)
 
@@ -256,7 +257,7 @@ class CachePlan:
         Raises:
             PlanError: the file is truncated, altered, or not a plan.
         """
-        from tcc.plan_file import load
+        from tcc.plan.file import load
 
         return load(path)
 
@@ -270,13 +271,13 @@ class CachePlan:
 
     def summary(self) -> str:
         """A few lines about the plan: schedule, actions, token sets, cost."""
-        from tcc.plan_picture import summary
+        from tcc.plan.picture import summary
 
         return summary(self)
 
     def plot(self, path: str) -> None:
         """Draw steps x sites with the action of each as a PNG (or any format matplotlib writes)."""
-        from tcc.plan_picture import plot
+        from tcc.plan.picture import plot
 
         plot(self, path)
 

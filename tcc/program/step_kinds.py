@@ -6,14 +6,23 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tcc.checks import forecast_depth
-from tcc.liveness import Span, find_spans, is_subset, live_ages, live_maps, live_stores, sets_by_site, slot_names
 from tcc.passes.choose_tokens import Choice, age_slot, map_slot
 from tcc.passes.entries import Entry, Records
 from tcc.passes.pipeline import Rewrites, StepKind
 from tcc.passes.sites import Analysis
 from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, TopK, Update
-from tcc.scores import Entropy, Fixed, Mapped, Norm, Probe, Stale, Term, kv_of
+from tcc.plan.checks import forecast_depth
+from tcc.plan.scores import Entropy, Fixed, Mapped, Norm, Probe, Stale, Term, kv_of
+from tcc.program.liveness import (
+    Span,
+    find_spans,
+    is_subset,
+    live_ages,
+    live_maps,
+    live_stores,
+    sets_by_site,
+    slot_names,
+)
 
 __all__ = ["StepTable", "find_step_kinds", "share_stores"]
 

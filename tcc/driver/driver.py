@@ -13,18 +13,18 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from tcc.arguments import check_arguments, numbers
+from tcc.driver.arguments import check_arguments, numbers
+from tcc.driver.prepare import OnShapeChange, Options, Policy, Prepared, Ready
+from tcc.driver.stand_in import StandIn
 from tcc.errors import CallError, PlanError, ShapeError
-from tcc.image import Image, Images
 from tcc.info import ModelInfo
 from tcc.lowering import Backend
 from tcc.plan import CachePlan
-from tcc.plan_start import check_start
-from tcc.prepare import OnShapeChange, Options, Policy, Prepared, Ready
+from tcc.plan.start import check_start
 from tcc.program import Program
 from tcc.runtime import Executable, Session
-from tcc.stand_in import StandIn
-from tcc.whole_run import Loop, WholeRun
+from tcc.runtime.image import Image, Images
+from tcc.runtime.whole_run import Loop, WholeRun
 
 __all__ = ["CompiledModel", "compile"]
 
@@ -40,7 +40,7 @@ class _Place(NamedTuple):
 class CompiledModel(StandIn):
     """A model that runs a plan; called like the model it was made from, once per denoising step.
 
-    It has the attributes of the original model, and keeps it: see `tcc.stand_in.StandIn`.
+    It has the attributes of the original model, and keeps it: see `tcc.driver.stand_in.StandIn`.
     """
 
     def __init__(self, prepared: Prepared) -> None:
@@ -171,7 +171,7 @@ class CompiledModel(StandIn):
         """A sampling loop around this plan, on CUDA devices as one CUDA graph of all steps where that is faster.
 
         Args:
-            loop: called as `loop(model, *inputs)`; see `tcc.whole_run.WholeRun` for what it may do.
+            loop: called as `loop(model, *inputs)`; see `tcc.runtime.whole_run.WholeRun` for what it may do.
 
         Raises:
             PlanError: nothing is compiled yet, or the last `reset` named a step that the plan does not have.
@@ -190,7 +190,7 @@ class CompiledModel(StandIn):
         Args:
             start_step: the step of the plan that this image, and all after it in any thread until the next `reset`,
                 begin at: for image-to-image, which leaves out the first steps of the schedule. What later steps read is
-                computed at the first one: see `tcc.plan_start.start_at`.
+                computed at the first one: see `tcc.plan.start.start_at`.
 
         Raises:
             PlanError: the plan has no such step. Where a policy has not made its plan yet, a step after its last one
@@ -351,7 +351,7 @@ def compile(
         timesteps: the noise levels that every run will be called with, in order, as a scheduler's `timesteps`. What
             depends on them, and else on inputs that stay the same within a run (labels, prompts), is then computed once
             per run, for all steps together: modulations, embedded prompts, their keys and values. Each call is compared
-            with them. See `tcc.folding`.
+            with them. See `tcc.runtime.folding`.
 
     Returns:
         A model with the same forward signature.

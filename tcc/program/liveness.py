@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from tcc.checks import forecast_depth
 from tcc.passes.entries import history
 from tcc.passes.sites import Analysis, Site
 from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, Skip, TopK, Update
-from tcc.scores import Mapped, Norm, Probe, Score, Stale, Term
-from tcc.site_name import SiteName
+from tcc.plan.checks import forecast_depth
+from tcc.plan.scores import Mapped, Norm, Probe, Score, Stale, Term
+from tcc.plan.site_name import SiteName
 
 __all__ = ["find_spans", "is_subset", "live_stores", "sets_by_site"]
 

@@ -11,15 +11,15 @@ import torch
 from torch import fx
 
 from tcc.capture import Captured
-from tcc.checks import check_sites
-from tcc.memory import Memory, find_memory
 from tcc.passes.base import PassRecord, run_passes, verify
 from tcc.passes.graph import copy_of, output_values, value
 from tcc.passes.macs import count
 from tcc.passes.pipeline import ALL, Rewrites, StepKind, variant_passes
 from tcc.passes.sites import Analysis
 from tcc.plan import CachePlan, Cost, TopK
-from tcc.step_kinds import StepTable, find_step_kinds, share_stores
+from tcc.plan.checks import check_sites
+from tcc.program.memory import Memory, find_memory
+from tcc.program.step_kinds import StepTable, find_step_kinds, share_stores
 
 __all__ = ["Binding", "Program", "SlotSpec", "Variant", "build_program"]
 

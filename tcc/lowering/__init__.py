@@ -1,0 +1,5 @@
+"""From the variants of a program to compiled code."""
+
+from tcc.lowering.lowering import MODES, Backend, Compiled, Known, find_backend, lower
+
+__all__ = ["MODES", "Backend", "Compiled", "Known", "find_backend", "lower"]
