@@ -23,6 +23,8 @@ _Numbers = np.ndarray[Any, np.dtype[np.int64]]
 _Fingerprints = np.ndarray[Any, np.dtype[np.uint64]]
 #: A length, and where stretches of that length begin.
 _Repeat = tuple[int, list[int]]
+#: Of every call, the value whose memory its own is in.
+_Owners = dict[fx.Node, fx.Node]
 invoke_subgraph = torch.ops.higher_order.invoke_subgraph
 #: Shorter stretches are left: calling them would cost more than their code.
 SHORTEST = 12
@@ -47,12 +49,13 @@ class OutlineRepeats(Pass):
         refresh_strides(gm.graph)  # of copies, all values must lie alike, or no code serves them all
         calls = [n for n in gm.graph.nodes if n.op == "call_function"]
         alike, number = _numbered([_key(n) for n in calls]), 0
-        while copies := _best(calls, alike):
+        owners = {node: owner(node) for node in calls}  # once: it may call operators to see what they return
+        while copies := _best(calls, alike, owners):
             name = f"repeated_{number}"
             gm.add_submodule(name, _sub_graph(gm, copies[0]))
             for segment in copies:
                 at = calls.index(segment.nodes[0])
-                calls[at : at + len(segment.nodes)] = [_call(gm.graph, name, segment.nodes)]
+                calls[at : at + len(segment.nodes)] = [_call(gm.graph, name, segment.nodes, owners)]
             alike, number = _numbered([_key(n) for n in calls]), number + 1
         return number
 
@@ -113,7 +116,7 @@ def _numbered(keys: Sequence[object]) -> _Numbers:
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
 
 
-def _best(calls: Sequence[fx.Node], alike: _Numbers) -> list[_Segment]:
+def _best(calls: Sequence[fx.Node], alike: _Numbers, owners: _Owners) -> list[_Segment]:
     """The copies of the stretch that saves the most calls, then has the fewest values in and out; or none."""
     by_bound: dict[int, list[_Repeat]] = defaultdict(list)
     for length, places in _repeats(alike):
@@ -122,10 +125,10 @@ def _best(calls: Sequence[fx.Node], alike: _Numbers) -> list[_Segment]:
     for bound in sorted(by_bound, reverse=True):
         if bound <= saved:
             break
-        firsts = [(_segment(calls[at[0] : at[0] + length]), length, at) for length, at in by_bound[bound]]
+        firsts = [(_segment(calls[at[0] : at[0] + length], owners), length, at) for length, at in by_bound[bound]]
         for first, length, places in sorted(firsts, key=lambda each: each[0].width):
             if bound > saved and first.pays:
-                copies = _copies([calls[at : at + length] for at in places])
+                copies = _copies([calls[at : at + length] for at in places], owners)
                 if length * (len(copies) - 1) > saved:
                     saved, best = length * (len(copies) - 1), copies
     return best
@@ -177,15 +180,16 @@ def _apart(places: Sequence[int], length: int) -> list[int]:
     return kept
 
 
-def _copies(stretches: Sequence[Sequence[fx.Node]]) -> list[_Segment]:
+def _copies(stretches: Sequence[Sequence[fx.Node]], owners: _Owners) -> list[_Segment]:
     """The largest group that computes the same."""
     forms: dict[object, list[_Segment]] = defaultdict(list)
-    for segment in map(_segment, stretches):
+    for nodes in stretches:
+        segment = _segment(nodes, owners)
         forms[segment.form].append(segment)
     return max(forms.values(), key=len, default=[])
 
 
-def _segment(nodes: Sequence[fx.Node]) -> _Segment:
+def _segment(nodes: Sequence[fx.Node], owners: _Owners) -> _Segment:
     inside = {node: position for position, node in enumerate(nodes)}
     outside: dict[fx.Node, int] = {}
 
@@ -194,7 +198,7 @@ def _segment(nodes: Sequence[fx.Node]) -> _Segment:
 
     calls = tuple((node.target, repr(fx.map_arg((node.args, node.kwargs), named))) for node in nodes)
     used = tuple(node for node in nodes if any(user not in inside for user in node.users))
-    outputs = tuple(dict.fromkeys(own for own in map(owner, used) if own in inside))
+    outputs = tuple(dict.fromkeys(own for own in map(owners.__getitem__, used) if own in inside))
     form = (calls, tuple(inside[node] for node in used))
     return _Segment(tuple(nodes), tuple(outside), used, outputs, form)
 
@@ -211,9 +215,10 @@ def _sub_graph(gm: fx.GraphModule, segment: _Segment) -> fx.GraphModule:
     return fx.GraphModule(gm, graph)
 
 
-def _call(graph: fx.Graph, name: str, nodes: Sequence[fx.Node]) -> fx.Node:
+def _call(graph: fx.Graph, name: str, nodes: Sequence[fx.Node], owners: _Owners) -> fx.Node:
     """Replace the calls by one of the sub-graph; returns it."""
-    segment, inside = _segment(nodes), set(nodes)  # anew: what it is given may have been replaced by a call meanwhile
+    segment = _segment(nodes, owners)  # anew: what it is given may have been replaced by a call meanwhile
+    inside = set(nodes)
     with graph.inserting_after(nodes[-1]):
         call = graph.create_node("call_function", invoke_subgraph, ())
     with graph.inserting_before(call):
@@ -236,4 +241,5 @@ def _call(graph: fx.Graph, name: str, nodes: Sequence[fx.Node]) -> fx.Node:
             node.replace_all_uses_with(outside(node), delete_user_cb=lambda user: user not in inside)
     for node in reversed(nodes):
         graph.erase_node(node)
+    owners[call] = call
     return call
