@@ -9,6 +9,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from tcc.passes.graph import fake_mode_of, sized_by_data
+from tcc.passes.macs import node_macs
 from tcc.passes.paths import operands
 
 __all__ = ["owner", "viewed"]
@@ -37,8 +38,11 @@ def viewed(node: fx.Node) -> fx.Node | None:
 
 
 def _is_made_of_others(node: fx.Node) -> bool:
-    """Whether the operator is a function of other operators, whose schema does not tell of views, as of `einsum`."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._can_decompose()
+    """Whether the operator is a function of other operators, whose schema does not tell of views, as of `einsum`.
+
+    Products have memory of their own, and are most of the calls that are made of others.
+    """
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._can_decompose() and not node_macs(node)
 
 
 def _found_in(node: fx.Node) -> fx.Node | None:
