@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,8 +23,8 @@ aten = torch.ops.aten
 QUIET = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # Inductor's own imports
 
 
-def summed(*, masked: bool = False) -> fx.GraphModule:
-    """Three values one after the other, and at the end of the graph their sum, which a slot keeps."""
+def summed(*, masked: bool = False, narrow: bool = False) -> fx.GraphModule:
+    """Three values one after the other, and at the end of the graph their sum, which a slot keeps: cast, if narrow."""
     sketch = Sketch()
     value, slot, mask = sketch.input("x", 4, 8), sketch.input("slot:a", 4, 8), sketch.input("mask", 4, 8)
     terms = []
@@ -38,6 +39,8 @@ def summed(*, masked: bool = False) -> fx.GraphModule:
             for p in zip(zero, terms, strict=True)
         ]
     total = sketch.call(aten.add.Tensor, sketch.call(aten.add.Tensor, terms[0], terms[1]), terms[2])
+    if narrow:
+        total = sketch.call(torch.ops.prims.convert_element_type.default, total, torch.bfloat16)
     sketch.call(aten.copy_.default, slot, total)
     return sketch.done(out)
 
@@ -52,6 +55,13 @@ def told(gm: fx.GraphModule) -> list[str]:
 def test_every_term_is_added_as_soon_as_it_is_there() -> None:
     """Inductor moves additions to the one who reads them, and its order of steps would follow."""
     assert told(summed()) == ["exp", "put", "sin", "add", "put", "cos", "add", "put", "abs", "copy_"]
+
+
+def test_a_sum_that_is_kept_narrow_is_added_up_beside_the_slot() -> None:
+    """Each term as soon as it is there, or all of them would wait for the cast."""
+    assert told(summed(narrow=True)) == [
+        "exp", "sin", "add", "made", "cos", "add", "convert_element_type", "copy_", "abs",
+    ]  # fmt: skip
 
 
 def test_what_a_term_alone_reads_comes_with_it() -> None:
@@ -134,3 +144,25 @@ def test_a_step_that_stores_takes_no_more_than_the_model() -> None:
         peaks.append(max(allocations(lambda: session(*call)).peak for _ in range(2)))  # noqa: B023
     assert plan.slot_bytes == 4 * 2 * 64 * 64 * 4
     assert peaks[0] <= 1.01 * peaks[1]
+
+
+@pytest.mark.compiles
+@QUIET
+def test_a_narrow_sum_takes_one_stream_more_at_any_depth() -> None:
+    """It is added up in float32 beside the slot; that takes no more with six blocks than with three."""
+    call = (torch.randn(2, 4, 16, 16), torch.tensor([100, 100]), torch.tensor([1, 2]))
+    stream = 2 * 64 * 64 * 4
+    for depth in (3, 6):
+        torch.manual_seed(0)
+        model = DiT(input_size=16, patch_size=2, hidden_size=64, depth=depth, num_heads=2, num_classes=10).eval()
+        info = tcc.inspect(model, *call)
+        narrow = tcc.plans.fora(info, num_steps=2, interval=2, sites="delta")
+        peaks = []
+        for plan in (replace(narrow, slot_dtype=torch.bfloat16), tcc.plans.full(info, num_steps=1)):
+            program = build_program(info.captured, info.analysis, plan, check=False)
+            session = Session(lower(program))
+            for _ in range(2 * plan.num_steps):
+                session(*call)
+            peaks.append(max(allocations(lambda: session(*call)).peak for _ in range(plan.num_steps)))  # noqa: B023
+        assert program.slot_bytes == 0
+        assert peaks[0] <= peaks[1] + 1.05 * stream

@@ -6,6 +6,7 @@ loops made here for sums are fused with no others, or they would be moved togeth
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ from tcc.passes.write_slots import additions
 __all__ = ["StoreEarly"]
 
 aten = torch.ops.aten
+#: What `NarrowSlots` puts between a value and its slot, as Inductor has it.
+_CASTS = {
+    *(aten._to_copy.default, torch.ops.prims.convert_element_type.default),
+    *(aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default),
+}
 
 
 @torch.library.custom_op("tcc::put", mutates_args=())
@@ -52,6 +58,24 @@ def _lower_put(slot: Any, value: Any, alone: bool) -> Any:
     return slot
 
 
+@torch.library.custom_op("tcc::made", mutates_args=())
+def made(value: Tensor) -> Tensor:
+    """`value`, which the backend computes here and now, and not where it is read."""
+    return value.clone()
+
+
+@made.register_fake
+def _(value: Tensor) -> Tensor:
+    return torch.empty_like(value)
+
+
+@register_lowering(torch.ops.tcc.made.default, type_promotion_kind=None)
+def _lower_made(value: Any) -> Any:
+    value.realize()
+    V.graph.no_fuse_buffer_names.add(value.get_name())
+    return value
+
+
 def _can_be_made_elsewhere(data: Any) -> bool:
     """Not a view, and no buffer whose memory is settled, such as what a block that is compiled once returns."""
     layout = getattr(getattr(data, "data", None), "layout", None)  # what is not computed yet has none
@@ -66,7 +90,8 @@ class StoreEarly(CustomGraphPass):
     1. What hands a slot's old value on to another slot comes first of all.
     2. Of a sum whose parts nobody else reads, `put(slot, put(slot, put(slot, a) + b) + c)`, each as soon as its term is
        there: Inductor has moved all of them to the copy, to be near it.
-    3. Any other value is copied as soon as it is there. AOTAutograd has put all copies last, and Inductor would begin
+    3. A sum that is kept in a narrower dtype is added up in its own, each term as soon as it is there, and then cast.
+    4. Any other value is copied as soon as it is there. AOTAutograd has put all copies last, and Inductor would begin
        with the least that can be done, such as all modulations, in place of waiting for them with all values.
     """
 
@@ -83,13 +108,16 @@ class StoreEarly(CustomGraphPass):
                 start.prepend(copy)
                 moved.add(copy)
             elif free and (sums := additions(val)):
-                for before, add in zip([None, *sums], sums, strict=False):
-                    _make_early(add, before)
+                _make_all_early(sums)
                 first = sums[0].all_input_nodes[0]
                 self._put(graph, slot, first, sums[0], alone=len(first.users) == 1)
                 for add, reader in zip(sums, [*sums[1:], copy], strict=True):
                     self._put(graph, slot, add, reader, alone=True)
             elif free and val.op == "call_function":
+                sums = additions(_before_casts(val))
+                _make_all_early([*sums, val] if sums else [])
+                for add, reader in itertools.pairwise(sums):
+                    self._replace(graph, add, reader, torch.ops.tcc.made.default, (add,))
                 val.append(copy)
 
     def uuid(self) -> Any:
@@ -97,8 +125,12 @@ class StoreEarly(CustomGraphPass):
         return get_hash_for_files((__file__, str(Path(__file__).with_name("inductor_reuse.py"))))
 
     def _put(self, graph: fx.Graph, slot: fx.Node, val: fx.Node, reader: fx.Node, *, alone: bool) -> None:
+        self._replace(graph, val, reader, torch.ops.tcc.put.default, (slot, val, alone))
+
+    def _replace(self, graph: fx.Graph, val: fx.Node, reader: fx.Node, op: Any, args: tuple[Any, ...]) -> None:
+        """`reader` reads what `op` makes of `val`, right after it."""
         with graph.inserting_after(val):
-            new = graph.call_function(torch.ops.tcc.put.default, (slot, val, alone))
+            new = graph.call_function(op, args)
         new.meta["val"] = val.meta["val"]
         reader.replace_input_with(val, new)
 
@@ -113,9 +145,22 @@ def _write_directly(graph: fx.Graph, copy: fx.Node) -> None:
             graph.erase_node(val)
 
 
-def _make_early(add: fx.Node, before: fx.Node | None) -> None:
-    """Move an addition, and what it alone needs beside the sum `before`, to where all that it reads is there."""
-    moved, todo = {add}, [add]
+def _before_casts(val: fx.Node) -> fx.Node:
+    """The value that `val` is a narrower copy of, if nobody else reads it: itself, or what is clamped and cast."""
+    while val.target in _CASTS and len(val.all_input_nodes[0].users) == 1:
+        val = val.all_input_nodes[0]
+    return val
+
+
+def _make_all_early(chain: list[fx.Node]) -> None:
+    """Of values that are each made of the one before."""
+    for before, node in zip([None, *chain], chain, strict=False):
+        _make_early(node, before)
+
+
+def _make_early(node: fx.Node, before: fx.Node | None) -> None:
+    """Move an addition or a cast, and what it alone needs beside `before`, to where all that it reads is there."""
+    moved, todo = {node}, [node]
     while todo:
         more = [each for each in todo.pop().all_input_nodes if each is not before and _is_cheap(each)]
         moved.update(more)
