@@ -46,7 +46,7 @@ def compile_aoti(variant: Variant, weights: Weights) -> tuple[list[str], tuple[s
     nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
     inputs = tuple(map(example, nodes))
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), torch.autocast(inputs[0].device.type, enabled=False):
             warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
             module = torch.export.export(gm, inputs, strict=False).module(check_guards=False)
             found: Any = aot_compile(module, inputs, options=_OPTIONS)

@@ -105,7 +105,7 @@ def bundle(
         raise ExportError(
             f"profiles=True with target={target!r}: only tensorrt-onnx makes one engine of several graphs"
         )
-    folder = Path(out)
+    folder = Path(out).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ExportError(f"{folder} exists: name a new folder, or remove it first")
     machine, writer = TARGETS[target].machine(arch), write_profiles if profiles else TARGETS[target].write
@@ -141,7 +141,7 @@ def _program(
             raise ExportError("a compiled model has its own plan and inputs: leave both out, bundle(model, out=...)")
         if model.program is None:
             raise ExportError("nothing is compiled yet: call the model once, or pass example_inputs to tcc.compile")
-        return model.program, model.plan
+        return model.whole_program(), model.plan
     if plan is None or example_inputs is None:
         raise ExportError("exporting a model needs a plan and example_inputs, ((x, t, y), {})")
     if [type(part) for part in example_inputs] != [tuple, dict]:

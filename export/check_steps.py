@@ -104,7 +104,9 @@ def _wanted(plan: CachePlan, step: int, count: int) -> Iterator[Hashable]:
     for tokens in chosen:
         if isinstance(tokens, str):
             yield "tokens", _content(plan.tokens[tokens]), _places(plan, tokens, count)
-    for weights in {action.coefficients for action in actions if isinstance(action, Reuse) and action.order}:
+    for weights in dict.fromkeys(
+        action.coefficients for action in actions if isinstance(action, Reuse) and action.order
+    ):
         yield "coefficients", _content(torch.tensor(weights, dtype=torch.float32))
     scores = [plan.score_of(tokens) for tokens in chosen if isinstance(tokens, TopK)]
     for name in {name for score in scores for name in score.tables}:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -53,7 +54,8 @@ def output_names(variant: Variant) -> tuple[str, ...]:
 def with_weight_inputs(variant: Variant, weights: Weights) -> tuple[fx.GraphModule, tuple[str, ...]]:
     """The graph with its weights as inputs after all others, and their names.
 
-    An exporter then neither copies a weight nor folds it into a new constant.
+    An exporter then neither copies a weight nor folds it into a new constant. Queries that may attend to nothing have
+    zeros, as in torch: ONNX's attention has the mean of all values there, or no number.
     """
     used: dict[str, fx.Node] = {}
 
@@ -66,6 +68,8 @@ def with_weight_inputs(variant: Variant, weights: Weights) -> tuple[fx.GraphModu
         return used[name]
 
     graph = _copy(variant, weights, weight)
+    for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
+        _empty_where_all_is_masked(graph, node)
     return fx.GraphModule(nn.Module(), graph), tuple(used)
 
 
@@ -107,6 +111,19 @@ def _copy(variant: Variant, weights: Weights, weight: Callable[[fx.Graph, str, f
         else:
             new[node] = graph.node_copy(node, new.__getitem__)
     return graph
+
+
+def _empty_where_all_is_masked(graph: fx.Graph, attention: fx.Node) -> None:
+    mask = attention.args[3] if len(attention.args) > 3 else attention.kwargs.get("attn_mask")
+    if not isinstance(mask, fx.Node):
+        return
+    with graph.inserting_after(attention):
+        zero = graph.call_function(aten.where.ScalarOther, (attention, attention, 0.0))
+    attention.replace_all_uses_with(zero, delete_user_cb=lambda user: user is not zero)
+    with graph.inserting_before(zero):
+        if value(mask).dtype != torch.bool:
+            mask = graph.call_function(aten.gt.Scalar, (mask, -math.inf))
+        zero.update_arg(0, graph.call_function(aten.any.dim, (mask, -1, True)))
 
 
 def _permutation(equation: str, operands: list[fx.Node]) -> list[int]:

@@ -89,18 +89,18 @@ class _Maker:
         steps = self.manifest.steps
         node = self.onnx.helper.make_node
         constants = {
-            "zero": torch.zeros(1, dtype=torch.int64),
-            "one": torch.ones(1, dtype=torch.int64),
-            "steps": torch.tensor([len(steps)]),
-            "variants": torch.tensor([step.graph for step in steps]),
+            "tcc/zero": torch.zeros(1, dtype=torch.int64),
+            "tcc/one": torch.ones(1, dtype=torch.int64),
+            "tcc/steps": torch.tensor([len(steps)]),
+            "tcc/variants": torch.tensor([step.graph for step in steps]),
         }
         nodes = [
-            node("Cast", [START], ["starts"], to=self.onnx.TensorProto.BOOL),
-            node("Where", ["starts", "zero", COUNTER], ["step"]),
-            node("Add", ["step", "one"], ["after"]),
-            node("Mod", ["after", "steps"], [next_of(COUNTER)]),
-            node("Squeeze", ["step", "zero"], ["index"]),
-            node("Gather", ["variants", "index"], ["variant"]),
+            node("Cast", [START], ["tcc/starts"], to=self.onnx.TensorProto.BOOL),
+            node("Where", ["tcc/starts", "tcc/zero", COUNTER], ["tcc/step"]),
+            node("Add", ["tcc/step", "tcc/one"], ["tcc/after"]),
+            node("Mod", ["tcc/after", "tcc/steps"], [next_of(COUNTER)]),
+            node("Squeeze", ["tcc/step", "tcc/zero"], ["tcc/index"]),
+            node("Gather", ["tcc/variants", "tcc/index"], ["tcc/variant"]),
         ]
         return nodes, [self._constant(name, tensor) for name, tensor in constants.items()]
 
@@ -115,7 +115,7 @@ class _Maker:
         limit, is_lower = f"limit@{first}-{last}", f"lower@{first}-{last}"
         branches = {"then_branch": self._branch(first, middle, names), "else_branch": self._branch(middle, last, names)}
         nodes = [
-            node("Less", ["variant", limit], [is_lower]),
+            node("Less", ["tcc/variant", limit], [is_lower]),
             node("If", [is_lower], list(names.values()), **branches),
         ]
         return nodes, [self._constant(limit, torch.tensor(middle))]
@@ -169,7 +169,7 @@ class _Maker:
                 rows[i] = keys.index(step.tensors[name])
             constants.append(self._constant(f"{value} rows", rows))
             constants.append(self._constant(f"{value} table", torch.stack([self.tensors[key] for key in keys])))
-            nodes.append(self.onnx.helper.make_node("Gather", [f"{value} rows", "index"], [f"{value} row"]))
+            nodes.append(self.onnx.helper.make_node("Gather", [f"{value} rows", "tcc/index"], [f"{value} row"]))
             nodes.append(self.onnx.helper.make_node("Gather", [f"{value} table", f"{value} row"], [value]))
         return nodes, constants
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,6 +56,7 @@ def write_onnx(variant: Variant, weights: Weights, places: dict[str, Place], pat
         ExportError: the ONNX packages are missing, or an operator has no ONNX form.
     """
     ir = require_onnx()
+    _check_names(variant, weights)
     gm, names = with_weight_inputs(variant, weights)
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
     count = len(inputs) - len(names)
@@ -76,11 +78,25 @@ def write_onnx(variant: Variant, weights: Weights, places: dict[str, Place], pat
     return len(list(model.graph))
 
 
+def _check_names(variant: Variant, weights: Weights) -> None:
+    """A graph of ONNX has one name for everything."""
+    read = {weights.names[str(node.target)] for node in variant.gm.graph.nodes if node.op == "get_attr"}
+    counted = Counter([*input_names(variant), *read, *output_names(variant)])
+    if twice := [name for name, count in counted.items() if count > 1]:
+        raise ExportError(
+            f"'{twice[0]}' is the name of more than one input, weight or output of the graph (the model's result is "
+            "'output'): rename the argument of forward, or the parameter"
+        )
+
+
 def _declared(proto: Any) -> Any:
     """The model with the shapes of all of its values, as a loader wants them."""
     import onnx
 
-    return onnx.shape_inference.infer_shapes(proto)
+    try:
+        return onnx.shape_inference.infer_shapes(proto)
+    except onnx.shape_inference.InferenceError as error:  # of complex numbers for example, that it takes for pairs
+        raise ExportError(f"the graph has no valid ONNX form: {str(error).strip().splitlines()[0]}") from error
 
 
 def _reason(error: BaseException) -> str:
@@ -95,7 +111,7 @@ def _reason(error: BaseException) -> str:
 def _converted(gm: torch.fx.GraphModule, examples: tuple[Any, ...], inputs: list[str], outputs: list[str]) -> Any:
     """`gm` as an optimised ONNX model."""
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), torch.autocast(examples[0].device.type, enabled=False), _quiet():
             exported = torch.export.export(gm, examples, strict=False)
             program = torch.onnx.export(
                 exported, input_names=inputs, output_names=outputs, opset_version=OPSET, dynamo=True, verbose=False

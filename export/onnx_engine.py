@@ -84,8 +84,8 @@ def open_onnx(folder: Path, manifest: Manifest, device: torch.device, *, prepack
                 raise ExportError(_not_loaded(folder / graph.file, provider, device)) from error
             if type(error).__name__ == "NotImplemented":  # the graph is right: bfloat16 on a CPU for example
                 raise ExportError(
-                    f"{folder / graph.file}: this ONNX Runtime cannot run the graph on {device} ({error}): load it on "
-                    "a GPU, or export the model in float32"
+                    f"{folder / graph.file}: this ONNX Runtime cannot run the graph on {device} ({error}): "
+                    + _instead(manifest, device)
                 ) from error
             raise BundleError(f"{folder / graph.file}: ONNX Runtime cannot read the graph ({error})") from error
         if provider not in session.get_providers():  # it goes on without a provider that it cannot load
@@ -93,6 +93,12 @@ def open_onnx(folder: Path, manifest: Manifest, device: torch.device, *, prepack
         compare(str(folder / graph.file), read_stamp(str(folder / graph.file), stamp), wanted)
         engines.append(OnnxEngine(session, graph, manifest, device, keep=(weights, values)))
     return engines
+
+
+def _instead(manifest: Manifest, device: torch.device) -> str:
+    half = any(spec.torch_dtype in (torch.bfloat16, torch.float16) for spec in (*manifest.inputs, *manifest.outputs))
+    ways = ["export the model in float32"] if half else ["export with target='aoti'"]
+    return " or ".join((["load it on a GPU"] if device.type == "cpu" else []) + ways)
 
 
 def _not_loaded(path: Path, provider: str, device: torch.device) -> str:

@@ -233,6 +233,8 @@ class Runner:
             )
         feeds = self._feeds(self._given(args, kwargs))  # before the step changes: a refused call changes nothing
         self.step = int(step)
+        if self._watch is not None:
+            self._watch.forget()  # the caller says where it is
         return self._run(feeds)
 
     def __call__(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:

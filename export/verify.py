@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,7 @@ def _error(found: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
     """The largest difference, and the same over the largest magnitude; infinite where a value is no number."""
     found = found.to(expected.device)
     difference = float((found.double() - expected.double()).abs().max()) if found.numel() else 0.0
-    if difference != difference:
-        return float("inf"), float("inf")
-    return difference, difference / max(float(expected.double().abs().max()) if expected.numel() else 0.0, 1e-30)
+    largest = float(expected.double().abs().max()) if expected.numel() else 0.0
+    if not (math.isfinite(difference) and math.isfinite(largest)):
+        return math.inf, math.inf
+    return difference, difference / max(largest, 1e-30)

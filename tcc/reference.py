@@ -6,12 +6,14 @@ code is shared with the compiler beyond the captured graph and the names of its 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from tcc.errors import PlanError
 from tcc.info import ModelInfo, inspect
 from tcc.passes.sites import Analysis, Site
 from tcc.passes.tokens import Axis
@@ -30,16 +32,20 @@ class Reference:
 
     Args:
         model: the model.
-        plan: the plan.
+        plan: the plan, or the policy that makes it.
         info: what `tcc.inspect` returned for the model, to save capturing it again.
 
     Raises:
         PlanError: at the first call, where the plan does not fit the model.
     """
 
-    def __init__(self, model: nn.Module, plan: CachePlan, info: ModelInfo | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, plan: CachePlan | Callable[[ModelInfo], CachePlan], info: ModelInfo | None = None
+    ) -> None:
+        if not isinstance(plan, CachePlan) and not callable(plan):
+            raise PlanError(f"plan={plan!r:.60} is neither a plan nor a policy: tcc.Reference(model, plan)")
         self._model = model
-        self._plan = plan
+        self._request = plan
         self._info = info
         self.reset()
 
@@ -56,6 +62,7 @@ class Reference:
             self._info = inspect(self._model, *args, **kwargs)
         if self.step == 0:
             self.reset()
+            self._plan = self._request if isinstance(self._request, CachePlan) else self._request(self._info)
             check_model(self._plan, self._info.key)
             check_sites(self._plan, self._info.analysis)
         inputs = self._info.captured.flatten(args, kwargs)

@@ -205,3 +205,24 @@ def test_cost_of_an_uncounted_plan(what: str) -> None:
     """A plan written by hand says how to count it."""
     with pytest.raises(PlanError, match=r"the plan has no cost yet: count it with info.count\(plan\)"):
         getattr(column(Compute()), what)
+
+
+def test_plans_are_compared_by_content() -> None:
+    """Token sets too; equal ones have one hash."""
+
+    def made(kept: list[int], steps: int = 2) -> CachePlan:
+        return CachePlan(steps, {(1, SITE): Update("kept")}, tokens={"kept": torch.tensor(kept)})
+
+    assert made([0, 2]) == made([0, 2])
+    assert len({made([0, 2]), made([0, 2]), made([1, 2])}) == 2
+    assert made([0, 2]) != made([1, 2])
+    assert made([0, 2]) != made([0, 2], steps=3)
+    assert made([0, 2]) != "a plan"
+
+
+def test_a_key_that_is_no_pair_is_named() -> None:
+    """The step is easily forgotten."""
+    with pytest.raises(
+        PlanError, match=rf"the key '{SITE}' is no pair \(step, site\), such as \(1, 'blocks.0.delta'\)"
+    ):
+        CachePlan(2, {SITE: Reuse()})  # type: ignore[dict-item]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -234,6 +235,41 @@ def test_settings_that_matter_may_not_change() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it is what it was
         assert torch.equal(fast(x), before)
+
+
+class Set(nn.Module):
+    """Its scale is the product of what it reads in several places."""
+
+    of_class = 2.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.tensor, self.helper = Tokens(_blocks()), torch.tensor(1.5), types.SimpleNamespace(scale=0.5)
+        self.listed, self.many = [torch.tensor(2.0)], [1.0] * 100
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale, and run the blocks."""
+        out: Tensor = self.inner(x * self.tensor * self.of_class * self.helper.scale * self.listed[0] * self.many[70])
+        return out
+
+
+@pytest.mark.parametrize("name", ["of_class", "tensor", "helper", "listed", "many"])
+def test_settings_count_wherever_they_are(name: str) -> None:
+    """On the class, in an object or a collection; tensors too."""
+    model = fill(Set(), std=0.2)
+    fast = tcc.compile(model, tcc.CachePlan(1, {}), backend="eager")
+    x = noise(2, 12, 16)
+    assert torch.equal(fast(x), fast(x))
+    changes: dict[str, Callable[[], object]] = {
+        "of_class": lambda: setattr(model, "of_class", 3.0),
+        "tensor": lambda: setattr(model, "tensor", torch.tensor(3.0)),
+        "helper": lambda: setattr(model.helper, "scale", 3.0),
+        "listed": lambda: model.listed.__setitem__(0, torch.tensor(3.0)),
+        "many": lambda: model.many.__setitem__(70, 3.0),
+    }
+    changes[name]()
+    with pytest.raises(CallError, match=rf"computes something else since '{name}\S*' changed"):
+        fast(x)
 
 
 class Adapted(nn.Module):

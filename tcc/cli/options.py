@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
+from tcc.cli.screen import STDOUT
+
 __all__ = [
     "MAX_SEED",
     "Backend",
@@ -128,7 +130,8 @@ def of_the_model(ctx: typer.Context, param: typer.CallbackParam, value: int) -> 
         typer.BadParameter: it is asked for, and the model comes with its own.
     """
     source, name = ctx.get_parameter_source(str(param.name)), ctx.params.get("what") or ctx.params.get("model")
-    if name and source is not None and source.name == "COMMANDLINE":
+    name = name or "reference"
+    if source is not None and source.name == "COMMANDLINE":
         from tcc.cli.subjects import kind_of  # here: imports the models, which few options need
 
         kind = kind_of(name)
@@ -180,9 +183,17 @@ Batch = Annotated[
         callback=of_the_model,
     ),
 ]
+
+
+def _json_file(path: Path | None) -> Path | None:
+    return path if str(path) == STDOUT else in_a_folder(path)
+
+
 Json = Annotated[
     Path | None,
-    typer.Option("--json", metavar="FILE", help="Also write the numbers as JSON.", callback=in_a_folder),
+    typer.Option(
+        "--json", metavar="FILE", help="Also write the numbers as JSON; [bold]-[/] is stdout.", callback=_json_file
+    ),
 ]
 Backend = Annotated[
     Literal["inductor", "eager"],

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -17,12 +18,19 @@ from rich.status import Status
 
 from tcc.tables import PIPE_WIDTH
 
-__all__ = ["Bar", "bar", "err", "fail", "note", "out", "status", "write_json"]
+__all__ = ["STDOUT", "Bar", "bar", "err", "fail", "note", "out", "status", "write_json"]
+
+
+#: In place of a file: stdout.
+STDOUT = "-"
 
 
 def out() -> Console:
-    """Where results go."""
-    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+    """Where results go: stderr if the command's numbers go to stdout."""
+    context = click.get_current_context(silent=True)
+    aside = context is not None and str(context.params.get("json")) == STDOUT
+    stream = sys.stderr if aside else sys.stdout
+    return Console(file=stream, width=None if stream.isatty() else PIPE_WIDTH, highlight=False)
 
 
 def err() -> Console:
@@ -84,7 +92,9 @@ def bar(text: str, total: int | None = None) -> Iterator[Bar]:
 
 
 def write_json(path: str | os.PathLike[str] | None, content: Any) -> None:
-    """Write `content` as indented JSON, where a path is given, and say so."""
-    if path is not None:
+    """Write `content` as indented JSON, where a path is given, and say so; `-` is stdout."""
+    if str(path) == STDOUT:
+        sys.stdout.write(json.dumps(content, indent=2) + "\n")
+    elif path is not None:
         Path(path).write_text(json.dumps(content, indent=2) + "\n")
         note(f"wrote {path}")

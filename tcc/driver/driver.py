@@ -284,6 +284,16 @@ class CompiledModel(StandIn):
         """The variants and the step table; None before the first call."""
         return self._compiled.program if self._compiled else None
 
+    def whole_program(self) -> Program:
+        """The program of a run from the plan's first step, whatever step `reset` has chosen, to be written elsewhere.
+
+        Raises:
+            CallError: the model is not the one that was captured, or nothing is compiled yet.
+        """
+        if self._prepared.last is None:
+            raise CallError("nothing is compiled yet: call the model once, or pass example_inputs to tcc.compile")
+        return self._prepared.whole_program(self._prepared.last)
+
     @property
     def compile_seconds(self) -> tuple[float, ...]:
         """Seconds spent compiling each variant; () before the first call."""

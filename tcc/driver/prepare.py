@@ -90,12 +90,12 @@ class Ready:
         if start not in self.executables:
             shape, options = self.shape, self.options
             self.executables[start] = lower(
-                self._program(start_at(self.plan, start)), options.backend, options.options, options.progress,
+                self.program(start_at(self.plan, start)), options.backend, options.options, options.progress,
                 mode=options.mode, regional=options.regional, folding=self.folding, known=shape.runners,
             )  # fmt: skip
         return self.executables[start]
 
-    def _program(self, plan: CachePlan) -> Program:
+    def program(self, plan: CachePlan) -> Program:
         """The rewritten graphs; where the budget is short, with as few slots as it takes."""
         make = functools.partial(self.shape.info.program, plan, progress=self.options.progress)
         budget, folding = self.options.max_slot_bytes, self.folding
@@ -241,6 +241,21 @@ class Prepared:
         if changed:
             self._look_again(shape, f"{', '.join(changed[:3])}{', ...' if changed[3:] else ''}", args, kwargs)
         shape.parts = now
+
+    def whole_program(self, ready: Ready) -> Program:
+        """The program of a run of the whole plan.
+
+        Raises:
+            CallError: the model has other parts or settings than when it was captured.
+        """
+        now = Parts.of(self.model)
+        now.check(ready.shape.parts)
+        if changed := now.changed(ready.shape.parts):
+            raise CallError(
+                f"{', '.join(changed[:3])} of the model changed after it was compiled: call it once more, which finds "
+                "out whether it computes the same, or call tcc.compile anew"
+            )
+        return ready.program(ready.plan)
 
     def _look_again(self, shape: _Shape, changed: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model computes what it did, although attributes `changed`: capturing it again tells.

@@ -6,7 +6,8 @@ import math
 
 from tcc.errors import PlanError
 from tcc.passes.sites import Analysis, Site
-from tcc.plan.plan import Action, CachePlan, Compute, Skip, TopK, Update
+from tcc.plan.actions import Action, Compute, Skip, TopK, Update
+from tcc.plan.plan import CachePlan
 from tcc.plan.scores import Entropy, Fixed, Mapped, Norm, Probe, Score, kv_of
 from tcc.plan.site_name import SiteName
 

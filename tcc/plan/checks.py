@@ -6,8 +6,10 @@ import difflib
 
 from tcc.errors import PlanError
 from tcc.passes.sites import Analysis, Site
+from tcc.plan.actions import Action, Compute, Reuse, Update
 from tcc.plan.check_scores import check_scores
-from tcc.plan.plan import Action, CachePlan, Compute, ModelKey, Reuse, Update
+from tcc.plan.facts import ModelKey
+from tcc.plan.plan import CachePlan
 from tcc.plan.site_name import SiteName
 
 __all__ = ["check_model", "check_sites"]

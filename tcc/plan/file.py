@@ -14,7 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from tcc.errors import PlanError, TccError
-from tcc.plan.plan import Action, CachePlan, Compute, Cost, Hold, ModelKey, Reuse, Skip, TopK, Update
+from tcc.plan.actions import Action, Compute, Hold, Reuse, Skip, TopK, Update
+from tcc.plan.facts import Cost, ModelKey
+from tcc.plan.plan import CachePlan
 from tcc.plan.scores import Attended, Entropy, Fixed, Norm, Probe, Score, Stale, Term
 from tcc.tensors_file import write_tensors
 

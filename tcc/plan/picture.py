@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tcc.plan.plan import Action, CachePlan, Reuse, TopK, Update
+from tcc.plan.actions import Action, Reuse, TopK, Update
+from tcc.plan.plan import CachePlan
 from tcc.plan.scores import Score
 from tcc.program.memory import in_units
 

@@ -7,14 +7,14 @@ one safetensors file.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tcc.errors import PlanError
+from tcc.plan.actions import COMPUTE, Action, Compute, Hold, Reuse, Skip, TopK, Update
 from tcc.plan.facts import Cost, ModelKey, Schedule
 from tcc.plan.scores import Mapped, Score, Stale, check_score, check_table
 from tcc.plan.site_name import SITE_KINDS, SiteName
@@ -23,122 +23,10 @@ if TYPE_CHECKING:
     from tcc.info import ModelInfo
     from tcc.program.memory import Memory
 
-__all__ = [
-    "COMPUTE",
-    "Action",
-    "Attention",
-    "CachePlan",
-    "Compute",
-    "Cost",
-    "Hold",
-    "ModelKey",
-    "Reuse",
-    "Schedule",
-    "Skip",
-    "TopK",
-    "Update",
-]
-
-Attention = Literal["kept", "current", "cached"]
+__all__ = ["CachePlan", "check_slot_dtype"]
 
 
-@dataclass(frozen=True)
-class Compute:
-    """The site is computed and stored."""
-
-    letter: ClassVar[str] = "I"
-
-
-@dataclass(frozen=True)
-class TopK:
-    """A dynamic token set: the `count` tokens of each sample with the highest score, chosen in the graph.
-
-    The same `TopK` at several sites of a step is one set. Of tokens with equal scores, the first ones are taken.
-
-    Attributes:
-        score: the name of a score of the plan.
-        count: how many tokens are kept, over all grid cells.
-    """
-
-    score: str
-    count: int
-
-    def __post_init__(self) -> None:
-        if self.count < 1:
-            raise PlanError(f"TopK(count={self.count}): at least one token must be kept")
-
-
-@dataclass(frozen=True)
-class Update:
-    """Some tokens are recomputed; the others have their stored value.
-
-    Attributes:
-        tokens: the name of a token set of the plan, or a dynamic set.
-        attention: what the kept queries see: `kept` (the kept tokens alone), `current` (keys and values of all
-            tokens, computed now) or `cached` (keys and values from the branch's `kv` slot, whose kept rows are
-            refreshed first).
-        store: whether the recomputed tokens are stored, or all tokens keep the value that was stored before.
-    """
-
-    letter: ClassVar[str] = "U"
-    tokens: str | TopK
-    attention: Attention = "kept"
-    store: bool = True
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.tokens, (str, TopK)):
-            raise PlanError(
-                f"Update(tokens={type(self.tokens).__name__}): give the name of a token set, and the set itself to "
-                "CachePlan(tokens={name: positions})"
-            )
-        if self.attention not in get_args(Attention):
-            raise PlanError(f"Update(attention={self.attention!r}): use one of {', '.join(get_args(Attention))}")
-        if not isinstance(self.store, bool):
-            raise PlanError(f"Update(store={self.store!r:.60}): use True or False")
-
-
-@dataclass(frozen=True)
-class Reuse:
-    """The stored value stands in for the site.
-
-    Attributes:
-        order: 0 for the stored value itself; m > 0 for a fixed linear combination of the last m + 1 computed values.
-        coefficients: its m + 1 weights, newest value first.
-    """
-
-    letter: ClassVar[str] = "R"
-    order: int = 0
-    coefficients: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        expected = self.order + 1 if self.order else 0
-        if self.order < 0 or len(self.coefficients) != expected:
-            raise PlanError(
-                f"Reuse(order={self.order}) takes {expected} coefficients (newest first), got {len(self.coefficients)}"
-            )
-        if not all(map(math.isfinite, self.coefficients)):
-            raise PlanError(f"Reuse(order={self.order}): the coefficients must be finite, got {self.coefficients}")
-
-
-@dataclass(frozen=True)
-class Hold:
-    """Like reuse, on a stream or a skip: what only fed it is not computed at all."""
-
-    letter: ClassVar[str] = "H"
-
-
-@dataclass(frozen=True)
-class Skip:
-    """The site is zero, and nothing is stored: the branch is dropped."""
-
-    letter: ClassVar[str] = "-"
-
-
-Action = Compute | Update | Reuse | Hold | Skip
-COMPUTE = Compute()
-
-
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class CachePlan:
     """The table step x site -> action, with the token sets and the scores it names.
 
@@ -182,12 +70,25 @@ class CachePlan:
             check_table(name, table)
         for name, score in self.scores.items():
             check_score(name, score, self.tables)
-        for (step, site), action in self.actions.items():
-            self._check_action(step, site, action)
+        for at, action in self.actions.items():
+            if not (isinstance(at, tuple) and len(at) == 2):
+                raise PlanError(f"actions: the key {at!r:.60} is no pair (step, site), such as (1, 'blocks.0.delta')")
+            self._check_action(*at, action)
         for site in self.sites:
             self._check_reads(site)
         for name, (step, site) in self._first_choices().items():
             self._check_score_reads(f"step {step}, site '{site}'", step, name)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all fields are equal: the same table, model, policy and cost."""
+        if not isinstance(other, CachePlan):
+            return NotImplemented
+        mine, theirs = ([getattr(plan, each.name) for each in fields(CachePlan)] for plan in (self, other))
+        return all(map(_equal, mine, theirs))
+
+    def __hash__(self) -> int:
+        """Equal for equal plans."""
+        return hash((self.num_steps, frozenset(self.actions.items())))
 
     @functools.cached_property
     def sites(self) -> tuple[str, ...]:
@@ -363,6 +264,15 @@ class CachePlan:
                     f"{where}: score '{name}' counts the age of the tokens of '{term.site}', which no earlier step "
                     "computes: compute it at an earlier step"
                 )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Also of mappings to tensors."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_equal(one[name], other[name]) for name in one)
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    return bool(one == other)
 
 
 def check_slot_dtype(dtype: Any) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tcc.errors import PlanError
-from tcc.plan.plan import Action, CachePlan, Compute, Reuse, Skip
+from tcc.plan.actions import Action, Compute, Reuse, Skip
+from tcc.plan.plan import CachePlan
 
 __all__ = ["check_start", "start_at"]
 

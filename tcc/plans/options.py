@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec
 
 import numpy as np
+from torch import nn
 
 from tcc.errors import PlanError
 from tcc.plan import CachePlan
@@ -26,6 +27,11 @@ def plain_options(make: Callable[P, CachePlan]) -> Callable[P, CachePlan]:
 
     @functools.wraps(make)
     def made(*args: P.args, **options: P.kwargs) -> CachePlan:
+        given = args[0] if args else options.get("info")
+        if given is None or isinstance(given, nn.Module):
+            raise PlanError(
+                f"{make.__name__}(info, ...) takes what tcc.inspect(model, ...) returns, got {type(given).__name__}"
+            )
         options.update({name: _plain(value) for name, value in options.items()})
         for name in flags:
             if not isinstance(options.get(name, True), bool):
