@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from tcc.cli import app
+from tcc.errors import PlanError
+from tcc.plan import CachePlan, ModelKey
 
 
 @pytest.fixture(autouse=True)
@@ -83,3 +86,28 @@ def test_no_file_is_written_twice(arguments: tuple[str, ...], first: str, tmp_pa
     said = refused(*(text.format(tmp_path.name) for text in arguments))
     assert f"is the file of {first} too: name another one" in said
     assert f"Invalid value for {arguments[-2]}" in said
+
+
+def test_numbers_can_be_piped(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--json -` is stdout, and nothing else is written there."""
+    app(["plan", "-p", "fora", "--steps", "2", "--json", "-"], standalone_mode=False)
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["num_steps"] == 2
+    assert "fora" in shown.err
+    assert not Path("-").exists()
+
+
+def test_a_plan_for_another_model_is_not_blamed_on_its_batch() -> None:
+    """A plan with another batch could be made; no batch helps a plan for other inputs."""
+    key = ModelKey("0" * 64, (("x", (4, 1, 16, 16)), ("sigma", (4,))), 16)
+    CachePlan(2, {}, model=key).save("other.safetensors")
+    result = CliRunner().invoke(app, ["sample", "--plan", "other.safetensors", "--backend", "eager"])
+    assert isinstance(result.exception, PlanError) or "is for another model" in result.output
+    assert "for another model, with the inputs x [4, 1, 16, 16], sigma [4]" in f"{result.exception} {result.output}"
+
+
+def test_the_size_of_the_reference_model_is_not_chosen() -> None:
+    """Also where no model is named."""
+    result = CliRunner().invoke(app, ["inspect", "--input-size", "16"])
+    assert result.exit_code == 2
+    assert "reference is trained for one size of its input" in " ".join(result.output.replace("│", " ").split())

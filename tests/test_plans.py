@@ -385,3 +385,10 @@ def test_turns_are_no_more_than_tokens() -> None:
     plan = plans.tprr(info, num_steps=4, keep=1e-9, tokens="uniform", rotate=True)
     assert len(plan.tokens) == info.num_tokens
     assert {kept.numel() for kept in plan.tokens.values()} == {1}
+
+
+@pytest.mark.parametrize("given", [None, torch.nn.Linear(2, 2)])
+def test_a_policy_is_for_what_inspect_returns(given: Any) -> None:
+    """The model itself is easily given instead."""
+    with pytest.raises(PlanError, match=r"fora\(info, ...\) takes what tcc.inspect\(model, ...\) returns, got (N|L)"):
+        plans.fora(given, num_steps=4)

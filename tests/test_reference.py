@@ -288,3 +288,13 @@ def test_the_reference_starts_again_after_the_last_step() -> None:
     first = [reference(*inputs(step)) for step in range(2)]
     assert reference.step == 0
     assert all(torch.equal(reference(*inputs(step)), first[step]) for step in range(2))
+
+
+def test_the_reference_takes_policies_as_compiling_does() -> None:
+    """And says at once where it is given something else."""
+    which = double_dit()
+    policy = functools.partial(tcc.plans.fora, num_steps=2, interval=2)
+    made, known = (tcc.Reference(which.model, plan) for plan in (policy, policy(which.info)))
+    assert all(torch.equal(made(*inputs(step)), known(*inputs(step))) for step in range(2))
+    with pytest.raises(PlanError, match=r"plan='p.safetensors' is neither a plan nor a policy"):
+        tcc.Reference(which.model, "p.safetensors")  # type: ignore[arg-type]

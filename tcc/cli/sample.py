@@ -72,10 +72,10 @@ def sample(
     dit, labels = load_pixel_dit(model), torch.tensor(options.numbers(classes, "--classes"))
     _check_labels(dit, labels)
     rows = len(labels) * (2 if cfg > 1 else 1)
-    loaded = None if plan is None else CachePlan.load(str(plan))
+    loaded, inputs = None if plan is None else CachePlan.load(str(plan)), dit_inputs(dit.config, rows)
     if loaded is not None:
-        _check_plan(loaded, plan, rows, steps)
-    info = look(dit, dit_inputs(dit.config, rows), {}, model)
+        _check_plan(loaded, plan, inputs, steps)
+    info = look(dit, inputs, {}, model)
     chosen = loaded or plans.full(info, num_steps=steps or 50)
     solver = _solver(sampler, chosen.num_steps)
     compiled = executables(info, {"plan": chosen}, backend, regional=regional, max_slot_bytes=max_slot_bytes)
@@ -125,13 +125,17 @@ def _check_labels(model: DiT, labels: torch.Tensor) -> None:
             raise typer.BadParameter(f"class {label}: the model has classes 0..{classes - 1}", param_hint="--classes")
 
 
-def _check_plan(plan: CachePlan, path: Path | None, rows: int, steps: int | None) -> None:
-    """Refuse a plan for another number of steps or rows before anything is captured."""
+def _check_plan(plan: CachePlan, path: Path | None, inputs: tuple[torch.Tensor, ...], steps: int | None) -> None:
+    """Refuse a plan for other inputs, or another number of steps or rows, before anything is captured."""
+    if plan.model and [axes[1:] for _, axes in plan.model.inputs] != [tuple(x.shape[1:]) for x in inputs]:
+        made_for = ", ".join(f"{name} {list(axes)}" for name, axes in plan.model.inputs)
+        raise PlanError(f"{path}: the plan is for another model, with the inputs {made_for}: make one for this model")
     if steps is not None and steps != plan.num_steps:
         raise PlanError(
             f"{path}: the plan has {plan.num_steps} steps and --steps is {steps}: leave --steps out, or make the "
             f"plan with tcc plan --steps {steps}"
         )
+    rows = inputs[0].shape[0]
     planned = plan.model.inputs[0][1][0] if plan.model else rows
     if planned != rows:
         learned = plan.policy.get("name") in ("l2c", "learning_to_drop", "tokencache")
