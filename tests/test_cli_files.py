@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import json
 import os
 import re
@@ -90,7 +91,8 @@ def test_no_file_is_written_twice(arguments: tuple[str, ...], first: str, tmp_pa
 
 def test_numbers_can_be_piped(capsys: pytest.CaptureFixture[str]) -> None:
     """`--json -` is stdout, and nothing else is written there."""
-    app(["plan", "-p", "fora", "--steps", "2", "--json", "-"], standalone_mode=False)
+    arguments = ["plan", "-p", "fora", "--steps", "2", "--json", "-"]
+    contextvars.copy_context().run(app, arguments, standalone_mode=False)  # what the command sets ends with it
     shown = capsys.readouterr()
     assert json.loads(shown.out)["num_steps"] == 2
     assert "fora" in shown.err

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
-from tcc.cli.screen import STDOUT
+from tcc.cli import screen
 
 __all__ = [
     "MAX_SEED",
@@ -186,7 +186,8 @@ Batch = Annotated[
 
 
 def _json_file(path: Path | None) -> Path | None:
-    return path if str(path) == STDOUT else in_a_folder(path)
+    screen.json_to(path)
+    return path if str(path) == screen.STDOUT else in_a_folder(path)
 
 
 Json = Annotated[

@@ -7,10 +7,10 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-import click
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -18,18 +18,22 @@ from rich.status import Status
 
 from tcc.tables import PIPE_WIDTH
 
-__all__ = ["STDOUT", "Bar", "bar", "err", "fail", "note", "out", "status", "write_json"]
+__all__ = ["STDOUT", "Bar", "bar", "err", "fail", "json_to", "note", "out", "status", "write_json"]
 
 
 #: In place of a file: stdout.
 STDOUT = "-"
+_aside: ContextVar[bool] = ContextVar("_aside", default=False)
+
+
+def json_to(path: Path | None) -> None:
+    """Say where this command's numbers will go: all else keeps away from stdout if that is where."""
+    _aside.set(str(path) == STDOUT)
 
 
 def out() -> Console:
     """Where results go: stderr if the command's numbers go to stdout."""
-    context = click.get_current_context(silent=True)
-    aside = context is not None and str(context.params.get("json")) == STDOUT
-    stream = sys.stderr if aside else sys.stdout
+    stream = sys.stderr if _aside.get() else sys.stdout
     return Console(file=stream, width=None if stream.isatty() else PIPE_WIDTH, highlight=False)
 
 
