@@ -214,6 +214,23 @@ def test_an_output_that_is_computed_once_is_the_callers() -> None:
             output.zero_()
 
 
+@pytest.mark.parametrize("past_torch", [False, True])
+def test_conditions_that_change_in_mid_run_are_seen_however_they_are_written(past_torch: bool) -> None:
+    """Through `.data`, or another library's view of the memory, which count as no change to PyTorch."""
+    which = case("dit")
+    session = compiled(which, plans(which)["branches"]).new_session()
+    x, t, y = inputs(which, 0)[0]
+    y = y.clone()
+    session(x, t, y)
+    if past_torch:
+        y.numpy()[:] = 1 - y.numpy()
+    else:
+        y.data.copy_(1 - y)
+    x, t, _ = inputs(which, 1)[0]
+    with pytest.raises(CallError, match="input 'y' changed within the run"):
+        session(x, t, y)
+
+
 def test_where_reading_would_wait_the_last_step_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device the differences of a run are collected, and read once."""
     monkeypatch.setattr(folding, "is_readable", lambda tensor: False)

@@ -184,9 +184,14 @@ class Folded:
                     raise CallError(_told(folding, position, step, None))
 
     def _replaced(self, inputs: list[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
-        """The positions of conditions that are not the very tensors that the run began with, and what those held."""
+        """The positions of conditions that may be others than the run began with, and what those held.
+
+        Where reading waits for a device, those that are not the very tensors, or have another version: what is written
+        past PyTorch is not seen there.
+        """
         for position, (given, version), known in zip(self._folding.fixed, self._given, self._known, strict=True):
-            if inputs[position] is not given or version is None or version != version_of(given):
+            same = inputs[position] is given and version is not None and version == version_of(given)
+            if not same or is_readable(given):
                 yield position, known
 
 
