@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from tcc.errors import ModelError
+from tcc.errors import CallError, ModelError
 from tcc.tensors_file import save_tensors
 
 __all__ = [
@@ -107,7 +107,12 @@ def psnr(images: Tensor, reference: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of every image of `[B, C, H, W]` in [-1, 1] (peak 2): float64 `[B]`.
 
     Infinite where an image is identical to its reference.
+
+    Raises:
+        CallError: there are not as many references, or of another size.
     """
+    if images.shape != reference.shape:
+        raise CallError(f"psnr: images {list(images.shape)} and references {list(reference.shape)} are not alike")
     errors = (images.double() - reference.double()).square().flatten(1).mean(dim=1)
     return 10 * torch.log10(4 / errors)
 

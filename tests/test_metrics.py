@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tcc.data import fashion_mnist
-from tcc.errors import ModelError
+from tcc.errors import CallError, ModelError
 from tcc.metrics import (
     FEATURE_FILE,
     FeatureNetwork,
@@ -61,6 +61,8 @@ def test_psnr_is_that_of_the_definition() -> None:
 
     assert psnr(image + torch.tensor([0.2, 0.02]).view(2, 1, 1, 1), image).tolist() == pytest.approx([20.0, 40.0])
     assert psnr(image, image).tolist() == [float("inf")] * 2
+    with pytest.raises(CallError, match="are not alike"):
+        psnr(image, image[:1])
 
 
 def test_gaussians_with_diagonal_covariances_have_a_closed_form() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from tcc.errors import PlanError
 from tcc.plan import Action, CachePlan, Compute, Cost, Hold, ModelKey, Reuse, Skip, TopK, Update
 from tcc.plan.picture import facts, plot, summary
 from tcc.plan.scores import Norm, Score, Stale
@@ -166,3 +167,9 @@ def test_every_action_has_its_colour(tmp_path: Path) -> None:
     for label in ("compute", "forecast", "reuse", "hold", "skip", "update, attention current"):
         assert f"<!-- {label} -->" in drawn
     assert "<!-- update, attention kept -->" not in drawn
+
+
+def test_a_picture_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """With the formats that there are."""
+    with pytest.raises(PlanError, match=r"plan.xyz: Format 'xyz' is not supported \(supported formats: .*png"):
+        every_action().plot(str(tmp_path / "plan.xyz"))

@@ -307,6 +307,7 @@ BAD = {
     ),
     "level": (lambda i: plans.tprr(i, num_steps=4, level="layer"), "level='layer': use 'block', 'branch' or 'out'"),
     "block": (lambda i: plans.tprr(i, num_steps=4, blocks=[2]), "there is no block 2; the model has blocks 0..1"),
+    "blocks as text": (lambda i: plans.tprr(i, num_steps=4, blocks="0-2"), "blocks='0-2': give a list of blocks"),
     "negative block": (lambda i: plans.tprr(i, num_steps=4, blocks=[-1]), "there is no block -1"),
     "tokens": (lambda i: plans.tprr(i, num_steps=4, tokens="best"), "tokens='best': use 'uniform', 'random',"),
     "cell": (lambda i: plans.tprr(i, num_steps=4, cell=3), "cell=3: the grid is 4 x 4; the cell's side must divide"),

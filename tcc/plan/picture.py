@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tcc.errors import PlanError
 from tcc.plan.actions import Action, Reuse, TopK, Update
 from tcc.plan.plan import CachePlan
 from tcc.plan.scores import Score
@@ -86,6 +87,9 @@ def plot(plan: CachePlan, path: str | os.PathLike[str]) -> None:
     Args:
         plan: the plan.
         path: where to; the suffix chooses the format.
+
+    Raises:
+        PlanError: no such format is written.
     """
     from matplotlib.figure import Figure  # here: matplotlib is slow to import, and only this needs it
 
@@ -99,7 +103,10 @@ def plot(plan: CachePlan, path: str | os.PathLike[str]) -> None:
     _label_axes(axes, plan, sites)
     _legend(figure, labels)
     figure.suptitle("\n".join(title), fontsize=11, x=0.02, ha="left")
-    figure.savefig(path)
+    try:
+        figure.savefig(path)
+    except ValueError as error:  # names the formats that there are
+        raise PlanError(f"{os.fspath(path)}: {error}") from error
 
 
 def _draw_cells(axes: Axes, plan: CachePlan, sites: tuple[str, ...]) -> list[str]:

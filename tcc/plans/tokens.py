@@ -191,8 +191,8 @@ def grid_cells(info: ModelInfo, cell: int) -> np.ndarray[Any, Any]:
 def choose_blocks(info: ModelInfo, blocks: Iterable[int] | None) -> tuple[int, ...]:
     """The block indices that a policy acts on, in order: all of them where none are given."""
     total = len(info.blocks)
-    if not isinstance(blocks, Iterable | None):
-        raise PlanError(f"blocks={blocks}: give a list of blocks, of 0..{total - 1}")
+    if isinstance(blocks, str) or not isinstance(blocks, Iterable | None):
+        raise PlanError(f"blocks={blocks!r}: give a list of blocks, of 0..{total - 1}")
     chosen = tuple(range(total)) if blocks is None else tuple(blocks)
     for block in chosen:
         if isinstance(block, bool) or not isinstance(block, Integral) or not 0 <= block < total:
