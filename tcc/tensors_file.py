@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 
@@ -20,13 +21,28 @@ os.umask(_MASK)
 def save_tensors(
     tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write one safetensors file, which others may read as they may other new files: safetensors lets nobody else.
+    """Write one safetensors file: the same bytes for the same content, and for others to read as other new files are.
+
+    safetensors writes the header's texts in an order of chance, and lets nobody else read.
 
     Raises:
         SafetensorError, OSError: it cannot be written.
     """
     save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
     os.chmod(path, 0o666 & ~_MASK)
+    if metadata is not None and len(metadata) > 1:
+        _sort_metadata(path)
+
+
+def _sort_metadata(path: str | os.PathLike[str]) -> None:
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # as it is padded: what follows stays where it is
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def write_tensors(

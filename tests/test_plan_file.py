@@ -19,6 +19,7 @@ from tcc.errors import PlanError
 from tcc.plan import Action, CachePlan, Compute, Cost, Hold, ModelKey, Reuse, Skip, TopK, Update
 from tcc.plan import file as plan_file
 from tcc.plan.scores import Attended, Fixed, Norm, Probe, Score, Stale
+from tcc.tensors_file import save_tensors
 from tests.tiny_models import case
 
 SITE = "blocks.0.delta"
@@ -343,3 +344,17 @@ def test_files_are_readable_as_others_are(tmp_path: pathlib.Path) -> None:
     plan.save(tmp_path / "plan.safetensors")
     (tmp_path / "other").touch()
     assert (tmp_path / "plan.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_the_same_plan_is_the_same_file(tmp_path: pathlib.Path) -> None:
+    """Byte by byte, whatever order the header's texts are written in; eight keys would come in order once in 40,320."""
+    texts = {f"key {n}": "tüv\n\x1f\\" * n for n in range(8)}
+    for number, given in enumerate((texts, dict(reversed(texts.items())))):
+        save_tensors({"a": torch.arange(3)}, tmp_path / f"{number}.safetensors", given)
+    first, second = ((tmp_path / f"{number}.safetensors").read_bytes() for number in range(2))
+    assert first == second
+    with safe_open(tmp_path / "0.safetensors", framework="pt") as file:
+        assert file.metadata() == texts
+        assert file.get_tensor("a").tolist() == [0, 1, 2]
+    keys = [key for key in json.loads(first[8 : 8 + int.from_bytes(first[:8], "little")])["__metadata__"]]
+    assert keys == sorted(texts)
