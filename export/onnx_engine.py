@@ -98,7 +98,7 @@ def open_onnx(folder: Path, manifest: Manifest, device: torch.device, *, prepack
 def _instead(manifest: Manifest, device: torch.device) -> str:
     half = any(spec.torch_dtype in (torch.bfloat16, torch.float16) for spec in (*manifest.inputs, *manifest.outputs))
     ways = ["export the model in float32"] if half else ["export with target='aoti'"]
-    return " or ".join((["load it on a GPU"] if device.type == "cpu" else []) + ways)
+    return ", or ".join((["load it on a GPU"] if device.type == "cpu" else []) + ways)
 
 
 def _not_loaded(path: Path, provider: str, device: torch.device) -> str:
