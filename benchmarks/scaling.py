@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFormatter
 from provenance import provenance
 from rich.console import Console
 from rich.table import Table
@@ -286,24 +287,21 @@ def draw(axes: Axes, rows: Sequence[Row], x: str, y: dict[str, str], group: Sequ
     for number, key in enumerate(dict.fromkeys(tuple(row[name] for name in group) for row in rows)):
         mine = [row for row in rows if tuple(row[name] for name in group) == key]
         for column, style in y.items():
-            label = ", ".join(map(str, (*key, column)))
-            axes.plot(
-                [r[x] for r in mine],
-                [r[column] for r in mine],
-                style,
-                marker="o",
-                ms=4,
-                color=f"C{number}",
-                label=label,
-            )
+            values, label = [row[column] for row in mine], ", ".join(map(str, (*key, column)))
+            axes.plot([row[x] for row in mine], values, f"{style}o", ms=4, color=f"C{number}", label=label)
     axes.set_xlabel(x)
     if "x" in log:
         axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted({row[x] for row in rows}))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
     if "y" in log:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}" if value < 1000 else EngFormatter(sep="")(value))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.25)
     if axes.lines:
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, framealpha=0.6, handlelength=4)
 
 
 def plot_planning(rows: Sequence[Row], path: Path) -> None:
@@ -343,7 +341,7 @@ def plot_running(rows: Sequence[Row], path: Path) -> None:
         draw(above, mine, factor, times, ("model",))
         draw(below, mine, factor, sizes, ("model",))
         above.set_ylabel("ms per step" if factor != "variants" else "s, and ms per step")
-        below.set_ylabel("bytes")
+        below.set_ylabel("bytes allocated")
     figure.savefig(path, dpi=120)
 
 
