@@ -22,7 +22,7 @@ _LIKE: dict[Any, Any] = {
     aten.type_as.default: None,
     aten.copy.default: aten.expand.default,
     aten.expand_as.default: aten.expand.default,
-    aten.view_as.default: aten.view.default,
+    aten.view_as.default: aten.reshape.default,
     aten.reshape_as.default: aten.reshape.default,
 }
 _MADE: dict[Any, Any] = {
@@ -31,6 +31,7 @@ _MADE: dict[Any, Any] = {
     aten.new_full.default: aten.full.default,
     aten.new_empty.default: aten.empty.memory_format,
 }
+_VIEWS = {aten.view.default, aten._unsafe_view.default}
 #: Of a dimension that is not 1, nothing is squeezed.
 _SQUEEZES = {aten.squeeze.dim, aten.squeeze.dims}
 _COPIES = {aten.clone.default, aten._to_copy.default, aten.lift_fresh_copy.default, aten.cat.default}
@@ -48,6 +49,8 @@ class Normalize(Pass):
        casts, `expand_as(x, y)` an expansion, `new_zeros(y, s)` zeros, so that nobody seems to need all of `y`.
     2. A copy stays that the caller gets beside what it is a copy of: who writes to one means one alone.
     3. Bounds that a slice leaves open are written out: Inductor wants numbers where the data decide the other one.
+    4. A view becomes a reshape, which is one wherever it can be: views are captured for the layouts that values have in
+       the model, and what a plan makes of a value (a slot, a scatter) need not have the same one.
 
     So is a value that is cut in parts and joined again, as streams are between two blocks:
 
@@ -65,6 +68,8 @@ class Normalize(Pass):
                 _replace(gm.graph, node)
             elif node.target in _MADE:
                 _make(gm.graph, node)
+            elif node.target in _VIEWS:
+                node.target = aten.reshape.default
             elif node.target is aten.slice.Tensor and None in node.args:
                 _bound(node)
             elif (same := _same(node)) is not None and not _keeps_apart(node, same):

@@ -29,6 +29,8 @@ def viewed(node: fx.Node) -> fx.Node | None:
     schema = getattr(node.target, "_schema", None)
     returns = schema.returns if schema is not None else ()
     marked = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    if node.target is torch.ops.aten.reshape.default:  # or a copy: that depends on how the operand lies
+        return node.all_input_nodes[0]
     if node.target is operator.getitem:  # a part of what a split returned, or one of several new values
         source = node.args[0]
         return source if isinstance(source, fx.Node) and viewed(source) is not None else None

@@ -58,6 +58,7 @@ STYLES: dict[str, Callable[[], Case]] = {
     "masked": styles.masked,
     "written_out": styles.written_out,
     "tokens_first": styles.tokens_first,
+    "channel_major": styles.channel_major,
     **{name: functools.partial(joint_models.joint, name) for name in JOINT},
     **{name: ODD_STYLES[name].case for name in ODD[:-1]},
     ODD[-1]: block_styles.STYLES[ODD[-1]].case,

@@ -105,6 +105,37 @@ class TokensFirst(nn.Module):
         return x
 
 
+class ChannelMajor(nn.Module):
+    """Patches whose channels lie apart in memory, a learned bias of attention, and a head that flattens tokens."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.embed, self.blocks = nn.Conv2d(4, width, 2, 2), nn.ModuleList(with_parts(attn=LearnedBias(width, 16)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, 4, 8, 8]` to `[B * D]`; the last reshape is a view of a stream that lies as the patches do."""
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x = block(x)
+        return x.transpose(1, 2).reshape(-1, 16).sum(-1)
+
+
+class LearnedBias(nn.Module):
+    """Attention with a bias that has a gradient, for which torch takes another kernel."""
+
+    def __init__(self, width: int, tokens: int) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.bias = nn.Parameter(torch.zeros(2, tokens, tokens))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend over all tokens."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias[None])
+        projected: Tensor = self.proj(out.transpose(1, 2).flatten(2))
+        return projected
+
+
 def with_parts(count: int = 2, **parts: nn.Module) -> list[nn.Module]:
     """Blocks with other parts."""
     blocks: list[nn.Module] = []
@@ -135,3 +166,8 @@ def written_out() -> Case:
 def tokens_first() -> Case:
     """Twelve tokens, batch 2."""
     return Case(fill(TokensFirst(), std=0.2), (noise(12, 2, 16),), {})
+
+
+def channel_major() -> Case:
+    """Sixteen tokens, batch 2; some of its weights want gradients."""
+    return Case(fill(ChannelMajor(), std=0.2), (noise(2, 4, 8, 8),), {})

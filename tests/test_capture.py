@@ -151,6 +151,25 @@ def test_a_model_that_changes_its_input_is_refused() -> None:
         captured(ChangesItsInput(), noise(2, 3))
 
 
+class ReadsStrides(nn.Module):
+    """Overlapping windows of what lies in memory, of an input or of a computed value."""
+
+    def __init__(self, computed: bool) -> None:
+        super().__init__()
+        self.computed = computed
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Double, and cut."""
+        return (x * 2 if self.computed else x).as_strided((3, 2), (1, 1)) + 1
+
+
+def test_strides_of_computed_values_are_refused() -> None:
+    """A slot or a scatter in their place may lie otherwise; an input lies as at capture."""
+    with pytest.raises(CaptureError, match=r"computed value by strides .*test_capture.py.*: reused .* with reshape"):
+        captured(ReadsStrides(computed=True), noise(2, 3))
+    assert captured(ReadsStrides(computed=False), noise(2, 3)).inputs[0].shape == (2, 3)
+
+
 def test_a_branch_on_data_is_refused_with_line_and_remedy() -> None:
     """The message names the model, the user's line, and what to do; the cause is torch's."""
     which = case("branching")

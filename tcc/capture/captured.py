@@ -23,9 +23,10 @@ from tcc.capture.call_form import Leaf, bind, normal_form
 from tcc.capture.explain import explain
 from tcc.errors import CallError, CaptureError, ShapeError
 from tcc.passes.base import run_passes
-from tcc.passes.graph import graph_hash, graph_text, shape, value
+from tcc.passes.graph import graph_hash, graph_text, shape, source_line, value
 from tcc.passes.noise_level import noise_level, samples
 from tcc.passes.normalize import Normalize
+from tcc.passes.views import owner
 
 __all__ = ["Captured", "InputSpec", "capture"]
 
@@ -212,7 +213,8 @@ def capture(
         level: the name of the input that is the noise level; searched in the graph if not given.
 
     Raises:
-        CaptureError: `torch.export` refused the model, its graph changes the model's state, or it has no input `level`.
+        CaptureError: `torch.export` refused the model, its graph changes the model's state or reads values by strides,
+            or it has no input `level`.
     """
     signature = None
     if isinstance(model, ExportedProgram):
@@ -224,6 +226,7 @@ def capture(
     program = _decomposed(program)
     leaves, in_spec = normal_form(signature, program.call_spec.in_spec)
     gm, constants = _unlift(program, leaves)
+    _check_strides(gm.graph)
     run_passes(gm, [Normalize()], label="capture")
     inputs = tuple(
         InputSpec(str(n.target), shape(n), value(n).dtype, value(n).device)
@@ -301,6 +304,16 @@ def _decomposed(program: ExportedProgram) -> ExportedProgram:
             "return the new value instead of storing it"
         )
     return program
+
+
+def _check_strides(graph: fx.Graph) -> None:
+    """Refuse what depends on how a computed value lies in memory: what a plan puts in its place may lie otherwise."""
+    for node in graph.nodes:
+        if node.target is torch.ops.aten.as_strided.default and owner(node).op == "call_function":
+            raise CaptureError(
+                f"the model reads a computed value by strides (as_strided), {source_line(node)}: reused and scattered "
+                "values may lie in memory otherwise. Write it with reshape, unfold or slices"
+            )
 
 
 def _unlift(program: ExportedProgram, leaves: Sequence[Any]) -> tuple[fx.GraphModule, dict[int, Any]]:

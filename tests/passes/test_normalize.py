@@ -155,3 +155,16 @@ def test_a_copy_that_the_caller_gets_beside_its_source_stays() -> None:
         output.fill_(7)
         assert torch.equal(given, before)
         assert all(torch.equal(a, b) for a, b in zip(outputs[number + 1 :], kept[number + 1 :], strict=True))
+
+
+def test_views_become_reshapes() -> None:
+    """Which take a value whose layout is another one than at capture; what is a reshape stays one."""
+    sketch = Sketch()
+    x = sketch.input("x", 2, 3)
+    flat = sketch.call(aten.view.default, sketch.call(aten._unsafe_view.default, x, [3, 2]), [6])
+    gm = sketch.done(sketch.call(aten.reshape.default, flat, [1, 6]))
+    assert edits(gm, Normalize()) == 2
+    assert calls(gm) == ["aten.reshape.default"] * 3
+    assert edits(gm, Normalize()) == 0
+    (value,) = values(gm)
+    assert torch.equal(gm(value.mT.contiguous().mT)[0].flatten(), value.flatten())
