@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
+from tcc.errors import AnalysisError
 from tcc.passes.dataflow import Dataflow
 from tcc.passes.follow import batch_axis, follow
 from tcc.passes.graph import shape, value
@@ -166,7 +167,7 @@ def analyse(graph: fx.Graph) -> Analysis:
     index = {name: i + (name in side) for i, name in enumerate((*blocks, *side))}
     view = _View(flow, {stream.name: _token_axis(stream, flow) for stream in streams}, streams)
     found = {(stream.name, block.name): view.sites(stream.name, index[block.name], block) for stream, block in order}
-    sites = {site.name: site for stream, block in order for site in found[stream.name, block.name]}
+    listed = [site for stream, block in order for site in found[stream.name, block.name]]
     last = main.branches[-1]
     end = _stream_site("out.stream", len(blocks), last.add, view.axis("", last) or guess_axis(last.add))
     axis = view.axes[""]
@@ -178,7 +179,7 @@ def analyse(graph: fx.Graph) -> Analysis:
         image = (first_row, last_row)
     return Analysis(
         blocks=blocks,
-        sites={**sites, end.name: end},
+        sites=_by_name([*listed, end]),
         token_axis=axis,
         num_tokens=tokens,
         stream_shape=main.shape,
@@ -190,6 +191,22 @@ def analyse(graph: fx.Graph) -> Analysis:
         side_blocks=side,
         cross=view.cross,
     )
+
+
+def _by_name(sites: Sequence[Site]) -> dict[str, Site]:
+    """The sites by their names, no two of which are alike.
+
+    Raises:
+        AnalysisError: two are.
+    """
+    found: dict[str, Site] = {}
+    for site in sites:
+        if site.name in found:
+            raise AnalysisError(
+                f"two parts of the model are called '{site.name}', after the modules that they are in: rename a module"
+            )
+        found[site.name] = site
+    return found
 
 
 def _in_order(streams: Sequence[Stream]) -> list[tuple[Stream, Block]]:

@@ -9,7 +9,7 @@ map of the stream and of an earlier one: the latter is a long skip. No class is 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 
@@ -216,7 +216,8 @@ def _block_names(order: Sequence[tuple[fx.Node, int]], branches: dict[fx.Node, B
             groups[-1][1].append((add, stream))
         else:
             groups.append((path, [(add, stream)]))
-    names = _unique([path for path, _ in groups])
+    taken = {"out", *(f"{path}.{branches[add].kind}" for path, adds in groups for add, _ in adds)}
+    names = _unique([path for path, _ in groups], taken)
     return {add: name for name, (_, adds) in zip(names, groups, strict=True) for add, _ in adds}
 
 
@@ -252,7 +253,8 @@ def _alike(a: fx.Node, b: fx.Node) -> bool:
 
 
 def _block_path(path: str) -> str:
-    """`path` up to its last number: `blocks.3.attn` -> `blocks.3`."""
+    """`path` up to its last number: `blocks.3.attn` -> `blocks.3`. What follows an `@` in a site's name is a stream."""
+    path = path.replace("@", "_")
     parts = path.split(".")
     last = max((i for i, part in enumerate(parts) if part.isdigit()), default=None)
     return path if last is None else ".".join(parts[: last + 1])
@@ -262,9 +264,10 @@ def _numbered(path: str) -> bool:
     return path.rsplit(".", 1)[-1].isdigit()
 
 
-def _unique(paths: Sequence[str]) -> list[str]:
-    """`paths`, with a number where one is empty or not the only one."""
+def _unique(paths: Sequence[str], taken: Container[str]) -> list[str]:
+    """`paths`, with a number where one is empty, not the only one, or what something else is called, if numbered."""
     alone = {path for path, count in Counter(paths).items() if path and count == 1}
+    alone -= {path for path in alone if path in taken or path.rstrip("0123456789") in taken}
     return [path if path in alone else f"{path}.block{i}".lstrip(".") for i, path in enumerate(paths)]
 
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 import tcc
 from tcc.passes.sites import Site
 from tcc.passes.tokens import Axis
+from tcc.plan.site_name import SiteName
 from tests.styles import tokens_first, written_out
-from tests.tiny_models import Attention, Block, LongSkip, Tokens, case, dit, noise
+from tests.tiny_models import Attention, Block, LongSkip, Tokens, case, dit, fill, noise
 
 HELD = "a stream is held as a whole: prune the sites that are added to it"
 
@@ -289,3 +290,47 @@ def test_tokens_that_nobody_can_name_are_not_pruned() -> None:
     assert (info.num_tokens, info.image_tokens) == (9, (0, 6))
     assert {s.reason for s in late} == {""}
     assert {s.reason for s in early} == {"its tokens are not in the order that they have in other blocks"}
+
+
+class Nested(nn.Module):
+    """A branch before an inner block of the branch's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.inner, self.attn = nn.LayerNorm(16), Attention(16), Block(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map the stream."""
+        out: Tensor = self.attn(x + self.inner(self.norm(x)))
+        return out
+
+
+class Named(nn.Module):
+    """Blocks in attributes."""
+
+    def __init__(self, **blocks: nn.Module) -> None:
+        super().__init__()
+        self.embed, self.head, self.names = nn.Linear(16, 16), nn.Linear(16, 16), tuple(blocks)
+        for name, block in blocks.items():
+            self.add_module(name, block)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embed, transform, read off."""
+        x = self.embed(x)
+        for name in self.names:
+            x = getattr(self, name)(x)
+        out: Tensor = self.head(x)
+        return out
+
+
+def test_no_two_sites_have_one_name() -> None:
+    """A block called `out`, one called like a branch of the block that it is in, and one with an `@` in its name."""
+    info = tcc.inspect(
+        fill(Named(down=Block(16), **{"a@b": Block(16)}, out=Block(16), last=Nested())), noise(2, 12, 16)
+    )
+    assert info.blocks == ("down", "a_b", "out.block2", "last", "last.attn.block4")
+    streams = [name for name, site in info.sites.items() if site.kind == "stream"]
+    assert streams == [*(f"{block}.stream" for block in info.blocks), "out.stream"]
+    assert [SiteName.parse(name).owner for name in info.sites if name.endswith("attn.out")] == [
+        f"{block}.attn" for block in info.blocks
+    ]
