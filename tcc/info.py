@@ -10,6 +10,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from tcc.capture import Captured, capture
+from tcc.errors import CallError
 from tcc.passes.macs import count
 from tcc.passes.pipeline import StepKind
 from tcc.passes.sites import Analysis, Site, analyse
@@ -165,8 +166,11 @@ def inspect(model: nn.Module | ExportedProgram, *args: Any, **kwargs: Any) -> Mo
     """Capture and analyse `model` called with `args` and `kwargs`.
 
     Raises:
-        CaptureError: `torch.export` refuses the model.
+        CallError: it is no model.
+        CaptureError: `torch.export` refuses it.
         AnalysisError: the graph has no recognisable residual stream.
     """
+    if not isinstance(model, (nn.Module, ExportedProgram)):
+        raise CallError(f"model={model!r:.60} is no model: give an nn.Module, or an ExportedProgram of one")
     captured = capture(model, args, kwargs)
     return ModelInfo(captured, analyse(captured.gm.graph))

@@ -222,9 +222,9 @@ def forge(path: str, tensors: dict[str, torch.Tensor] | None = None, **changes: 
 
 
 MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
-    "no steps": ({"num_steps": 0}, "a plan needs at least one step"),
-    "steps as text": ({"num_steps": "six"}, "a whole number, got num_steps='six'"),
-    "steps as a fraction": ({"num_steps": 6.5}, "a whole number, got num_steps=6.5"),
+    "no steps": ({"num_steps": 0}, "num_steps=0: expected a whole number, 1 or more"),
+    "steps as text": ({"num_steps": "six"}, "num_steps='six': expected a whole number"),
+    "steps as a fraction": ({"num_steps": 6.5}, "num_steps=6.5: expected a whole number"),
     "unknown action": ({"kinds": [{"kind": "guess"}]}, "the plan's table is malformed"),
     "action with more fields": ({"kinds": [{"kind": "hold", "for": 3}]}, "the plan's table is malformed"),
     "kinds missing": ({"kinds": []}, "the plan's table is malformed"),

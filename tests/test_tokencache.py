@@ -167,6 +167,20 @@ def test_one_set_per_cycle() -> None:
     assert kept(made, 4, 1) == sorted(scores[4:6, 1].mean(0).argsort(descending=True)[:counts].tolist())
 
 
+def test_counts_of_a_cycle_are_those_of_its_set() -> None:
+    """With `adapt="step"`, a block keeps as many tokens at all P-steps of a cycle as its mean importance there says."""
+    scores = importance().scores.clone()
+    scores[1] *= torch.tensor([0.1, 0.4, 0.7, 1.0])[:, None]
+    scores[2] *= torch.tensor([1.0, 0.7, 0.4, 0.1])[:, None]
+    options = {"importance": Importance(scores), "k1": 2, "k2": 2, "sets": "cycle", "select": "global", "share": False}
+    made = plan(**options, adapt="step", keep=0.5)
+    mean = scores[1:3].mean(0)
+    best = mean.flatten().argsort(descending=True)[: BLOCKS * TOKENS // 2]
+    for block in range(BLOCKS):
+        expected = sorted(int(at) % TOKENS for at in best if int(at) // TOKENS == block)
+        assert kept(made, 1, block) == kept(made, 2, block) == expected
+
+
 def test_rotation_lets_tokens_take_turns() -> None:
     """A token that was kept comes after all others at the next P-step, in each block by itself."""
     made = plan(rotate=1.0, keep=0.5)
@@ -196,6 +210,15 @@ def test_the_least_important_blocks_are_pruned() -> None:
     made = plan(importance=by_block(0.4, 0.2, 0.9, 0.3), pruned=2)
     assert made.policy["blocks"] == [1, 3]
     assert {name.split(".")[1] for name in made.sites} == {"1", "3"}
+
+
+def test_conditions_do_not_decide_which_blocks_are_pruned() -> None:
+    """They are computed everywhere, so what was learned for them says nothing."""
+    scores = torch.full((4, 5, 18), 0.5)
+    scores[:, 0, :2] = 0.0
+    scores[:, 3, 2:] = torch.rand(4, 16, generator=torch.Generator().manual_seed(0)) * 0.8
+    options = {"num_steps": 4, "importance": Importance(scores), "keep": 0.5, "pruned": 1, "select": "global"}
+    assert plans.tokencache(case("uvit").info, **options).policy["blocks"] == [3]
 
 
 def test_blocks_can_be_chosen_at_every_step() -> None:

@@ -13,7 +13,7 @@ from tcc.learned import Probes
 from tcc.plan import CachePlan, TopK, Update
 from tcc.plan.scores import Norm, Probe, Stale
 from tcc.train.predictors import Sizes, StreamPredictor
-from tests.tiny_models import relative_error, tensor_of
+from tests.tiny_models import case, relative_error, tensor_of
 from tests.token_plans import BLOCKS, P_STEPS, STEPS, TOKENS, deep, plan
 
 
@@ -133,6 +133,24 @@ def test_compiled_plans_agree_with_the_reference(options: dict[str, Any]) -> Non
         assert error <= 2e-5, step
     program = tcc.program.build_program(deep().info.captured, deep().info.analysis, made, check=False)
     assert len(program.variants) <= (3 if given.get("k1") else 2)
+
+
+@pytest.mark.parametrize("select", ["grid", "global"])
+@pytest.mark.parametrize("scores", ["norm", "learned"])
+def test_conditions_among_the_tokens_are_always_kept(scores: Any, select: Any) -> None:
+    """As by static plans, with the same counts and MACs; compiled plans agree with the reference."""
+    which = case("uvit")
+    probes = StreamPredictor(Sizes.of(which.info, 4)).learned()
+    options = {"num_steps": 4, "keep": 0.5, "select": select, "cell": 2, "last_full": 0}
+    made = tcc.plans.tokencache(which.info, **options, scores=scores, importance=probes)
+    assert {tokens.count for tokens in sets(made)} == {2 + 8}
+    assert made.macs - tcc.plans.tokencache(which.info, **options, scores="random").macs <= 0.01 * made.macs
+    compiled, reference = tcc.compile(which.model, made, backend="eager"), tcc.Reference(which.model, made)
+    for step in range(4):
+        args, kwargs = which.inputs(step)
+        assert relative_error(tensor_of(compiled(*args, **kwargs)), tensor_of(reference(*args, **kwargs))) < 1e-5
+    (first, others) = (next(iter(made.scores.values())), made.tables.get("others"))
+    assert first.per_cell if select == "grid" else (others is not None and others.tolist() == [1e6] * 2 + [0.0] * 16)
 
 
 def test_probes_of_another_width_are_refused() -> None:

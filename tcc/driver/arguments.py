@@ -16,7 +16,7 @@ from tcc.lowering import MODES, find_backend
 from tcc.plan import CachePlan
 from tcc.plan.plan import check_slot_dtype
 
-__all__ = ["check_arguments", "numbers"]
+__all__ = ["check_arguments", "check_plan", "numbers"]
 
 
 def check_arguments(model: Any, plan: Any, options: Options, example_inputs: Any) -> None:
@@ -29,15 +29,20 @@ def check_arguments(model: Any, plan: Any, options: Options, example_inputs: Any
         raise CallError("the model is compiled already: model.with_plan(plan) runs another plan and shares its code")
     if not isinstance(model, (nn.Module, ExportedProgram)):
         raise CallError(f"model={model!r} is no model: give an nn.Module, or an ExportedProgram of one")
-    if not isinstance(plan, CachePlan):
-        _check_policy(plan)
+    check_plan(plan)
     if example_inputs is not None and [type(part) for part in example_inputs] != [tuple, dict]:
         raise CallError("example_inputs is a pair (args, kwargs), a tuple and a dict: write ((x, t, y), {})")
     _check_options(options)
 
 
-def _check_policy(policy: Any) -> None:
-    """A policy needs nothing but the model's info."""
+def check_plan(policy: Any) -> None:
+    """A plan, or a policy, which needs nothing but the model's info.
+
+    Raises:
+        PlanError: it is neither.
+    """
+    if isinstance(policy, CachePlan):
+        return
     if not callable(policy):
         raise PlanError(f"plan={policy!r} is neither a plan nor a policy: read a file with tcc.CachePlan.load(path)")
     try:
@@ -55,9 +60,11 @@ def _check_options(options: Options) -> None:
         raise CallError(f"on_shape_change={options.on_shape_change!r}: use 'error' or 'recapture'")
     if options.mode not in MODES:
         raise CallError(f"mode={options.mode!r}: use 'default', or 'reduce-overhead' for CUDA graphs")
-    if options.max_shapes < 1 or options.calls_per_step < 1:
+    whole = (isinstance(count, int) for count in (options.max_shapes, options.calls_per_step))
+    if not all(whole) or options.max_shapes < 1 or options.calls_per_step < 1:
         raise CallError(
-            f"max_shapes={options.max_shapes}, calls_per_step={options.calls_per_step}: both are 1 at least"
+            f"max_shapes={options.max_shapes}, calls_per_step={options.calls_per_step}: both are whole numbers of 1 or "
+            "more"
         )
     limit = options.max_slot_bytes
     if limit is not None and (not isinstance(limit, int) or limit < 0):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from tcc.driver.arguments import check_arguments, numbers
+from tcc.driver.arguments import check_arguments, check_plan, numbers
 from tcc.driver.prepare import OnShapeChange, Options, Policy, Prepared, Ready
 from tcc.driver.stand_in import StandIn
 from tcc.errors import CallError, PlanError, ShapeError
@@ -60,6 +60,7 @@ class CompiledModel(StandIn):
 
         Sessions are not shared. After the first call of this model or `prepare`, nothing is captured again.
         """
+        check_plan(plan)
         return CompiledModel(self._prepared.with_plan(plan))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
@@ -175,7 +176,10 @@ class CompiledModel(StandIn):
 
         Raises:
             PlanError: nothing is compiled yet, or the last `reset` named a step that the plan does not have.
+            CallError: the loop cannot be called.
         """
+        if not callable(loop):
+            raise CallError(f"loop={loop!r:.60} cannot be called: give a function, called as loop(model, *inputs)")
         return WholeRun(self._executable(self._start), loop, start=self._start)
 
     def _executable(self, start_step: int) -> Executable:

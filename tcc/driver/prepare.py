@@ -22,7 +22,7 @@ from tcc.lowering import Backend, Compiled, Known, lower
 from tcc.passes.sites import analyse
 from tcc.plan import CachePlan
 from tcc.plan.checks import check_model
-from tcc.plan.start import start_at
+from tcc.plan.start import check_start, start_at
 from tcc.program import Program
 from tcc.runtime import Executable
 from tcc.runtime.folding import Folding, find_folding
@@ -87,6 +87,7 @@ class Ready:
         Raises:
             PlanError: the plan has no such step, or a session would keep more than `max_slot_bytes`.
         """
+        check_start(start, self.plan.num_steps)  # before it is looked up: 0.0 is found as 0
         if start not in self.executables:
             shape, options = self.shape, self.options
             self.executables[start] = lower(

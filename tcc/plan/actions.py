@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 from tcc.errors import PlanError
+from tcc.plan.numbers import number, whole
 
 __all__ = ["COMPUTE", "Action", "Attention", "Compute", "Hold", "Reuse", "Skip", "TopK", "Update"]
 
@@ -35,6 +36,7 @@ class TopK:
     count: int
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "count", whole("TopK: count", self.count))
         if self.count < 1:
             raise PlanError(f"TopK(count={self.count}): at least one token must be kept")
 
@@ -82,14 +84,16 @@ class Reuse:
     coefficients: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "order", whole("Reuse: order", self.order))
         expected = self.order + 1 if self.order else 0
         if self.order < 0 or len(self.coefficients) != expected:
             raise PlanError(
                 f"Reuse(order={self.order}) takes {expected} coefficients (newest first), got {len(self.coefficients)}"
             )
-        if not all(map(math.isfinite, self.coefficients)):
+        weights = tuple(number("Reuse: coefficient", c) or 0.0 for c in self.coefficients)  # -0.0 is equal to 0.0
+        if not all(map(math.isfinite, weights)):
             raise PlanError(f"Reuse(order={self.order}): the coefficients must be finite, got {self.coefficients}")
-        object.__setattr__(self, "coefficients", tuple(c or 0.0 for c in self.coefficients))  # -0.0 is equal to 0.0
+        object.__setattr__(self, "coefficients", weights)
 
 
 @dataclass(frozen=True)

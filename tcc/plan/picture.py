@@ -105,7 +105,7 @@ def plot(plan: CachePlan, path: str | os.PathLike[str]) -> None:
     figure.suptitle("\n".join(title), fontsize=11, x=0.02, ha="left")
     try:
         figure.savefig(path)
-    except ValueError as error:  # names the formats that there are
+    except (ValueError, OSError) as error:  # names the formats that there are, or what the system says
         raise PlanError(f"{os.fspath(path)}: {error}") from error
 
 

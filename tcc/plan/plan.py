@@ -16,6 +16,7 @@ import torch
 from tcc.errors import PlanError
 from tcc.plan.actions import COMPUTE, Action, Compute, Hold, Reuse, Skip, TopK, Update
 from tcc.plan.facts import Cost, ModelKey, Schedule
+from tcc.plan.numbers import whole
 from tcc.plan.scores import Mapped, Score, Stale, check_score, check_table
 from tcc.plan.site_name import SITE_KINDS, SiteName
 
@@ -61,8 +62,11 @@ class CachePlan:
     slot_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.num_steps, int) or self.num_steps < 1:
-            raise PlanError(f"a plan needs at least one step, a whole number, got num_steps={self.num_steps!r}")
+        object.__setattr__(self, "num_steps", whole("num_steps", self.num_steps))
+        if self.num_steps < 1:
+            raise PlanError(f"num_steps={self.num_steps}: expected a whole number, 1 or more: a plan has steps")
+        for name in ("actions", "tokens", "scores", "tables"):
+            _check_named(name, getattr(self, name))
         check_slot_dtype(self.slot_dtype)
         for name, kept in self.tokens.items():
             _check_tokens(name, kept)
@@ -71,9 +75,12 @@ class CachePlan:
         for name, score in self.scores.items():
             check_score(name, score, self.tables)
         for at, action in self.actions.items():
-            if not (isinstance(at, tuple) and len(at) == 2):
+            if not (isinstance(at, tuple) and len(at) == 2 and isinstance(at[1], str)):
                 raise PlanError(f"actions: the key {at!r:.60} is no pair (step, site), such as (1, 'blocks.0.delta')")
             self._check_action(*at, action)
+        object.__setattr__(
+            self, "actions", {(int(step), site): action for (step, site), action in self.actions.items()}
+        )
         for site in self.sites:
             self._check_reads(site)
         for name, (step, site) in self._first_choices().items():
@@ -191,8 +198,8 @@ class CachePlan:
 
     def _check_action(self, step: int, site: str, action: Action) -> None:
         where = f"step {step}, site '{site}'"
-        if not isinstance(step, int):
-            raise PlanError(f"{where}: steps are whole numbers")
+        if type(step) is not int:  # numpy's are whole numbers too
+            whole(f"site '{site}': step", step)
         if not isinstance(action, Action):
             raise PlanError(f"{where}: {action!r} is not an action: write an instance, such as Reuse()")
         if not 0 <= step < self.num_steps:
@@ -281,8 +288,24 @@ def check_slot_dtype(dtype: Any) -> None:
     Raises:
         PlanError: it is none.
     """
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and _has_sign(dtype)):
         raise PlanError(f"slot_dtype={dtype!r}: use a floating-point type, such as torch.bfloat16")
+
+
+def _has_sign(dtype: torch.dtype) -> bool:
+    """Whether numbers can be cast to it one by one, negative ones too: not to float4 in pairs, and powers of two."""
+    try:
+        return float(torch.tensor(-1.0).to(dtype).float()) == -1.0
+    except (RuntimeError, TypeError):
+        return False
+
+
+def _check_named(what: str, given: Any) -> None:
+    if not isinstance(given, Mapping):
+        key = "(step, site)" if what == "actions" else "name"
+        raise PlanError(f"{what}={given!r:.60}: expected a dict, by {key}")
+    for name in (name for name in given if what != "actions" and not isinstance(name, str)):
+        raise PlanError(f"{what}: {name!r:.60} is no name: expected a dict, by name")
 
 
 def _check_tokens(name: str, kept: torch.Tensor) -> None:

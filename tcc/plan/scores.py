@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from tcc.errors import PlanError
+from tcc.plan.numbers import number, whole
 from tcc.plan.site_name import SiteName
 
 __all__ = ["Attended", "Entropy", "Fixed", "Mapped", "Norm", "Probe", "Score", "Stale", "Term"]
@@ -133,13 +135,9 @@ class Score:
     def __post_init__(self) -> None:
         if not self.terms:
             raise PlanError("a score needs at least one term")
-        for weight, term in self.terms:
-            if not isinstance(term, Term):
-                raise PlanError(
-                    f"Score(terms=...): {term!r} is not a term: use Fixed, Norm, Attended, Entropy, Stale or Probe"
-                )
-            if not math.isfinite(weight):
-                raise PlanError(f"Score(terms=...): the weight of {term} must be finite, got {weight}")
+        object.__setattr__(self, "terms", tuple(map(_weighted, self.terms)))
+        object.__setattr__(self, "cell", whole("Score: cell", self.cell))
+        object.__setattr__(self, "bonus", number("Score: bonus", self.bonus))
         if not math.isfinite(self.bonus):
             raise PlanError(f"Score(bonus={self.bonus}): the bonus must be finite")
         if (self.bonus or self.per_cell) and self.cell < 1:
@@ -149,6 +147,17 @@ class Score:
     def tables(self) -> tuple[str, ...]:
         """The names of the tables that it reads, in the order of their first use."""
         return tuple(dict.fromkeys(name for _, term in self.terms for name, _ in table_ranks(term)))
+
+
+def _weighted(pair: Any) -> tuple[float, Term]:
+    """A weight and its term."""
+    weight, term = pair if isinstance(pair, (tuple, list)) and len(pair) == 2 else (None, pair)
+    if not isinstance(term, Term):
+        raise PlanError(f"Score(terms=...): {term!r} is not a term: use Fixed, Norm, Attended, Entropy, Stale or Probe")
+    found = number(f"Score(terms=...): the weight of {term}", weight)
+    if not math.isfinite(found):
+        raise PlanError(f"Score(terms=...): the weight of {term} must be finite, got {weight}")
+    return found, term
 
 
 def table_ranks(term: Term) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -167,6 +176,8 @@ def kv_of(branch: str) -> str:
 
 def check_table(name: str, table: torch.Tensor) -> None:
     """Refuse a table that holds anything but finite floating-point numbers."""
+    if not isinstance(table, torch.Tensor):
+        raise PlanError(f"table '{name}': expected a floating-point tensor, got {type(table).__name__}")
     if not table.dtype.is_floating_point or table.dim() not in (1, 2) or table.numel() == 0:
         raise PlanError(
             f"table '{name}': expected a non-empty floating-point tensor of 1 or 2 dimensions, "

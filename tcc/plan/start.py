@@ -17,7 +17,7 @@ def check_start(step: int, num_steps: int | None) -> None:
     Raises:
         PlanError: it cannot.
     """
-    if not isinstance(step, int):
+    if not isinstance(step, int) or isinstance(step, bool):
         raise PlanError(f"start_step={step!r}: a step is a whole number")
     if step < 0 or (num_steps is not None and step >= num_steps):
         last = "" if num_steps is None else num_steps - 1

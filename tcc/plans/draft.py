@@ -103,6 +103,7 @@ class Draft:
         self.candidates = self._candidates(blocks)
         self.i_steps = self._place()
         self.p_steps = [step for step in range(options.num_steps) if step not in self.i_steps]
+        self.turns = self._turns()
 
     def solve(self, budget: float | None, keep: float | None, pruned: int | None) -> CachePlan:
         """The plan that was asked for, or the most expensive one that reaches the budget."""
@@ -227,12 +228,17 @@ class Draft:
         }
 
     def _means(self) -> dict[int, torch.Tensor]:
-        """The mean importance of each block `[blocks]`, at every P-step: of the step, or of all P-steps."""
+        """The mean importance of each block's image tokens `[blocks]`, at every P-step."""
+        return {step: self._deciding(step).mean(1) for step in self.p_steps}
+
+    def _deciding(self, step: int) -> torch.Tensor:
+        """The importance of the image tokens `[blocks, N]` that decides at a P-step how many are kept, and where.
+
+        Of all P-steps (`adapt="run"`), or of those that keep one set with it: of the step alone with `sets="step"`.
+        """
         assert self.importance is not None
-        means = self.importance.mean(2)
-        if self.options.adapt == "step":
-            return {step: means[step] for step in self.p_steps}
-        return dict.fromkeys(self.p_steps, means[self.p_steps].mean(0))
+        steps = [s for s in self.p_steps if self.options.adapt == "run" or self.turns[s] == self.turns[step]]
+        return self.importance[steps].mean(0)[:, self.image]
 
     def _counts(self, keep: float, among: dict[int, list[int]]) -> dict[tuple[int, int], int]:
         """How many image tokens each pruned block keeps at every P-step."""
@@ -242,8 +248,7 @@ class Draft:
             return {(step, block): each for step, at in among.items() for block in at}
         counts: dict[tuple[int, int], int] = {}
         for step, at in among.items():
-            pairs = self.importance[step] if o.adapt == "step" else self.importance[self.p_steps].mean(0)
-            ranks = pairs[at][:, self.image].flatten()
+            ranks = self._deciding(step)[at].flatten()
             chosen = ranks.argsort(descending=True, stable=True)[: round(keep * n * len(at))]
             found = torch.bincount(chosen // n, minlength=len(at)).tolist()
             counts |= {(step, block): count for block, count in zip(at, found, strict=True)}
@@ -257,10 +262,10 @@ class Draft:
         if dynamic and o.sets == "cycle":
             raise PlanError("sets='cycle' keeps one static set; ranks from the graph are new at every step")
         if o.scores == "norm":
-            return NormRanking(grain, by_block)
+            return NormRanking(self.info, grain, by_block)
         if self.probes is not None and o.scores == "learned":
             first = next(s.name for s in self.info.sites.values() if s.kind == "stream" and s.block == 0)
-            return ProbeRanking(grain, by_block, self.probes, first)
+            return ProbeRanking(self.info, grain, by_block, self.probes, first)
         if o.scores == "learned":
             assert self.importance is not None
             ranks = self.importance.numpy()
@@ -268,7 +273,7 @@ class Draft:
             ranks = np.random.default_rng(o.seed).random((steps, blocks, n))
         else:
             ranks = np.broadcast_to(spread_evenly(self.info, grain.cell), (steps, blocks, n))
-        return StaticRanking(self.info, grain, ranks, self._turns())
+        return StaticRanking(self.info, grain, ranks, self.turns)
 
     def _turns(self) -> list[int]:
         """For every step, the first of the P-steps that keep its tokens."""

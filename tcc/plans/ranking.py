@@ -15,7 +15,7 @@ from tcc.learned import Probes
 from tcc.passes.sites import Site
 from tcc.plan import TopK
 from tcc.plan.scores import Norm, Probe, Score, Stale, Term
-from tcc.plans.tokens import best_per_cell, checkerboard, with_others
+from tcc.plans.tokens import best_per_cell, checkerboard, others_first, with_others
 
 __all__ = ["Grain", "NormRanking", "ProbeRanking", "Ranking", "StaticRanking", "spread_evenly"]
 
@@ -103,10 +103,12 @@ class NormRanking:
     """The tokens that a block changed most when they were last computed: the norms of what is stored, per sample.
 
     Attributes:
+        info: the model.
         grain: see `Grain`; `rotate` counts for every step that a token waits.
         sites: the sites of every block.
     """
 
+    info: ModelInfo
     grain: Grain
     sites: dict[int, list[Site]]
     tokens: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -118,8 +120,7 @@ class NormRanking:
         rows = among if self.grain.share else [block]
         terms = tuple((1.0, Norm(site.name)) for row in rows for site in self.sites[row] if site.kind != "kv")
         name = f"norm{'+'.join(map(str, rows))}"
-        self.scores[name] = _score(self.grain, terms, self.sites[rows[0]])
-        return TopK(name, count)
+        return _choose(self, name, terms, self.sites[rows[0]], count)
 
 
 @dataclass
@@ -127,12 +128,14 @@ class ProbeRanking:
     """What learned probes say of the stream that enters block 0, per sample.
 
     Attributes:
+        info: the model.
         grain: see `Grain`; `rotate` counts for every step that a token waits.
         sites: the sites of every block.
         probes: the probes.
         stream: the name of the stream's site.
     """
 
+    info: ModelInfo
     grain: Grain
     sites: dict[int, list[Site]]
     probes: Probes
@@ -149,13 +152,24 @@ class ProbeRanking:
         self.tables[f"weight.{name}"] = self.probes.weight[step, rows].mean(0)
         self.tables[f"bias.{name}"] = self.probes.bias[step, rows].mean(0)
         probe = Probe(self.stream, "hidden", "offset", f"weight.{name}", f"bias.{name}")
-        self.scores[name] = _score(self.grain, ((1.0, probe),), self.sites[rows[0]])
-        return TopK(name, count)
+        return _choose(self, name, ((1.0, probe),), self.sites[rows[0]], count)
 
 
-def _score(grain: Grain, terms: tuple[tuple[float, Term], ...], sites: Sequence[Site]) -> Score:
+def _choose(
+    ranking: NormRanking | ProbeRanking,
+    name: str,
+    terms: tuple[tuple[float, Term], ...],
+    sites: Sequence[Site],
+    count: int,
+) -> TopK:
+    """The best `count` image tokens, and all other tokens; a score per cell keeps those by itself."""
+    grain, info = ranking.grain, ranking.info
     wait = ((grain.rotate, Stale(sites[-1].name)),) if grain.rotate else ()
-    return Score((*terms, *wait), cell=grain.cell, per_cell=grain.cell > 0)
+    tables, always = ({}, ()) if grain.cell else others_first(info)
+    ranking.tables |= tables
+    ranking.scores[name] = Score((*terms, *wait, *always), cell=grain.cell, per_cell=grain.cell > 0)
+    start, stop = info.image_tokens
+    return TopK(name, count + info.num_tokens - (stop - start))
 
 
 def spread_evenly(info: ModelInfo, cell: int) -> np.ndarray[Any, Any]:

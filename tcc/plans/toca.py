@@ -14,12 +14,12 @@ from tcc.errors import PlanError
 from tcc.info import ModelInfo
 from tcc.passes.sites import Site
 from tcc.plan import Action, CachePlan, Compute, Hold, Reuse, TopK, Update
-from tcc.plan.scores import Attended, Entropy, Fixed, Norm, Score, Stale, Term
+from tcc.plan.scores import Attended, Entropy, Norm, Score, Stale, Term
 from tcc.plan.site_name import SiteName
 from tcc.plans.branches import branch_sites
 from tcc.plans.checks import check_number, check_seed, check_share, check_whole
 from tcc.plans.options import plain_options
-from tcc.plans.tokens import grid_cells, with_others
+from tcc.plans.tokens import grid_cells, others_first, with_others
 
 __all__ = ["duca", "toca", "toca_steps"]
 
@@ -27,8 +27,6 @@ Count = Literal["down", "up"]
 Kind = Literal["full", "first", "partial", "aggressive"]
 ScoreKind = Literal["attention", "entropy", "norm", "value", "random"]
 Policy = TypeVar("Policy", bound=Callable[..., CachePlan])
-#: What tokens that are not image tokens score, which are always kept: the terms of a score are of the order of 1.
-ALWAYS = 1e6
 
 
 def toca_steps(
@@ -288,12 +286,9 @@ class _Table:
         terms: list[tuple[float, Term]] = [(1.0, self._term(site))]
         if options.stale:
             terms.append((options.stale / options.interval, Stale(site.name)))
-        if self.num_image < self.info.num_tokens:
-            others = torch.full((self.info.num_tokens,), ALWAYS)
-            others[slice(*self.info.image_tokens)] = 0.0
-            self.tables["others"] = others
-            terms.append((1.0, Fixed("others")))
-        return Score(tuple(terms), cell=options.cell, bonus=options.bonus if options.cell else 0.0)
+        tables, always = others_first(self.info)
+        self.tables |= tables
+        return Score((*terms, *always), cell=options.cell, bonus=options.bonus if options.cell else 0.0)
 
     def _term(self, site: Site) -> Term:
         """What ranks the tokens of a branch, s1 or s2."""

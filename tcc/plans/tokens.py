@@ -15,6 +15,7 @@ from tcc.errors import PlanError
 from tcc.info import ModelInfo
 from tcc.passes.sites import Site
 from tcc.plan import Action, Attention, Reuse, Update
+from tcc.plan.scores import Fixed, Term
 from tcc.plans.checks import check_keep, check_seed, check_whole
 
 __all__ = [
@@ -32,6 +33,9 @@ __all__ = [
     "token_actions",
     "with_others",
 ]
+
+#: What tokens that are not image tokens score, which are always kept: the terms of a score are of the order of 1.
+_ALWAYS = 1e6
 
 Choice = Literal["uniform", "random", "checkerboard"]
 Level = Literal["block", "branch", "out"]
@@ -170,6 +174,16 @@ def with_others(info: ModelInfo, kept: np.ndarray[Any, Any]) -> torch.Tensor:
     """The kept image tokens, and all tokens that are not image tokens, `[k]` int64, sorted."""
     others = np.setdiff1d(np.arange(info.num_tokens), np.arange(*info.image_tokens))
     return torch.from_numpy(np.sort(np.concatenate([others, kept])))
+
+
+def others_first(info: ModelInfo) -> tuple[dict[str, torch.Tensor], tuple[tuple[float, Term], ...]]:
+    """What makes a dynamic set keep all tokens that are not image tokens: tables, and terms of its score."""
+    start, stop = info.image_tokens
+    if stop - start == info.num_tokens:
+        return {}, ()
+    others = torch.full((info.num_tokens,), _ALWAYS)
+    others[start:stop] = 0.0
+    return {"others": others}, ((1.0, Fixed("others")),)
 
 
 def default_cell(info: ModelInfo) -> int:
