@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from torch import fx
 from tcc.errors import PlanError
 from tcc.info import ModelInfo
 from tcc.passes.sites import Site
+from tcc.plan.numbers import whole
 from tcc.tensors_file import write_tensors
 
 __all__ = ["Calibration", "Recorder", "calibrate"]
@@ -186,6 +188,7 @@ class Recorder:
     """
 
     def __init__(self, info: ModelInfo, *, num_steps: int, back: int = 3, sites: Sequence[str] | None = None) -> None:
+        num_steps, back = whole("num_steps", num_steps), whole("back", back)
         if min(num_steps, back) < 1:
             raise PlanError(f"num_steps={num_steps}, back={back}: both are at least 1")
         names = [n for n, s in info.sites.items() if s.kind in ("out", "delta")] if sites is None else list(sites)
@@ -199,6 +202,7 @@ class Recorder:
         self._sizes = torch.zeros(2, num_steps, len(names), dtype=torch.float64)
         self._changes = torch.zeros(2, back, num_steps, len(names), dtype=torch.float64)
         self._back = back
+        self._levels: list[float] = []
         self.reset()
 
     def reset(self) -> None:
@@ -207,8 +211,15 @@ class Recorder:
         self._past: list[deque[list[torch.Tensor]]] = [deque(maxlen=self._back) for _ in self._sites]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model and measure one step."""
+        """Run the model and measure one step.
+
+        Raises:
+            PlanError: it is called at another noise level than at this step of the first run.
+        """
         inputs = self._info.captured.flatten(args, kwargs)
+        place = self._info.captured.noise_level
+        if place is not None and inputs[place].numel():
+            self._check_level(float(inputs[place].detach().max()))
         with torch.no_grad():
             outputs = _Watch(self._info.captured.gm, self._sites, self._measure).run(*inputs)
         self._runs[self.step] += 1
@@ -222,18 +233,35 @@ class Recorder:
         """The means over all runs.
 
         Raises:
-            PlanError: no run came to its last step, or a value was not finite.
+            PlanError: no run came to its last step, or the last one did not, or a value was not finite.
         """
         if not bool(self._runs.all()):
             done = int(self._runs.count_nonzero())
             raise PlanError(
                 f"{done} of {self.num_steps} steps were measured: run the sampling loop with num_steps={done}"
             )
+        if self.step:
+            raise PlanError(
+                f"the last run ended after {self.step} of {self.num_steps} steps: num_steps counts the calls of the "
+                "model in a run; call reset() before a run where one was left"
+            )
         changes = self._changes / self._runs
         for k in range(1, self._back + 1):
             changes[:, k - 1, :k] = torch.nan
         sizes = self._sizes / self._runs
         return Calibration(tuple(site.name for site in self._sites), sizes[0], sizes[1], changes[0], changes[1])
+
+    def _check_level(self, level: float) -> None:
+        """All runs go through the same noise levels; a loop of more calls than steps does not."""
+        if len(self._levels) == self.step:
+            self._levels.append(level)
+        known = self._levels[self.step]
+        if not math.isclose(level, known, rel_tol=1e-3):
+            raise PlanError(
+                f"step {self.step} is called at noise level {level:g}, and was at {known:g} in the run before: "
+                f"num_steps={self.num_steps} counts the calls of the model in a run, those of guidance that calls it "
+                "twice too; call reset() before a run where one was left"
+            )
 
     def _measure(self, column: int, parts: list[torch.Tensor]) -> None:
         """Add a site's value at this step, in one or more parts, to the sums."""

@@ -110,12 +110,38 @@ def test_runs_are_averaged() -> None:
 def test_a_broken_off_run_counts_as_far_as_it_came() -> None:
     """`reset` starts anew; the steps that were run are in the means, the others are not."""
     recorder = Recorder(guided().info, num_steps=STEPS, back=1)
-    recorder(*guided().args)
+    x, t, y = guided().args
+    recorder(x, torch.full_like(t, 999), y)
+    recorder.reset()
     run(recorder)
     found = recorder.result()
     assert found.absolute[0].tolist() != calibration().absolute[0].tolist()
     torch.testing.assert_close(found.absolute[1:], calibration().absolute[1:])
     torch.testing.assert_close(found.absolute_change[0], calibration().absolute_change[0], equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("calls", "message"),
+    [(2 * STEPS, "step 0 is called at noise level .* and was at 999 in the run before"), (STEPS - 1, "4 of 5 steps")],
+)
+def test_a_loop_of_other_calls_than_steps_is_refused(calls: int, message: str) -> None:
+    """What it measures would be of other steps than the plan's; a run that was left is begun anew by `reset`."""
+    recorder = Recorder(guided().info, num_steps=STEPS, back=1)
+    with pytest.raises(PlanError, match=message):
+        x, t, y = guided().args
+        for level in torch.linspace(999, 0, calls).long():
+            recorder(x, torch.full_like(t, int(level)), y)
+        recorder.result()
+
+
+def test_a_run_that_was_left_is_no_run() -> None:
+    """Without a noise level, the count of calls alone tells."""
+    info = case("separate").info
+    recorder = Recorder(info, num_steps=2, back=1)
+    for _ in range(3):
+        recorder(*case("separate").args)
+    with pytest.raises(PlanError, match=r"the last run ended after 1 of 2 steps: num_steps counts .* call reset"):
+        recorder.result()
 
 
 def test_sites_of_every_kind() -> None:

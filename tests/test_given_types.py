@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import pytest
 import torch
 
 import tcc
-from tcc.errors import CallError, PlanError, TccError
+from tcc.calibrate import Recorder
+from tcc.errors import CallError, PlanError, TccError, TrainError
 from tcc.plan import CachePlan, Reuse, TopK, Update
 from tcc.plan.scores import Fixed, Score
+from tcc.train import Budget, Calls, RouterWeights
 from tests.tiny_models import dit
 
 SITE = "blocks.0.attn.delta"
@@ -23,6 +26,11 @@ def compiled() -> tcc.CompiledModel:
     """A small model, prepared."""
     case = dit()
     return tcc.compile(case.model, CachePlan(2, {}), example_inputs=(case.args, case.kwargs), backend="eager")
+
+
+def called(call: Callable[..., Any]) -> Any:
+    """What training calls the model with."""
+    return Calls(lambda generator: (torch.zeros(2, 3), None), call).example()
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], type[TccError], str]] = {
@@ -45,6 +53,13 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[TccError], str]] = {
     "a loop": (lambda: compiled().whole_run(None), CallError, "loop=None cannot be called"),
     "a start": (lambda: compiled().new_session(start_step=0.0), PlanError, r"start_step=0\.0: a step is a whole"),
     "calls": (lambda: tcc.compile(dit().model, CachePlan(2, {}), calls_per_step="2"), CallError, "are whole numbers"),
+    "info": (lambda: tcc.plans.full("x", num_steps=3), PlanError, r"full\(info, ...\) takes what .* got str"),
+    "level": (lambda: tcc.plans.tprr(dit().info, num_steps=6, level=[]), PlanError, r"level=\[\]: use one of block"),
+    "blocks": (lambda: tcc.plans.tprr(dit().info, num_steps=6, blocks=torch.tensor(2)), PlanError, "blocks=2: give a"),
+    "a price": (lambda: Budget(price=math.inf), PlanError, "Budget: price=inf: expected a number"),
+    "choices": (lambda: RouterWeights(4, ["a"], {1.5: ("a",)}), TrainError, r"P-step 1\.5: steps are whole numbers"),
+    "what calls": (lambda: called(lambda x, t, y: (x, t, y)), TrainError, r"a tuple: expected the pair \(args"),
+    "runs": (lambda: Recorder(dit().info, num_steps=4.5), PlanError, r"num_steps=4\.5: expected a whole number"),
     "a model": (lambda: tcc.inspect("m", torch.zeros(1)), CallError, "model='m' is no model: give an nn.Module"),
 }  # fmt: skip
 

@@ -305,7 +305,7 @@ BAD = {
         lambda i: plans.tprr(i, num_steps=4, attention="reused", level="block"),
         "attention='reused' keeps the branches of a block apart: use level='branch' or 'out'",
     ),
-    "level": (lambda i: plans.tprr(i, num_steps=4, level="layer"), "level='layer': use 'block', 'branch' or 'out'"),
+    "level": (lambda i: plans.tprr(i, num_steps=4, level="layer"), "level='layer': use one of block, branch, out"),
     "block": (lambda i: plans.tprr(i, num_steps=4, blocks=[2]), "there is no block 2; the model has blocks 0..1"),
     "blocks as text": (lambda i: plans.tprr(i, num_steps=4, blocks="0-2"), "blocks='0-2': give a list of blocks"),
     "negative block": (lambda i: plans.tprr(i, num_steps=4, blocks=[-1]), "there is no block -1"),

@@ -53,14 +53,16 @@ def test_folders_are_classes_in_alphabetical_order(folder: Path) -> None:
 
 
 def test_numbered_folders_are_classes_by_number(tmp_path: Path) -> None:
-    """As text 10 would come before 2; what is hidden is no class."""
+    """The number is the label, whichever others there are; what is hidden is no class."""
     for name in ("10", "2", "0", ".ipynb_checkpoints"):
         write(tmp_path / name / "x.png", np.full((8, 8), 0 if name == "10" else 255))
     write(tmp_path / "0" / ".trash" / "x.png", np.zeros((8, 8)))
-    images = opened(tmp_path)
+    images = opened(tmp_path, num_classes=11)
     pixels, labels = images.take(torch.arange(len(images)))
-    assert labels.tolist() == [0, 1, 2]
-    assert pixels[:, 0, 0, 0].tolist() == [1.0, 1.0, -1.0]
+    assert labels.tolist() == [0, 10, 2]
+    assert pixels[:, 0, 0, 0].tolist() == [1.0, -1.0, 1.0]
+    with pytest.raises(TrainError, match=r"10 is named by a number, .* the model knows labels 0\.\.9: name the"):
+        opened(tmp_path, num_classes=10)
 
 
 def test_what_would_shift_labels_is_refused(folder: Path) -> None:
@@ -96,6 +98,8 @@ def test_fashion_mnist_files_are_recognised(tmp_path: Path) -> None:
     assert pixels.shape == (1, 1, 32, 32)
     assert float(pixels[0, 0, 0, 0]) == -1
     assert float(pixels[0, 0, 16, 16]) == pytest.approx(7 / 127.5 - 1)
+    small, _ = opened(tmp_path, size=(8, 8), channels=1, num_classes=10).take(torch.tensor([0]))
+    assert small.unique().tolist() == [pytest.approx(7 / 127.5 - 1)], "scaled down, so not darker than the whole"
     digest = images.digest()
     (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 2, 7, 8])))
     assert opened(tmp_path, size=(32, 32), channels=1, num_classes=10).digest() != digest

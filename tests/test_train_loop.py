@@ -246,6 +246,28 @@ def test_a_gradient_that_is_no_number_stops() -> None:
         ended(3, recipe=Steep())
 
 
+def test_an_error_of_the_recipe_leaves_the_last_good_state(tmp_path: Path) -> None:
+    """An image that cannot be read, say: what was learned before is not lost."""
+    state = tmp_path / "state"
+    with pytest.raises(TrainError, match="no image"):
+        ended(9, state, Noisy(5, TrainError("no image")), save_every=1e6)
+    found, report = ended(9, state)
+    assert report.resumed == 5
+    assert same(found, ended(9)[0])
+
+
+def test_a_state_of_other_choices_is_refused(tmp_path: Path) -> None:
+    """Its logits would become those of other sites."""
+    for begun, chosen in enumerate((sites()[:2], sites()[2:4])):
+        recipe = trajectories(Objective(student(), Budget()), {1: chosen}, 2)
+        weights = RouterWeights(2, sites(), {1: chosen})
+        if begun:
+            with pytest.raises(TrainError, match=r"another run \(choices' digest was \w+ and is \w+\)"):
+                train(weights, recipe, Settings(2), state=tmp_path / "state")
+        else:
+            train(weights, recipe, Settings(1), state=tmp_path / "state")
+
+
 def test_states_of_other_runs_are_refused(tmp_path: Path) -> None:
     """With what differs; another learning rate or end is no difference."""
     state = tmp_path / "state"

@@ -105,6 +105,11 @@ def predictor(given: Learning, form: Form = "table") -> None:
     if given.target is None and given.price is None:
         given = replace(given, target=0.5)
     held = given.target if given.strength is None else None
+    if held is not None and not 0 < held < 1:
+        raise typer.BadParameter(
+            f"weights are held at a mean between 0 and 1, not at {held:g}: take another, or give --target-strength",
+            param_hint="--target",
+        )
 
     def make(info: ModelInfo, names: tuple[str, ...], choices: Choices) -> Weights:
         learner = FORMS[form](Sizes.of(info, given.steps), seed=given.seed, mean=held)

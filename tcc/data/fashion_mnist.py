@@ -26,12 +26,12 @@ _PREFIX = {"train": "train", "test": "t10k"}
 
 
 def load(folder: str | Path, split: str = "train", size: int = 32) -> tuple[Tensor, Tensor]:
-    """Read one split, padded with black to ``size``.
+    """Read one split, padded with black to ``size``, or scaled down to it.
 
     Args:
         folder: holds ``train-images-idx3-ubyte`` and its three siblings, gzipped or not.
         split: ``train`` (60,000 images) or ``test`` (10,000).
-        size: side of the padded images.
+        size: side of the images.
 
     Returns:
         Images uint8 ``[N, 1, size, size]`` and labels int64 ``[N]``.
@@ -40,6 +40,9 @@ def load(folder: str | Path, split: str = "train", size: int = 32) -> tuple[Tens
     labels = torch.from_numpy(read_idx(_find(folder, f"{_PREFIX[split]}-labels-idx1-ubyte")).astype(np.int64))
     if len(images) != len(labels):
         raise ValueError(f"{folder} has {len(images)} {split} images, {len(labels)} labels: fetch it again")
+    if size < images.shape[-1]:
+        scaled = F.interpolate(images[:, None].float(), (size, size), mode="bilinear", antialias=True)
+        return scaled.round().clamp(0, 255).byte(), labels
     before, after = (size - images.shape[-1]) // 2, (size - images.shape[-1] + 1) // 2
     return F.pad(images[:, None], (before, after, before, after)), labels
 

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Any, ParamSpec
 
 import numpy as np
-from torch import nn
+import torch
 
 from tcc.errors import PlanError
+from tcc.info import ModelInfo
 from tcc.plan import CachePlan
 
 __all__ = ["plain_options"]
@@ -28,7 +29,7 @@ def plain_options(make: Callable[P, CachePlan]) -> Callable[P, CachePlan]:
     @functools.wraps(make)
     def made(*args: P.args, **options: P.kwargs) -> CachePlan:
         given = args[0] if args else options.get("info")
-        if given is None or isinstance(given, nn.Module):
+        if not isinstance(given, ModelInfo):
             raise PlanError(
                 f"{make.__name__}(info, ...) takes what tcc.inspect(model, ...) returns, got {type(given).__name__}"
             )
@@ -45,6 +46,6 @@ def _plain(value: Any) -> Any:
     """Python's number for numpy's, alone or in a list."""
     if isinstance(value, np.generic):
         return value.item()
-    if isinstance(value, np.ndarray):
+    if isinstance(value, (np.ndarray, torch.Tensor)) and (value.ndim == 0 or isinstance(value, np.ndarray)):
         return value.tolist()
     return [_plain(part) for part in value] if isinstance(value, (list, tuple)) else value

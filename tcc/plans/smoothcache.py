@@ -118,7 +118,7 @@ def _read_schedule(
 ) -> dict[str, list[bool]]:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PlanError(f"{path} is not a schedule that can be read: {error}") from error
     if not isinstance(content, dict) or not content:
         raise PlanError(f"{path}: expected a JSON object such as {{'attn': [1, 0, ...], 'mlp': [...]}}")

@@ -69,7 +69,8 @@ def taylorseer(
         num_steps: denoising steps.
         interval: steps from one computed step to the next, N in the paper.
         order: order of the series, O in the paper; 0 reuses the last value.
-        first_full: steps that are computed before the first interval.
+        first_full: steps that are computed before the first interval. Published code takes no differences before the
+            last two of them: from 3 on, the first forecasts have a higher order here.
         sites: `out` keeps the branch outputs before the gate (the paper; the gate is recomputed), `delta` after it.
 
     Raises:

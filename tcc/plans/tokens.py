@@ -16,7 +16,7 @@ from tcc.info import ModelInfo
 from tcc.passes.sites import Site
 from tcc.plan import Action, Attention, Reuse, Update
 from tcc.plan.scores import Fixed, Term
-from tcc.plans.checks import check_keep, check_seed, check_whole
+from tcc.plans.checks import check_keep, check_known, check_seed, check_whole
 
 __all__ = [
     "Choice",
@@ -222,12 +222,9 @@ def pruned_sites(info: ModelInfo, blocks: Sequence[int], level: Level, attention
     Raises:
         PlanError: the level is unknown, a site that would be updated cannot be, or a block has no such site.
     """
-    kind = {"block": "block", "branch": "delta", "out": "out"}.get(level)
-    if kind is None:
-        raise PlanError(f"level={level!r}: use 'block', 'branch' or 'out'")
-    modes = (*get_args(Attention), "reused")
-    if attention not in modes:
-        raise PlanError(f"attention={attention!r}: use one of {', '.join(modes)}")
+    check_known("level", level, get_args(Level))
+    check_known("attention", attention, (*get_args(Attention), "reused"))
+    kind = {"block": "block", "branch": "delta", "out": "out"}[level]
     if attention == "reused" and level == "block":
         raise PlanError("attention='reused' keeps the branches of a block apart: use level='branch' or 'out'")
     chosen = [site for site in info.sites.values() if site.block in blocks and not site.stream]

@@ -59,13 +59,25 @@ class Calls:
             dtype: of the timesteps.
         """
         x, told = self.draw(torch.Generator().manual_seed(0))
-        return self.call(x, torch.zeros(len(x), dtype=dtype, device=x.device), told)
+        return self._called(x, torch.zeros(len(x), dtype=dtype, device=x.device), told)
 
     def at(self, evaluation: Evaluation, run: Sequence[Evaluation], x: Tensor, told: Any) -> Call:
         """The arguments of the call at one evaluation of a run."""
-        return self.call(
-            x, torch.full((len(x),), evaluation.timestep, dtype=timestep_dtype(run), device=x.device), told
-        )
+        timesteps = torch.full((len(x),), evaluation.timestep, dtype=timestep_dtype(run), device=x.device)
+        return self._called(x, timesteps, told)
+
+    def _called(self, x: Tensor, timesteps: Tensor, told: Any) -> Call:
+        """What `call` returns.
+
+        Raises:
+            TrainError: it is no pair of arguments and keyword arguments.
+        """
+        made = self.call(x, timesteps, told)
+        if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], dict)):
+            raise TrainError(
+                f"Calls.call returned a {type(made).__name__}: expected the pair (args, kwargs), as in (x, t, y), {{}}"
+            )
+        return made
 
 
 def noise_with_labels(

@@ -93,7 +93,10 @@ class FolderImages:
             with Image.open(path) as file:
                 image = _of_bytes(file).convert("L" if self.channels == 1 else "RGB")
         except Exception as error:  # what its decoders raise of damaged bytes has no common base
-            raise TrainError(f"{path} cannot be read as an image ({error}): repair or remove it") from error
+            raise TrainError(
+                f"{path} cannot be read as an image ({error}): repair or remove it, and begin anew: a "
+                "training goes on with the files that it began with"
+            ) from error
         height, width = self.size
         scale = max(height / image.height, width / image.width)
         sizes = max(width, round(image.width * scale)), max(height, round(image.height * scale))
@@ -188,8 +191,8 @@ def open_images(
     """The images in `folder`: the Fashion-MNIST files, or one sub-folder of image files per class.
 
     Args:
-        folder: where they are. Labels are the numbers of the sub-folders, from 0, in alphabetical order, or by number
-            where all are named by numbers. Hidden ones are left out.
+        folder: where they are. Labels count the sub-folders from 0 in alphabetical order; where all of them are named
+            by numbers, the numbers are the labels. Hidden ones are left out.
         size: height and width to bring them to.
         channels: 1 or 3; of other models the folder holds latents with a label `y`, see `open_latents`.
         num_classes: how many classes the model knows.
@@ -197,12 +200,12 @@ def open_images(
 
     Raises:
         TrainError: there is no such folder, it or a class of it holds no images, there are more classes than the
-            model knows, or images beside them; or its IDX files are damaged.
+            model knows, or labels that it does not, or images beside them; or its IDX files are damaged.
     """
     root = _folder(folder)
     if channels not in (1, 3):
-        labels = num_classes if null_class is None else max(num_classes, null_class + 1)
-        return open_latents(root, only="y", shape=(channels, *size), labels=labels)
+        known = num_classes if null_class is None else max(num_classes, null_class + 1)
+        return open_latents(root, only="y", shape=(channels, *size), labels=known)
     if any(root.glob("train-images-idx3-ubyte*")):
         if channels != 1 or size[0] != size[1]:
             raise TrainError(
@@ -210,7 +213,9 @@ def open_images(
             )
         return _open_fashion_mnist(root, size[0], num_classes)
     classes, loose = _classes(root)
-    files = tuple((path, label) for label, inside in enumerate(classes.values()) for path in inside)
+    numbered = all(name.isdecimal() for name in classes)
+    labels = {name: int(name) if numbered else place for place, name in enumerate(classes)}
+    files = tuple((path, labels[name]) for name, inside in classes.items() for path in inside)
     if not files:
         raise TrainError(
             f"{root} holds no images: expected one sub-folder per class with PNG, JPEG or other image files, as in "
@@ -219,6 +224,11 @@ def open_images(
     if len(classes) > num_classes:
         raise TrainError(
             f"{root} has {len(classes)} sub-folders, one per class, and the model knows {num_classes} classes"
+        )
+    for name in (name for name, label in labels.items() if label >= num_classes):
+        raise TrainError(
+            f"{root / name} is named by a number, which is the label of its images, and the model knows labels "
+            f"0..{num_classes - 1}: name the sub-folders by labels, or not by numbers alone"
         )
     for name in (name for name, inside in classes.items() if not inside):
         raise TrainError(f"{root / name} holds no images, and would count as a class: remove it, or add its images")
@@ -251,8 +261,6 @@ def _classes(root: Path) -> tuple[dict[str, list[Path]], list[Path]]:
     known = set(Image.registered_extensions())
     shown = [path for path in sorted(root.iterdir()) if not path.name.startswith(".")]
     names = [path.name for path in shown if path.is_dir()]
-    counted = all(name.isdecimal() for name in names)  # as text, 10 comes before 2
-    names.sort(key=lambda name: (int(name) if counted else 0, name))
     found = {name: [path for path in _visible(root / name) if path.suffix.lower() in known] for name in names}
     return found, [path for path in shown if path.is_file() and path.suffix.lower() in known]
 

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tcc.errors import TrainError
+from tcc.errors import TccError, TrainError
 from tcc.tensors_file import write_tensors
 from tcc.train.objective import Recipe, StepLoss
 from tcc.train.weights import Weights
@@ -122,10 +122,10 @@ def train(
         How it ended.
 
     Raises:
-        TrainError: a loss or a gradient is not finite (names the denoising step; the state before it is saved), the
-            state is that of another run or cannot be written, the weights decide nothing at a P-step of the recipe, or
-            there are more processes than groups.
-        KeyboardInterrupt: passed on, after the state of the last whole iteration has been saved.
+        TrainError: a loss or a gradient is not finite (names the denoising step), the state is that of another run or
+            cannot be written, the weights decide nothing at a P-step of the recipe, or there are more processes than
+            groups.
+        TccError, KeyboardInterrupt: passed on, after the state of the last whole iteration has been saved.
     """
     run = _Run(weights, recipe, settings, state, world or World())
     try:
@@ -133,7 +133,7 @@ def train(
             run.iterate()
             if progress is not None:
                 progress(run.report)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, TccError):
         run.save()
         raise
     run.save()
@@ -224,7 +224,6 @@ class _Run:
         fine = all(bool(grad.isfinite().all()) for grad in gradients)
         if not where and not float(total[4]) and fine:
             return
-        self.save()
         what = f"the loss of denoising step {where[0]}" if where else "the gradient"
         kept = f"; the state before it is in {self.path}" if self.path else ""
         raise TrainError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,10 +10,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from tcc.errors import PlanError, TrainError
+from tcc.errors import TrainError
 from tcc.info import ModelInfo
 from tcc.learned import Importance, Learned, Router
 from tcc.plan import CachePlan, Compute
+from tcc.plans.checks import check_number
 from tcc.train.predictors import Predictor
 
 __all__ = [
@@ -50,6 +52,8 @@ def check_choices(choices: Choices, num_steps: int) -> None:
     Raises:
         TrainError: no step is one, the first is one, or one is not in the run, or has nothing to decide.
     """
+    for step in (step for step in choices if not isinstance(step, int)):
+        raise TrainError(f"the schedule has a P-step {step!r}: steps are whole numbers")
     if not choices:
         raise TrainError(
             "there is nothing to learn: every step of the schedule computes all; take more steps, or longer intervals"
@@ -68,6 +72,11 @@ def _check_sites(choices: Choices, sites: Container[str], whose: str) -> None:
             raise TrainError(f"P-step {step} decides about site '{site}', which is none of {whose}")
 
 
+def _digest(*parts: object) -> str:
+    """Tells these choices from others."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class Budget:
     """What computing costs in the loss; without a price the best weights are all 1, which caches nothing.
@@ -79,7 +88,7 @@ class Budget:
         strength: the factor of `(mean weight - target)^2`.
 
     Raises:
-        PlanError: the price or the strength is negative, or the target is not in 0..1.
+        PlanError: the price or the strength is negative or not finite, or the target is not in 0..1.
     """
 
     price: float = 0.0
@@ -87,10 +96,10 @@ class Budget:
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (self.price >= 0 and self.strength >= 0):
-            raise PlanError(f"Budget(price={self.price}, strength={self.strength}): neither may be negative")
-        if self.target is not None and not 0 <= self.target <= 1:
-            raise PlanError(f"Budget(target={self.target}): a mean weight lies in 0..1")
+        check_number("Budget: price", self.price, 0)
+        check_number("Budget: strength", self.strength, 0)
+        if self.target is not None:
+            check_number("Budget: target", self.target, 0, 1, "a mean weight")
 
     def cost(self, weights: Mapping[str, Tensor]) -> Tensor:
         """What the weights of one step cost, a number.
@@ -182,6 +191,10 @@ class RouterWeights(Weights):
         scores = self.logits[str(step)].sigmoid()
         return {site: score.view(1, 1) for site, score in zip(self.choices[step], scores, strict=True)}
 
+    def describe(self) -> dict[str, object]:
+        """See `Weights`."""
+        return {"choices' digest": _digest(self.choices, self.sites), "limit": self.limit}
+
     def settle(self) -> None:
         """Clamp the logits."""
         with torch.no_grad():
@@ -234,7 +247,8 @@ class TokenWeights(Weights):
 
     def describe(self) -> dict[str, object]:
         """See `Weights`."""
-        return {"predictor": self.predictor.form, "held mean": self.predictor.held}
+        known = {"predictor": self.predictor.form, "held mean": self.predictor.held}
+        return known | {"choices' digest": _digest(self.choices)}
 
     def learned(self) -> Learned:
         """Importances, or probes where they depend on the stream.
