@@ -283,6 +283,8 @@ def test_predictors_are_held_at_half_unless_something_else_is_asked_for(
     assert asked[3](tiny().info, sites(), {1: sites()}).predictor.held == held
     wrong = run("predictor", *SHORT, "--out", "plan.safetensors", "--target-strength", "2", exit_code=2)
     assert "there is no target to miss: give --target" in plain(wrong.output)
+    wrong = run("predictor", *SHORT, "--out", "plan.safetensors", "--target", "0", exit_code=2)
+    assert "--target: weights are held at a mean between 0 and 1, not at 0" in plain(wrong.output)
 
 
 @pytest.mark.parametrize(

@@ -44,8 +44,8 @@ Data = Annotated[
     Path | None,
     typer.Option(
         metavar="FOLDER",
-        help="One sub-folder of images per class, or the Fashion-MNIST files; for a model on latents one safetensors "
-        "file per sample, with tensors [bold]x[/] and [bold]y[/]. Without: [bold]trajectory[/].",
+        help="One sub-folder of images per class (named by labels, or counted alphabetically), or the Fashion-MNIST "
+        "files; for a model on latents one safetensors file per sample, with tensors [bold]x[/] and [bold]y[/]. Without: [bold]trajectory[/].",
         rich_help_panel=LEARN,
     ),
 ]

@@ -247,8 +247,8 @@ class TokenWeights(Weights):
 
     def describe(self) -> dict[str, object]:
         """See `Weights`."""
-        known = {"predictor": self.predictor.form, "held mean": self.predictor.held}
-        return known | {"choices' digest": _digest(self.choices)}
+        digest = _digest(self.choices)
+        return {"predictor": self.predictor.form, "held mean": self.predictor.held, "choices' digest": digest}
 
     def learned(self) -> Learned:
         """Importances, or probes where they depend on the stream.
