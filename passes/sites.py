@@ -157,7 +157,7 @@ def analyse(graph: fx.Graph) -> Analysis:
     """Streams, blocks, sites, token axis and grid of `graph`.
 
     Raises:
-        AnalysisError: the graph has no recognisable residual stream.
+        AnalysisError: the graph has no recognisable residual stream, or two parts have one name.
     """
     flow = Dataflow(graph)
     streams = find_streams(graph, flow)
@@ -169,7 +169,7 @@ def analyse(graph: fx.Graph) -> Analysis:
     found = {(stream.name, block.name): view.sites(stream.name, index[block.name], block) for stream, block in order}
     listed = [site for stream, block in order for site in found[stream.name, block.name]]
     last = main.branches[-1]
-    end = _stream_site("out.stream", len(blocks), last.add, view.axis("", last) or guess_axis(last.add))
+    end = _held("out.stream", len(blocks), last.add, view.axis("", last) or guess_axis(last.add))
     axis = view.axes[""]
     grid, start = find_grid(main.branches[0].stream_in, view.axis("", main.branches[0]), last.add, end.axis)
     tokens = axis.count(main.shape)
@@ -194,18 +194,11 @@ def analyse(graph: fx.Graph) -> Analysis:
 
 
 def _by_name(sites: Sequence[Site]) -> dict[str, Site]:
-    """The sites by their names, no two of which are alike.
-
-    Raises:
-        AnalysisError: two are.
-    """
-    found: dict[str, Site] = {}
-    for site in sites:
-        if site.name in found:
-            raise AnalysisError(
-                f"two parts of the model are called '{site.name}', after the modules that they are in: rename a module"
-            )
-        found[site.name] = site
+    found = {site.name: site for site in sites}
+    for site in (site for site in sites if found[site.name] is not site):
+        raise AnalysisError(
+            f"two parts of the model are called '{site.name}', after the modules that they are in: rename a module"
+        )
     return found
 
 
@@ -236,21 +229,14 @@ def _token_axis(stream: Stream, flow: Dataflow) -> Axis:
     return Axis(max(0, len(stream.shape) - 2))
 
 
-def _stream_site(name: str, index: int, node: fx.Node, axis: Axis) -> Site:
-    val = value(node)
-    reason = "a stream is held as a whole: prune the sites that are added to it"
+def _held(name: str, index: int, node: fx.Node, axis: Axis, reader: fx.Node | None = None) -> Site:
+    """The site of a stream, or of the long skip that `reader` takes."""
+    val, readers = value(node), () if reader is None else (reader.name,)
+    what, to = ("stream", "it") if reader is None else ("long skip", "the stream")
+    reason = f"a {what} is held as a whole: prune the sites that are added to {to}"
     return Site(
-        name, "stream", index, (node.name,), "", "", (), tuple(val.shape), val.dtype, axis, 0, reason,
-        batch=batch_axis(node, axis),
-    )  # fmt: skip
-
-
-def _skip_site(name: str, index: int, skip: Skip, axis: Axis) -> Site:
-    val = value(skip.value)
-    reason = "a long skip is held as a whole: prune the sites that are added to the stream"
-    return Site(
-        name, "skip", index, (skip.value.name,), "", "", (), tuple(val.shape), val.dtype, axis, 0, reason,
-        readers=(skip.reader.name,), batch=batch_axis(skip.value, axis),
+        name, what.split()[-1], index, (node.name,), "", "", (), tuple(val.shape), val.dtype, axis, 0, reason,
+        readers=readers, batch=batch_axis(node, axis),
     )  # fmt: skip
 
 
@@ -297,10 +283,10 @@ class _View:
         """The sites of what `block` does to a stream."""
         first = block.branches[0][1]
         axis = self.axis(stream, first) or guess_axis(first.add)
-        found = [_stream_site(str(SiteName(block.name, "stream", stream)), index, block.entry, axis)]
+        found = [_held(str(SiteName(block.name, "stream", stream)), index, block.entry, axis)]
         for number, skip in enumerate(block.skips):
             owner = f"{block.name}.skip{number + 1}" if number else block.name
-            found.append(_skip_site(str(SiteName(owner, "skip", stream)), index, skip, axis))
+            found.append(_held(str(SiteName(owner, "skip", stream)), index, skip.value, axis, skip.reader))
         for name, branch in block.branches:
             found += self._branch_sites(SiteName(f"{block.name}.{name}", "", stream), index, branch)
         if block.continuous:

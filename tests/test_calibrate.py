@@ -127,11 +127,15 @@ def test_a_broken_off_run_counts_as_far_as_it_came() -> None:
 def test_a_loop_of_other_calls_than_steps_is_refused(calls: int, message: str) -> None:
     """What it measures would be of other steps than the plan's; a run that was left is begun anew by `reset`."""
     recorder = Recorder(guided().info, num_steps=STEPS, back=1)
-    with pytest.raises(PlanError, match=message):
-        x, t, y = guided().args
+    x, t, y = guided().args
+
+    def measure() -> None:
         for level in torch.linspace(999, 0, calls).long():
             recorder(x, torch.full_like(t, int(level)), y)
         recorder.result()
+
+    with pytest.raises(PlanError, match=message):
+        measure()
 
 
 def test_a_run_that_was_left_is_no_run() -> None:

@@ -45,7 +45,8 @@ Data = Annotated[
     typer.Option(
         metavar="FOLDER",
         help="One sub-folder of images per class (named by labels, or counted alphabetically), or the Fashion-MNIST "
-        "files; for a model on latents one safetensors file per sample, with tensors [bold]x[/] and [bold]y[/]. Without: [bold]trajectory[/].",
+        "files; for a model on latents one safetensors file per sample, with tensors [bold]x[/] and [bold]y[/]. "
+        "Without: [bold]trajectory[/].",
         rich_help_panel=LEARN,
     ),
 ]
