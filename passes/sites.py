@@ -20,7 +20,7 @@ from tcc.passes.grid import find_grid
 from tcc.passes.keys import Cross, Keys, cross_attention, self_attention
 from tcc.passes.macs import count
 from tcc.passes.residual_adds import guess_axis
-from tcc.passes.streams import Block, Branch, Skip, Stream, find_streams
+from tcc.passes.streams import Block, Branch, Stream, find_streams
 from tcc.passes.tokens import Axis
 from tcc.plan.site_name import SiteName
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import tcc
+from tcc.errors import AnalysisError
 from tcc.passes.sites import Site
 from tcc.passes.tokens import Axis
 from tcc.plan.site_name import SiteName
@@ -293,15 +294,16 @@ def test_tokens_that_nobody_can_name_are_not_pruned() -> None:
 
 
 class Nested(nn.Module):
-    """A branch before an inner block of the branch's name."""
+    """A branch before an inner block, of the branch's name if no other is given."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "attn") -> None:
         super().__init__()
-        self.norm, self.inner, self.attn = nn.LayerNorm(16), Attention(16), Block(16)
+        self.norm, self.inner, self.name = nn.LayerNorm(16), Attention(16), name
+        self.add_module(name, Block(16))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map the stream."""
-        out: Tensor = self.attn(x + self.inner(self.norm(x)))
+        out: Tensor = getattr(self, self.name)(x + self.inner(self.norm(x)))
         return out
 
 
@@ -334,3 +336,11 @@ def test_no_two_sites_have_one_name() -> None:
     assert [SiteName.parse(name).owner for name in info.sites if name.endswith("attn.out")] == [
         f"{block}.attn" for block in info.blocks
     ]
+
+
+def test_names_that_collide_all_the_same_are_refused() -> None:
+    """A module that is called as the number makes another one."""
+    with pytest.raises(
+        AnalysisError, match=r"two parts of the model are called 'out.block1\.\S+', .*: rename a module"
+    ):
+        tcc.inspect(fill(Named(down=Block(16), out=Nested("block1"))), noise(2, 12, 16))
