@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
-from tcc.errors import AnalysisError
 from tcc.passes.dataflow import Dataflow
 from tcc.passes.follow import batch_axis, follow
 from tcc.passes.graph import shape, value
@@ -157,7 +156,7 @@ def analyse(graph: fx.Graph) -> Analysis:
     """Streams, blocks, sites, token axis and grid of `graph`.
 
     Raises:
-        AnalysisError: the graph has no recognisable residual stream, or two parts have one name.
+        AnalysisError: the graph has no recognisable residual stream.
     """
     flow = Dataflow(graph)
     streams = find_streams(graph, flow)
@@ -167,7 +166,7 @@ def analyse(graph: fx.Graph) -> Analysis:
     index = {name: i + (name in side) for i, name in enumerate((*blocks, *side))}
     view = _View(flow, {stream.name: _token_axis(stream, flow) for stream in streams}, streams)
     found = {(stream.name, block.name): view.sites(stream.name, index[block.name], block) for stream, block in order}
-    listed = [site for stream, block in order for site in found[stream.name, block.name]]
+    sites = {site.name: site for stream, block in order for site in found[stream.name, block.name]}
     last = main.branches[-1]
     end = _held("out.stream", len(blocks), last.add, view.axis("", last) or guess_axis(last.add))
     axis = view.axes[""]
@@ -179,7 +178,7 @@ def analyse(graph: fx.Graph) -> Analysis:
         image = (first_row, last_row)
     return Analysis(
         blocks=blocks,
-        sites=_by_name([*listed, end]),
+        sites={**sites, end.name: end},
         token_axis=axis,
         num_tokens=tokens,
         stream_shape=main.shape,
@@ -191,15 +190,6 @@ def analyse(graph: fx.Graph) -> Analysis:
         side_blocks=side,
         cross=view.cross,
     )
-
-
-def _by_name(sites: Sequence[Site]) -> dict[str, Site]:
-    found = {site.name: site for site in sites}
-    for site in (site for site in sites if found[site.name] is not site):
-        raise AnalysisError(
-            f"two parts of the model are called '{site.name}', after the modules that they are in: rename a module"
-        )
-    return found
 
 
 def _in_order(streams: Sequence[Stream]) -> list[tuple[Stream, Block]]:

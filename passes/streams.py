@@ -268,7 +268,10 @@ def _unique(paths: Sequence[str], taken: Container[str]) -> list[str]:
     """`paths`, with a number where one is empty, not the only one, or what something else is called, if numbered."""
     alone = {path for path, count in Counter(paths).items() if path and count == 1}
     alone -= {path for path in alone if path in taken or path.rstrip("0123456789") in taken}
-    return [path if path in alone else f"{path}.block{i}".lstrip(".") for i, path in enumerate(paths)]
+    numbered = [path if path in alone else f"{path}.block{i}".lstrip(".") for i, path in enumerate(paths)]
+    return [
+        name if path == name or name not in alone else f"{name}_" for path, name in zip(paths, numbered, strict=True)
+    ]
 
 
 def _named(parts: Sequence[Branch]) -> tuple[tuple[str, Branch], ...]:

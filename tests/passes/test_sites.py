@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 import tcc
-from tcc.errors import AnalysisError
 from tcc.passes.sites import Site
 from tcc.passes.tokens import Axis
 from tcc.plan.site_name import SiteName
@@ -294,16 +293,15 @@ def test_tokens_that_nobody_can_name_are_not_pruned() -> None:
 
 
 class Nested(nn.Module):
-    """A branch before an inner block, of the branch's name if no other is given."""
+    """A branch before an inner block of the branch's name."""
 
-    def __init__(self, name: str = "attn") -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.norm, self.inner, self.name = nn.LayerNorm(16), Attention(16), name
-        self.add_module(name, Block(16))
+        self.norm, self.inner, self.attn = nn.LayerNorm(16), Attention(16), Block(16)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map the stream."""
-        out: Tensor = getattr(self, self.name)(x + self.inner(self.norm(x)))
+        out: Tensor = self.attn(x + self.inner(self.norm(x)))
         return out
 
 
@@ -338,9 +336,20 @@ def test_no_two_sites_have_one_name() -> None:
     ]
 
 
-def test_names_that_collide_all_the_same_are_refused() -> None:
-    """A module that is called as the number makes another one."""
-    with pytest.raises(
-        AnalysisError, match=r"two parts of the model are called 'out.block1\.\S+', .*: rename a module"
-    ):
-        tcc.inspect(fill(Named(down=Block(16), out=Nested("block1"))), noise(2, 12, 16))
+class Apart(Named):
+    """Part of the second block runs after the third."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embed, transform."""
+        x = self.mid(self.out(self.down(self.embed(x))))
+        out: Tensor = self.out.block1(x)
+        return out
+
+
+def test_a_module_that_is_called_like_a_numbered_block() -> None:
+    """Is a block of its own."""
+    blocks = [Block(16) for _ in range(3)]
+    blocks[1].block1 = Block(16)
+    info = tcc.inspect(fill(Apart(**dict(zip(("down", "out", "mid"), blocks, strict=True)))), noise(2, 12, 16))
+    assert info.blocks == ("down", "out.block1_", "mid", "out.block1")
+    assert [site.block for site in info.sites.values() if site.kind == "stream"] == [0, 1, 2, 3, 4]
