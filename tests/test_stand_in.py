@@ -200,7 +200,7 @@ def test_the_shapes_not_used_for_longest_are_dropped_with_a_warning() -> None:
     with pytest.warns(UserWarning, match=r"\(x \[3, 12, 16\]\) is dropped"), torch.no_grad():
         assert torch.equal(fast(noise(2, 12, 16)), model(noise(2, 12, 16)))
     assert made == [1, 2, 3, 2]
-    with pytest.raises(CallError, match="max_shapes=0, calls_per_step=1: both are 1 at least"):
+    with pytest.raises(CallError, match="max_shapes=0, calls_per_step=1: both are whole numbers of 1 or more"):
         tcc.compile(model, policy, max_shapes=0)
     with pytest.raises(CallError, match=r"max_slot_bytes='20MiB': give a whole number of bytes, such as 20 \* 2\*\*20"):
         tcc.compile(model, policy, max_slot_bytes="20MiB")  # type: ignore[arg-type]
