@@ -69,9 +69,10 @@ def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
             graph.output(fx.map_arg(node.args[0], new.__getitem__))
             continue
         copy = new[node] = graph.create_node(node.op, node.target, name=node.name, type_expr=node.type)
-        copy.args = fx.map_arg(node.args, new.__getitem__)  # here: create_node takes long to look through them
+        # Here: create_node takes long to look through them; and past Node.__setattr__, which looks the node up anew.
+        object.__setattr__(copy, "args", fx.map_arg(node.args, new.__getitem__))
         if node.kwargs:
-            copy.kwargs = fx.map_arg(node.kwargs, new.__getitem__)
+            object.__setattr__(copy, "kwargs", fx.map_arg(node.kwargs, new.__getitem__))
         copy.meta.update(node.meta)
     return _LazyGraphModule(gm, graph)
 
