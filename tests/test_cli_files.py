@@ -112,4 +112,26 @@ def test_the_size_of_the_reference_model_is_not_chosen() -> None:
     """Also where no model is named."""
     result = CliRunner().invoke(app, ["inspect", "--input-size", "16"])
     assert result.exit_code == 2
-    assert "reference is trained for one size of its input" in " ".join(result.output.replace("│", " ").split())
+    assert "reference is for one size of its input" in " ".join(result.output.replace("│", " ").split())
+
+
+def test_a_plan_is_for_inputs_of_its_own(tmp_path: Path) -> None:
+    """What is asked for and cannot be is refused, not skipped."""
+    path = tmp_path / "plan.safetensors"
+    CachePlan(2, {}).save(path)
+    for option in ("--batch", "--input-size"):
+        result = CliRunner().invoke(app, ["inspect", str(path), option, "4"])
+        assert result.exit_code == 2
+        said = " ".join(result.output.replace("│", " ").split())
+        assert option in said
+        assert ("is for inputs of its own" if option == "--batch" else "is for one size of its input") in said
+    assert CliRunner().invoke(app, ["inspect", str(path)]).exit_code == 0
+
+
+@pytest.mark.parametrize("command", [("sample",), ("bench",), ("demo",), ("run", "."), ("train", "router")])
+def test_a_guidance_scale_is_a_finite_number(command: tuple[str, ...]) -> None:
+    """Bounds let it through, and images would be NaN."""
+    result = CliRunner().invoke(app, [*command, "--cfg", "inf"])
+    assert result.exit_code == 2
+    assert "inf is no finite number" in " ".join(result.output.replace("│", " ").split())
+    assert CliRunner().invoke(app, [*command, "--cfg", "nan"]).exit_code == 2

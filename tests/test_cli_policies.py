@@ -151,8 +151,8 @@ def test_every_policy_names_its_source(name: str) -> None:
     [
         ("mine:f", "--batch", "mine:f returns the inputs of its own call: choose them there"),
         ("mine:f", "--input-size", "mine:f returns the inputs of its own call: choose them there"),
-        ("reference", "--input-size", "reference is trained for one size of its input: leave this out"),
-        ("tiny.safetensors", "--input-size", "tiny.safetensors is trained for one size of its input"),
+        ("reference", "--input-size", "reference is for one size of its input: leave this out"),
+        ("tiny.safetensors", "--input-size", "tiny.safetensors is for one size of its input"),
     ],
 )
 @pytest.mark.parametrize("command", ["plan", "bench", "inspect"])

@@ -75,9 +75,9 @@ class InputSpec:
             )
         if tuple(tensor.shape) != self.shape:
             raise ShapeError(
-                f"input '{self.name}' has shape {list(tensor.shape)}, expected {list(self.shape)}: a compiled model "
-                "runs the shapes (resolution, prompt length, batch) it was captured with. "
-                "tcc.compile(..., on_shape_change='recapture') captures and compiles again for each new one"
+                f"input '{self.name}' has shape {list(tensor.shape)}, expected {list(self.shape)}: what was captured "
+                "runs the shapes (resolution, prompt length, batch) of its capture. Call it with these, or capture the "
+                "new ones: tcc.inspect, or tcc.compile(..., on_shape_change='recapture'), which compiles again for each"
             )
 
 

@@ -25,6 +25,7 @@ What = Annotated[
 
 
 def inspect(
+    ctx: typer.Context,
     what: What = None,
     model: options.ModelName = "",
     input_size: options.InputSize = 32,
@@ -51,11 +52,13 @@ def inspect(
         raise typer.BadParameter(f"give one thing to look at, {what} or --model {model}")
     name = what or model or "reference"
     if _is_plan(name):
+        _is_made_for_its_own(ctx, f"the plan {name}")
         plan = CachePlan.load(name)
         screen.out().print(plan.summary(), soft_wrap=True, markup=False)
         screen.write_json(json, facts(plan))
         return
     if Path(name, MANIFEST).exists() or any(Path(name).glob(f"*/{MANIFEST}")):  # a Triton model has it in `1`
+        _is_made_for_its_own(ctx, f"the bundle {name}")
         manifest = read(Path(name))
         for table in bundle_tables(name, manifest):
             screen.out().print(table)
@@ -70,6 +73,17 @@ def inspect(
     screen.out().print(table)
     macs = {"macs": info.macs, "tokens": info.num_tokens, "grid": list(info.grid), "batch": info.batch}
     screen.write_json(json, {"model": subject.label, **macs, "blocks": list(info.blocks), "sites": info.rows()})
+
+
+def _is_made_for_its_own(ctx: typer.Context, what: str) -> None:
+    """Check that nobody asks for inputs of another size.
+
+    Raises:
+        typer.BadParameter: somebody does.
+    """
+    for name, option in (("input_size", "--input-size"), ("batch", "--batch")):
+        if (source := ctx.get_parameter_source(name)) is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(f"{what} is for inputs of its own: leave this out", param_hint=option)
 
 
 def _is_plan(name: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,7 @@ __all__ = [
     "TrainedName",
     "WeightsName",
     "check_apart",
+    "finite",
     "in_a_folder",
     "numbers",
     "picture_file",
@@ -140,7 +142,18 @@ def of_the_model(ctx: typer.Context, param: typer.CallbackParam, value: int) -> 
                 f"{name} returns the inputs of its own call: choose them there, and leave this out"
             )
         if kind == "file" and param.name == "input_size":
-            raise typer.BadParameter(f"{name} is trained for one size of its input: leave this out")
+            raise typer.BadParameter(f"{name} is for one size of its input: leave this out")
+    return value
+
+
+def finite(value: float | None) -> float | None:
+    """A number that can be calculated with; bounds let "nan" and "inf" through.
+
+    Raises:
+        typer.BadParameter: it is none.
+    """
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number")
     return value
 
 
@@ -201,7 +214,7 @@ Backend = Annotated[
     typer.Option(help="[bold]inductor[/] compiles (seconds to a minute per variant), [bold]eager[/] only rewrites."),
 ]
 Classes = Annotated[str, typer.Option(help="Class labels, one image each: [bold]0,1,2[/] or [bold]0-9[/].")]
-Cfg = Annotated[float, typer.Option(min=1.0, help="Guidance scale; above 1 the batch is doubled.")]
+Cfg = Annotated[float, typer.Option(min=1.0, help="Guidance scale; above 1 the batch is doubled.", callback=finite)]
 Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the noise: the same seed gives the same noise.")]
 Rounds = Annotated[int, typer.Option(min=1, help="How often every method is run.")]
 Seconds = Annotated[float, typer.Option(min=0.0, help="No further round begins after so many seconds of measuring.")]

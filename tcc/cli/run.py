@@ -40,6 +40,7 @@ Cfg = Annotated[
         min=1.0,
         help="Guidance scale. Above 1 the first half of a call's rows is with, the second without conditions. "
         "[dim]default: 1.5 with --null-class, else 1[/]",
+        callback=options.finite,
     ),
 ]
 NullClass = Annotated[

@@ -122,7 +122,13 @@ Compared = Annotated[
     ),
 ]
 Cfg = Annotated[
-    float, typer.Option(min=1.0, help="Guidance of the trajectories; above 1 they cost twice.", rich_help_panel=LEARN)
+    float,
+    typer.Option(
+        min=1.0,
+        help="Guidance of the trajectories; above 1 they cost twice.",
+        callback=options.finite,
+        rich_help_panel=LEARN,
+    ),
 ]
 Iterations = Annotated[
     int | None,
