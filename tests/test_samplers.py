@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tcc.errors import CallError
 from tcc.models import reference_model
 from tcc.samplers import DDIM, Diffusion, DPMSolver2, FlowEuler, ddim_step, ddpm_step, guide, predict_x0, sample
 
@@ -245,6 +246,15 @@ def test_one_call_per_step_of_one_shape_and_dtype(guided: bool) -> None:
         assert (t.shape, t.dtype) == ((rows,), torch.int64)
         assert y.tolist() == [0, 1, 2] + ([9, 9, 9] if guided else [])
         assert torch.equal(x[:3], x[-3:])
+
+
+@pytest.mark.parametrize(
+    "output", [torch.zeros(3, 1, 4, 4), torch.zeros(1, 4, 4, 4), torch.zeros(3, 4, 4, 1), torch.zeros(()), None]
+)
+def test_an_output_that_would_be_broadcast_is_refused(output: Tensor | None) -> None:
+    """One channel for an input of four would draw images, and wrong ones."""
+    with pytest.raises(CallError, match=r"output is .* for an input \[3, 4, 4, 4\]: samplers need a tensor"):
+        sample(lambda x, t, y: output, *batch(), num_steps=2)  # type: ignore[arg-type,return-value]
 
 
 def test_guidance_scale_one_is_no_guidance() -> None:

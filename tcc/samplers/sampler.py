@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from tcc.errors import CallError
 
 __all__ = ["Evaluation", "Sampler", "Solving", "denoise"]
 
@@ -88,12 +91,26 @@ def denoise(
 
     Yields:
         After each evaluation, the input of the next one `[B, C, ...]`; after the last, the images.
+
+    Raises:
+        CallError: an output does not fit its input.
     """
     solving = sampler.run(noise, num_steps, generator)
     x = next(solving)
     for evaluation in sampler.evaluations(num_steps):
         try:
-            x = solving.send(model(x, evaluation))
+            x = solving.send(_fitting(model(x, evaluation), x))
         except StopIteration as done:
             x = done.value
         yield x
+
+
+def _fitting(output: Any, x: Tensor) -> Tensor:
+    """The output for input `x`; one with too few channels would be broadcast, and draw something."""
+    if not isinstance(output, Tensor) or output.dim() < 2 or output[:, : x.shape[1]].shape != x.shape:
+        got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise CallError(
+            f"the model's output is {got} for an input {list(x.shape)}: samplers need a tensor of its shape, or of "
+            "more channels, which are the variance"
+        )
+    return output
