@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree  # no public pytree module in torch 2.
 
 from tcc.capture.call_form import Leaf, bind, normal_form
 from tcc.capture.explain import explain
+from tcc.capture.leftovers import no_leftovers
 from tcc.errors import CallError, CaptureError, ShapeError
 from tcc.passes.base import run_passes
 from tcc.passes.graph import graph_hash, graph_text, shape, source_line, value
@@ -264,7 +265,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if model.training:
         raise CaptureError("the model is in training mode (dropout would be captured): call model.eval() first")
     try:
-        with torch.no_grad():
+        with torch.no_grad(), no_leftovers(model):
             return torch.export.export(model, *_plain(args, kwargs), strict=False)
     except Exception as error:
         raise CaptureError(explain(model, error)) from error
