@@ -8,7 +8,7 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,12 @@ from tcc.export.targets import TARGETS, Writer, write_profiles
 from tcc.export.triton import VERSION, lay_out
 from tcc.export.weights import collect
 from tcc.info import inspect
-from tcc.passes.graph import value
+from tcc.passes.base import run_passes
+from tcc.passes.graph import copy_of, value
+from tcc.passes.split_complex import SplitComplex, has_complex
 from tcc.plan import CachePlan
 from tcc.plan.checks import check_model
-from tcc.program import Program
+from tcc.program import Program, Variant
 
 __all__ = ["Written", "bundle"]
 
@@ -164,6 +166,15 @@ def _check_slots(program: Program, plan: CachePlan) -> None:
         ) from error
 
 
+def _in_reals(variant: Variant) -> Variant:
+    """The variant without the complex numbers that are its own: ONNX has none, and servers take none."""
+    if not has_complex(variant.gm.graph):
+        return variant
+    copy = copy_of(variant.gm)
+    run_passes(copy, [SplitComplex()], label="reals", verified=True)
+    return replace(variant, gm=copy)
+
+
 def _write(
     program: Program,
     plan: CachePlan,
@@ -175,6 +186,7 @@ def _write(
     progress: Callable[[str], None],
 ) -> tuple[Manifest, tuple[float, ...]]:
     outputs = _outputs(program)
+    program = replace(program, variants=tuple(map(_in_reals, program.variants)))
     plan.save(str(folder / PLAN))
     weights = collect(program.variants)
     weights.save(folder / WEIGHTS)

@@ -126,7 +126,11 @@ def _converted(gm: torch.fx.GraphModule, examples: tuple[Any, ...], inputs: list
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without what exporters say about packages that tcc does not use, constant outputs, and torch's own tree specs."""
-    names = ("torch.onnx._internal.exporter._registration", "onnx_ir.passes.common.initializer_deduplication")
+    names = (
+        "torch.onnx._internal.exporter._registration",
+        "onnx_ir.passes.common.initializer_deduplication",
+        "onnxscript.optimizer._constant_folding",
+    )
     levels = {logging.getLogger(name): logging.getLogger(name).level for name in names}
     for logger in levels:
         logger.setLevel(logging.ERROR)
