@@ -70,12 +70,24 @@ def write_onnx(variant: Variant, weights: Weights, places: dict[str, Place], pat
         )
         model.graph.inputs.remove(value)
         model.graph.register_initializer(value)
-    for node in model.graph:
+    _make_loadable(ir, model.graph)
+    path.write_bytes(_declared(ir.serde.serialize_model(model)).SerializeToString())
+    return len(list(model.graph))
+
+
+def _make_loadable(ir: Any, graph: Any) -> None:
+    """Write what some loader has no implementation of in other operators."""
+    for node in list(graph):
         node.metadata_props.clear()  # stack traces, longer than the graph
         if node.op_type == "Clip" and len(node.inputs) == 2 and node.inputs[0].dtype == ir.DataType.INT64:
             node.op_type = "Max"  # the same with a lower bound alone, and TensorRT clips real numbers only
-    path.write_bytes(_declared(ir.serde.serialize_model(model)).SerializeToString())
-    return len(list(model.graph))
+        if node.op_type == "Where" and ir.DataType.BOOL in (node.inputs[1].dtype, node.inputs[2].dtype):
+            condition, first, second = node.inputs  # ONNX Runtime chooses between numbers only, on a CPU
+            chosen, inverse = ir.node("And", [condition, first]), ir.node("Not", [condition])
+            other = ir.node("And", [inverse.outputs[0], second])
+            either = ir.node("Or", [chosen.outputs[0], other.outputs[0]])
+            new = [chosen, inverse, other, either]
+            ir.convenience.replace_nodes_and_values(graph, node, [node], new, node.outputs, either.outputs)
 
 
 def _check_names(variant: Variant, weights: Weights) -> None:

@@ -326,6 +326,33 @@ def test_graphs_with_functions_of_their_own_are_refused() -> None:
         collect([variant])  # type: ignore[list-item]
 
 
+class Masks(nn.Module):
+    """Attends by a mask of truth values that is chosen in the graph, as HunyuanVideo does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = fill(Tokens([Block(16), Block(16)]))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the mask leaves, and the mask."""
+        positive = x > 0
+        mask = torch.where(x[:, :1] > 0.5, positive.roll(1, 1), positive).masked_fill(x > 1, True)
+        return self.inner(x * mask), mask
+
+
+def test_truth_values_are_chosen_without_an_operator_that_runtimes_lack(tmp_path: Path) -> None:
+    """ONNX Runtime has no `Where` of them on a CPU; a mask that is returned keeps its name."""
+    model, x = Masks().eval(), noise(2, 12, 16)
+    plan = functools.partial(tcc.plans.full, num_steps=1)
+    runner = load(bundle(model, plan, ((x,), {}), tmp_path / "made").folder)
+    found, mask = runner(x)
+    with torch.no_grad():
+        expected = model(x)
+    assert mask.any()
+    assert torch.equal(mask, expected[1])
+    assert relative_error(found, expected[0]) < CLOSE
+
+
 class Turns(nn.Module):
     """Turns pairs of channels by complex numbers that it has, as the rotary embedding of Qwen-Image does."""
 
