@@ -87,4 +87,4 @@ def _caches(model: nn.Module) -> set[Any]:
 
 
 def _package(kind: type) -> str:
-    return kind.__module__.partition(".")[0]
+    return str(kind.__module__).partition(".")[0]
