@@ -1,6 +1,6 @@
 """The coverage of diffusers' transformer classes as tables: for a terminal, a file, and the README.
 
-Everything is made from `coverage.json`, and from `coverage-inductor.json` where that was run too.
+Everything is made from `coverage.json`, and from the files of other backends where these were run too.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from rich.table import Table
 
 COLUMNS = ("captured", "sites", "plan", "matches")
 HEADS = ("class", "captured", "blocks", "prunable", "plan (MACs)", "matches", "why not; what is left out")
+#: The backends with a column of their own, and its head.
+OTHERS = {"inductor": "Inductor: same bits, error", "onnx": "ONNX Runtime: error"}
 BEGIN, END = "<!-- coverage: begin -->", "<!-- coverage: end -->"
 #: How much of a reason the README shows.
 LONG = 160
@@ -81,9 +83,9 @@ def table(rows: Sequence[Rows]) -> Table:
     return found
 
 
-def markdown(eager: dict[str, Any], inductor: dict[str, Any]) -> str:
+def markdown(eager: dict[str, Any], others: dict[str, dict[str, Any]]) -> str:
     """The table as a file."""
-    about = [line for found in (eager, inductor) if found for line in (_about(found), "")]
+    about = [line for found in (eager, *others.values()) if found for line in (_about(found), "")]
     title = "# Which transformer classes of diffusers run with a plan"
     note = "Small random models; the columns are explained in the script."
     return "\n".join([title, "", *about, note, "", *_lines(HEADS, map(cells, eager["rows"])), ""])
@@ -101,20 +103,22 @@ def _lines(heads: Sequence[str], rows: Any) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *texts)]
 
 
-def block(eager: dict[str, Any], inductor: dict[str, Any]) -> str:
+def block(eager: dict[str, Any], others: dict[str, dict[str, Any]]) -> str:
     """The table for the README, in a block that opens at a click.
 
     Of each class: its blocks that were found, the branches whose tokens can be pruned, the MACs of a step that prunes
     half of their tokens, the error, and what is missing. Of Inductor: whether the uncached plan has the bits of the
-    compiled original, and the error.
+    compiled original, and the error. Of ONNX Runtime: the error.
     """
-    others = {row["name"]: row for row in inductor.get("rows", ())}
     heads = ["class", "blocks", "prunable branches", "pruned MACs", "error", "why not; what is left out"]
     rows = [[*_short(row), _shortened(_why(row))] for row in eager["rows"]]
-    if inductor:
-        heads.insert(-1, "Inductor: same bits, error")
+    for backend, found in others.items():
+        if not found:
+            continue
+        known = {row["name"]: row for row in found["rows"]}
+        heads.insert(-1, OTHERS[backend])
         for row in rows:
-            row.insert(-1, _compiled(others.get(row[0])))
+            row.insert(-1, _other(backend, known.get(row[0])))
     title = f"All {len(rows)} classes, {sum(map(whole, eager['rows']))} of them through all columns"
     lines = [BEGIN, "<details>", f"<summary>{title}</summary>", "", *_lines(heads, rows), "", "</details>", END]
     return "\n".join(lines)
@@ -126,20 +130,23 @@ def _short(row: Rows) -> list[str]:
     return [row["name"], _blocks(d), _prunable(d), share, _error(d)]
 
 
-def _compiled(row: Rows | None) -> str:
+def _other(backend: str, row: Rows | None) -> str:
     if row is None:
         return ""
-    return f"{_mark(row['captured'])}, {_error(row['details']) or row['stage']}"
+    error = _error(row["details"])
+    if backend == "onnx":
+        return error or "none"
+    return f"{_mark(row['captured'])}, {error or row['stage']}"
 
 
 def _shortened(text: str) -> str:
     return text if len(text) <= LONG else f"{text[:LONG]} ..."
 
 
-def write_readme(path: Path, eager: dict[str, Any], inductor: dict[str, Any]) -> None:
+def write_readme(path: Path, eager: dict[str, Any], others: dict[str, dict[str, Any]]) -> None:
     """Put the table between its two marks."""
     before, _, rest = path.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end:
         raise ValueError(f"{path} has no place for the table: {BEGIN} and {END}")
-    path.write_text(before + block(eager, inductor) + after)
+    path.write_text(before + block(eager, others) + after)

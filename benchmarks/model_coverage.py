@@ -3,6 +3,7 @@
     python benchmarks/model_coverage.py --results benchmarks/results      all classes: coverage.json, .md, the README
     python benchmarks/model_coverage.py --only WanTransformer3DModel FluxTransformer2DModel
     python benchmarks/model_coverage.py --backend inductor --results benchmarks/results --resume      hours on a CPU
+    python benchmarks/model_coverage.py --backend onnx --results benchmarks/results --resume          an hour
 
 Each class is built small, with random weights (`coverage_models*.py`), and goes through four columns:
 
@@ -15,8 +16,10 @@ Each class is built small, with random weights (`coverage_models*.py`), and goes
   1e-4, and further away than that from the uncached model, so that the comparison means something.
 
 With another backend than `eager`, what is compared is what that backend compiled: the uncached plan with the compiled
-original, and the plan with the reference. Its rows go to `coverage-<backend>.json`. They are written as they are made,
-each with the commit that it was made at; `--resume` keeps those that are there, and `--only` makes some of them anew.
+original, and the plan with the reference. With `--backend onnx` it is the exported bundle, run by ONNX Runtime; its
+uncached plan may be as far from the model as the plan from the reference. Rows go to `coverage-<backend>.json`. They
+are written as they are made, each with the commit that it was made at; `--resume` keeps those that are there, and
+`--only` makes some of them anew.
 """
 
 from __future__ import annotations
@@ -24,7 +27,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import re
 import sys
 import time
 import traceback
@@ -42,21 +44,17 @@ import coverage_models_sequence  # noqa: F401
 import coverage_models_video  # noqa: F401
 import torch
 from coverage_models import ENTRIES, Built, build
-from coverage_plan import STEPS, actions_of, mixed_plan
-from coverage_table import markdown, read, results_name, summary, table, write_readme
+from coverage_plan import actions_of, mixed_plan
+from coverage_run import TOLERANCE, compare, exact, one_line, outputs, under, without_folders
+from coverage_table import OTHERS, markdown, read, results_name, summary, table, write_readme
 from provenance import commit, results_folder
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 import tcc
-from tcc.lowering import lower
 from tcc.passes.graph import module_path
-from tcc.program import build_program
-from tcc.runtime import Session
 
-TOLERANCE = 1e-4
 TIMEOUT = 600.0
 README = Path(__file__).parents[1] / "README.md"
 
@@ -101,7 +99,7 @@ def examine(name: str, backend: str) -> Row:
     try:
         _examine(row, backend)
     except Exception as error:
-        row.why = f"{row.stage}: {type(error).__name__}: {_one_line(error)}"
+        row.why = f"{row.stage}: {type(error).__name__}: {one_line(error)}"
         row.details["traceback"] = traceback.format_exc()
     row.seconds = round(time.perf_counter() - started, 1)
     return row
@@ -121,15 +119,14 @@ def _examine(row: Row, backend: str) -> None:
     _count_sites(row, info, paths)
     row.stage = "plan"
     plan = mixed_plan(info)
-    program = build_program(info.captured, info.analysis, plan)
-    session = Session(lower(program, backend))
+    program, found = info.program(plan), under(built, info, plan, backend)
     ratio = program.variants[program.bindings[1].variant].macs / info.analysis.macs
     row.details |= {"actions": actions_of(plan), "pruned_macs": ratio, "variants": len(program.variants)}
     row.plan = len(row.details["actions"]) == 3 and ratio < 1
     if not row.plan:
         row.why = row.why or f"plan: nothing could be pruned: {_reason(info)}"
     row.stage = "matches"
-    errors, effect = compare(built, session, tcc.Reference(built.model, plan, info))
+    errors, effect = compare(built, found, tcc.Reference(built.model, plan, info))
     row.details |= {"error": max(errors), "errors": errors, "effect": effect}
     row.matches = max(errors) <= TOLERANCE < effect
     if not row.matches:
@@ -182,64 +179,6 @@ def ran(built: Built) -> list[str]:
             hook.remove()
     unique = list(dict.fromkeys(found))
     return [path for path in unique if not any(path.startswith(f"{other}.") for other in unique)]
-
-
-def outputs(model: Any, built: Built, step: int) -> list[Tensor]:
-    """The tensors that a call returns."""
-    with torch.no_grad():
-        return [leaf for leaf in pytree.tree_leaves(model(**built.call(step))) if isinstance(leaf, Tensor)]
-
-
-def exact(built: Built, info: tcc.ModelInfo, backend: str) -> tuple[bool, float]:
-    """Whether the uncached plan gives the bits of the model, both under one backend; and that backend's own error.
-
-    Both get contiguous inputs, the one layout that tcc compiles for, and Dynamo breaks no graph where the data decide
-    about sizes: kernels for other strides, or for half a graph, round in other places.
-    """
-    expected = _compiled(built, backend)
-    plan = tcc.plans.full(info, num_steps=1)
-    session = Session(lower(build_program(info.captured, info.analysis, plan), backend))
-    same = all(torch.equal(a, b) for a, b in zip(outputs(session, built, 1), expected, strict=True))
-    return same, _distance(expected, outputs(built.model, built, 1))
-
-
-def _compiled(built: Built, backend: str) -> list[Tensor]:
-    """The outputs of the model itself, compiled by torch."""
-    call = pytree.tree_map_only(Tensor, Tensor.contiguous, built.call(1))
-    whole = {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True}
-    with torch.no_grad(), torch._dynamo.config.patch(whole):
-        original: Any = built.model if backend == "eager" else torch.compile(built.model, backend=backend)
-        try:
-            return [leaf for leaf in pytree.tree_leaves(original(**call)) if isinstance(leaf, Tensor)]
-        except Exception as error:
-            raise RuntimeError(f"torch.compile of the model itself fails: {_one_line(error)}") from error
-
-
-def compare(built: Built, session: Session, reference: tcc.Reference) -> tuple[list[float], float]:
-    """The error of every step, and how far the plan's outputs are from the uncached model's at most."""
-    errors, effect = [], 0.0
-    for step in range(STEPS):
-        expected = outputs(reference, built, step)
-        errors.append(_distance(outputs(session, built, step), expected))
-        effect = max(effect, _distance(outputs(built.model, built, step), expected))
-    return errors, effect
-
-
-def _distance(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    found = [
-        float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in zip(results, expected, strict=True)
-    ]
-    return max((e if e == e else float("inf")) for e in found)  # not a number is no match
-
-
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return without_folders(lines[0]).partition(". The forward must not")[0][:300] if lines else ""
-
-
-def without_folders(text: str) -> str:
-    """`text` with the paths of files cut to what is the same on every machine."""
-    return re.sub(r"[^\s\"(]*/site-packages/", "", text).replace(f"{Path(__file__).parents[1]}/", "")
 
 
 def _worker(connection: Connection, backend: str, threads: int) -> None:
@@ -336,7 +275,9 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--only", nargs="+", metavar="NAME", help="these classes alone")
-    found.add_argument("--backend", default="eager", help="see tcc.compile (default: eager; inductor takes hours)")
+    found.add_argument(
+        "--backend", default="eager", help="of tcc.compile, or onnx (default: eager; inductor takes hours)"
+    )
     found.add_argument("--threads", type=int, default=1)
     found.add_argument("--json", metavar="FILE", help="write the rows with all details")
     found.add_argument(
@@ -368,8 +309,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         Path(options.json).write_text(as_json(rows, options.backend))
     if options.results and not options.only:
         folder = Path(options.results)
-        (folder / "coverage.md").write_text(markdown(read(folder), read(folder, "inductor")))
-        write_readme(README, read(folder), read(folder, "inductor"))
+        others = {backend: read(folder, backend) for backend in OTHERS}
+        (folder / "coverage.md").write_text(markdown(read(folder), others))
+        write_readme(README, read(folder), others)
     return 0
 
 

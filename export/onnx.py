@@ -88,6 +88,10 @@ def _make_loadable(ir: Any, graph: Any) -> None:
             either = ir.node("Or", [chosen.outputs[0], other.outputs[0]])
             new = [chosen, inverse, other, either]
             ir.convenience.replace_nodes_and_values(graph, node, [node], new, node.outputs, either.outputs)
+        if node.op_type in ("GatherND", "ScatterND") and node.inputs[1].dtype == ir.DataType.INT32:
+            wide = ir.node("Cast", [node.inputs[1]], {"to": ir.DataType.INT64})  # they take positions in int64 alone
+            graph.insert_before(node, wide)
+            node.replace_input_with(1, wide.outputs[0])
 
 
 def _check_names(variant: Variant, weights: Weights) -> None:

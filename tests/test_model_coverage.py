@@ -59,6 +59,15 @@ def test_a_class_goes_through_all_columns(script: ModuleType, name: str) -> None
     assert row.details["effect"] > 0.01
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_class_goes_through_all_columns_as_a_bundle(script: ModuleType) -> None:
+    """Exported, loaded and run by ONNX Runtime."""
+    pytest.importorskip("onnx", reason="needs the ONNX packages: pip install 'tcc[onnx]'")
+    row = script.examine("DiTTransformer2DModel", "onnx")
+    assert row.whole, row.why
+    assert 0 < row.details["error"] < row.details["effect"]
+
+
 def test_what_fails_is_a_row(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """A class that cannot be built says so, in one line and with the stage."""
 
@@ -75,10 +84,10 @@ def test_what_fails_is_a_row(script: ModuleType, monkeypatch: pytest.MonkeyPatch
 def test_the_readme_has_the_table_of_the_results(script: ModuleType) -> None:
     """The table between the two marks is the one that the results make, and so is the file's."""
     tables, folder = sys.modules["coverage_table"], BENCHMARKS / "results"
-    eager, inductor = tables.read(folder), tables.read(folder, "inductor")
+    eager, others = tables.read(folder), {backend: tables.read(folder, backend) for backend in tables.OTHERS}
     text = (BENCHMARKS.parent / "README.md").read_text()
-    assert tables.block(eager, inductor) in text
-    assert tables.markdown(eager, inductor) == (folder / "coverage.md").read_text()
+    assert tables.block(eager, others) in text
+    assert tables.markdown(eager, others) == (folder / "coverage.md").read_text()
     assert {row["name"] for row in eager["rows"]} == set(script.ENTRIES)
     assert eager["commit"]
     assert text.count("<details>") == text.count("</details>")
@@ -91,14 +100,15 @@ def made(name: str, **details: object) -> dict[str, object]:
 
 
 def test_the_table_is_written_between_its_marks(script: ModuleType, tmp_path: Path) -> None:
-    """The rest of the file stays; Inductor's column stands where it was run; a reason is cut to a length."""
+    """The rest of the file stays; a backend's column stands where it was run; a reason is cut to a length."""
     tables = sys.modules["coverage_table"]
     good = made("A", found=2, blocks=3, prunable=4, branches=5, pruned_macs=0.5, error=2e-7)
     bad = made("B") | {"captured": False, "why": "x | " * 100}
     path = tmp_path / "README.md"
     path.write_text(f"one\n{tables.BEGIN}\nold\n{tables.END}\ntwo\n")
-    for inductor, cell in (({}, ""), ({"rows": [good]}, "yes, 2e-07 | ")):
-        tables.write_readme(path, {"rows": [good, bad]}, inductor)
+    other = {"rows": [good, bad]}
+    for others, cell in (({}, ""), ({"inductor": other, "onnx": {}}, "yes, 2e-07 | "), ({"onnx": other}, "2e-07 | ")):
+        tables.write_readme(path, {"rows": [good, bad]}, others)
         lines = path.read_text().splitlines()
         assert (lines[0], lines[1], lines[-2], lines[-1]) == ("one", tables.BEGIN, tables.END, "two")
         assert f"| A | 2/3 | 4/5 | 0.50 | 2e-07 | {cell} |" in lines

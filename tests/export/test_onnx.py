@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 import tcc
@@ -18,17 +17,16 @@ from tcc.errors import BundleError, CallError, ExportError
 from tcc.export import Runner, bundle, load
 from tcc.export import onnx as onnx_export
 from tcc.export.inputs import describe, random_inputs
-from tcc.export.manifest import WEIGHTS, next_of
+from tcc.export.manifest import next_of
 from tcc.export.onnx_operators import OPERATORS
 from tcc.export.verify import verify
 from tcc.export.weights import collect
-from tcc.passes.graph import graph_text
 from tcc.plan import Action, CachePlan, Compute, Hold
 from tcc.program import build_program
 from tests.export.bundles import STEPS, allowed_bytes, bundle_bytes, chosen, flat_inputs, mixed, session
 from tests.export.mutations import rewrite
 from tests.running import CLOSE
-from tests.tiny_models import Block, Case, Tokens, case, dit, fill, noise, relative_error, tensor_of, uvit
+from tests.tiny_models import Case, case, dit, relative_error, tensor_of, uvit
 
 onnx = pytest.importorskip("onnx", reason="needs the ONNX packages: pip install 'tcc[onnx]'")
 
@@ -324,64 +322,6 @@ def test_graphs_with_functions_of_their_own_are_refused() -> None:
         ExportError, match=r"hands flex_attention a function of its own, and bundles hold tensors alone"
     ):
         collect([variant])  # type: ignore[list-item]
-
-
-class Masks(nn.Module):
-    """Attends by a mask of truth values that is chosen in the graph, as HunyuanVideo does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = fill(Tokens([Block(16), Block(16)]))
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the mask leaves, and the mask."""
-        positive = x > 0
-        mask = torch.where(x[:, :1] > 0.5, positive.roll(1, 1), positive).masked_fill(x > 1, True)
-        return self.inner(x * mask), mask
-
-
-def test_truth_values_are_chosen_without_an_operator_that_runtimes_lack(tmp_path: Path) -> None:
-    """ONNX Runtime has no `Where` of them on a CPU; a mask that is returned keeps its name."""
-    model, x = Masks().eval(), noise(2, 12, 16)
-    plan = functools.partial(tcc.plans.full, num_steps=1)
-    runner = load(bundle(model, plan, ((x,), {}), tmp_path / "made").folder)
-    found, mask = runner(x)
-    with torch.no_grad():
-        expected = model(x)
-    assert mask.any()
-    assert torch.equal(mask, expected[1])
-    assert relative_error(found, expected[0]) < CLOSE
-
-
-class Turns(nn.Module):
-    """Turns pairs of channels by complex numbers that it has, as the rotary embedding of Qwen-Image does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = fill(Tokens([Block(16), Block(16)]))
-        self.register_buffer("table", torch.polar(torch.ones(12, 8), torch.linspace(0, 3, 96).reshape(12, 8)))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Turned and back, around the blocks."""
-        turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * self.table
-        y = self.inner(torch.view_as_real(turned).flatten(2))
-        return torch.view_as_real(torch.view_as_complex(y.unflatten(-1, (-1, 2))) * self.table.conj()).flatten(2)
-
-
-def test_complex_numbers_of_a_model_are_written_as_pairs(tmp_path: Path) -> None:
-    """ONNX has none. The program that the bundle was made of stays as it was."""
-    model, x = Turns().eval(), noise(2, 12, 16)
-    compiled = tcc.compile(model, functools.partial(tcc.plans.fora, num_steps=3, interval=2), backend="eager")
-    compiled(x)
-    program = compiled.whole_program()
-    before = [graph_text(variant.gm.graph) for variant in program.variants]
-    runner = load(bundle(compiled, out=tmp_path / "made").folder)
-    assert [graph_text(variant.gm.graph) for variant in program.variants] == before
-    assert "table.pairs" in load_file(tmp_path / "made" / WEIGHTS)
-    compiled.reset()
-    for seed in range(6):
-        x = noise(2, 12, 16, seed=seed)
-        assert relative_error(runner(x), compiled(x)) < CLOSE
 
 
 def test_what_has_no_onnx_form_is_named_with_its_cause() -> None:
