@@ -83,6 +83,11 @@ class _Edit:
         """A new call, in the place of `like`."""
         return emit(self.gm.graph, target, args, kwargs, like=like)
 
+    def again(self, node: fx.Node, args: tuple[Any, ...]) -> fx.Node:
+        """The call of `node` with these arguments, on pairs."""
+        given, kwargs = fx.map_arg((args, node.kwargs), lambda n: self.pairs.get(n, n))
+        return self.call(node, node.target, *given, **kwargs)
+
     def over_pairs(self, like: fx.Node, x: fx.Node) -> fx.Node:
         """The pairs of a complex value, or a real value for both parts of each."""
         return self.pairs[x] if x in self.pairs else self.call(like, aten.unsqueeze.default, x, -1)
@@ -196,10 +201,9 @@ def _conjugate(edit: _Edit, node: fx.Node) -> fx.Node | None:
 
 @_rule(operator.getitem, aten.neg.default, aten.clone.default, aten.alias.default, aten.index.Tensor,
        aten.resolve_conj.default)  # fmt: skip
-def _alike(edit: _Edit, node: fx.Node, args: tuple[Any, ...] | None = None) -> fx.Node | None:
+def _alike(edit: _Edit, node: fx.Node) -> fx.Node | None:
     """The same call on pairs: it says nothing of dimensions, or counts them from the first."""
-    given, kwargs = fx.map_arg((node.args if args is None else args, node.kwargs), lambda n: edit.pairs.get(n, n))
-    return edit.call(node, node.target, *given, **kwargs)
+    return edit.again(node, node.args)
 
 
 @_rule(aten.pad_sequence.default)
@@ -217,7 +221,7 @@ def _along(position: int, *others: int, made: bool = False) -> Rule:
             if each < len(args):  # else the first dimension
                 dims: Any = args[each]
                 args[each] = [dim % rank for dim in dims] if isinstance(dims, (list, tuple)) else dims % rank
-        return _alike(edit, node, tuple(args))
+        return edit.again(node, tuple(args))
 
     return rule
 
@@ -230,7 +234,7 @@ def _sized(last: int | None) -> Rule:
         sizes: Any = given
         rank = len(shape(node))
         own = [dim % rank for dim in sizes] + [rank] if last is None else [*sizes, last]
-        return _alike(edit, node, (x, own, *rest))
+        return edit.again(node, (x, own, *rest))
 
     return rule
 
