@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import sys
-from collections.abc import Iterable, Iterator
+import types
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -14,77 +16,111 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 __all__ = ["no_leftovers"]
 
-_Holder = dict[Any, Any] | list[Any]
 _CACHE = type(functools.lru_cache(lambda: None))
-_FOREIGN = {*sys.stdlib_module_names, "torch"}  # what is of their classes is not looked into: loggers know each other
+_FOREIGN = {*sys.stdlib_module_names, "torch"}  # objects of theirs are not looked into: loggers know each other
+_LARGE = 10_000  # what has more entries is data, not a few tables
 
 
 @contextlib.contextmanager
 def no_leftovers(model: nn.Module) -> Iterator[None]:
-    """Take out of the model, afterwards, every fake tensor that was put there.
+    """Take out of the model and its code, afterwards, every fake tensor that was put there.
 
     `torch.export` puts back attributes of modules. Rotary tables are often kept elsewhere: in a plain object that a
-    module has, in a dictionary, or by `functools.lru_cache`. The next run or capture would find them there.
+    module has, in a dictionary, in a class or a file, or by `functools.lru_cache`. The next run or capture would find
+    them there. What is kept in `__slots__`, and by code of other packages than those of the modules, is not found.
 
     Args:
         model: what is captured.
     """
-    roots = [vars(module) for module in model.modules()]
-    holders = [item for item in _reached(roots) if isinstance(item, (dict, list))]
-    before = [(holder, dict(holder) if isinstance(holder, dict) else list(holder)) for holder in holders]
-    caches = [(cache, cache.cache_info().misses) for cache in _caches(model)]
+    modules = list(model.modules())
+    packages = {_package(type(module)) for module in modules} - _FOREIGN
+    found = list(_reached([*map(vars, modules), *map(type, modules)], packages))
+    before = [(item, _contents(item)) for item in found if _is(item, dict, list, type)]
     try:
         yield
     finally:
         for holder, contents in before:
             _put_back(holder, contents)
-        for cache, misses in caches:
-            if cache.cache_info().misses != misses:
+        for cache in found:
+            if type(cache) is _CACHE and any(map(_is_fake, _kept(cache))):
                 cache.cache_clear()
 
 
-def _put_back(holder: _Holder, contents: _Holder) -> None:
+def _put_back(holder: Any, contents: Any) -> None:
     """Put the contents back where fake tensors have taken their place."""
-    if isinstance(holder, list):
+    if _is(holder, list):
         if any(map(_is_fake, holder)):
             holder[:] = contents
         return
-    assert isinstance(contents, dict)
-    for name in [name for name, item in holder.items() if item is not contents.get(name) and _is_fake(item)]:
-        if name in contents:
+    now = _contents(holder)
+    for name in [name for name, item in now.items() if item is not contents.get(name) and _is_fake(item)]:
+        if _is(holder, type):
+            setattr(holder, name, contents[name]) if name in contents else delattr(holder, name)
+        elif name in contents:
             holder[name] = contents[name]
         else:
             del holder[name]
 
 
+def _contents(holder: Any) -> Any:
+    """What a list, a dictionary or a class holds now."""
+    return list(holder) if _is(holder, list) else dict((vars(holder) if _is(holder, type) else holder).items())
+
+
 def _is_fake(item: Any) -> bool:
     """Whether it is a fake tensor, or holds one."""
-    return any(isinstance(part, (FakeTensor, FunctionalTensor)) for part in _reached([item]))
+    return any(_is(part, FakeTensor, FunctionalTensor) for part in _reached([item]))
 
 
-def _reached(roots: Iterable[Any]) -> Iterator[Any]:
-    """Everything that is held by `roots`: in containers, and as attributes of objects."""
+def _reached(roots: Iterable[Any], packages: Iterable[str] = ()) -> Iterator[Any]:
+    """Everything that `roots` hold, and the classes and functions of `packages` that they are made of or call."""
     left, seen = list(roots), dict[int, Any]()  # which keeps what it knows by its number
     while left:
         item = left.pop()
-        if id(item) in seen:
-            continue
-        seen[id(item)] = item
-        yield item
-        if isinstance(item, (dict, list, tuple)):
-            left += item.values() if isinstance(item, dict) else item
-        elif _package(type(item)) not in _FOREIGN and hasattr(item, "__dict__"):
-            left.append(vars(item))
+        if id(item) not in seen:
+            seen[id(item)] = item
+            yield item
+            left += _inside(item, packages)
 
 
-def _caches(model: nn.Module) -> set[Any]:
-    """The caches of the classes of the model's modules, and of the files that these are written in."""
-    classes = {base for module in model.modules() for base in type(module).__mro__ if _package(base) not in _FOREIGN}
-    files = [sys.modules[base.__module__] for base in classes if base.__module__ in sys.modules]
-    found = [item for place in (*classes, *files) for item in list(vars(place).values())]
-    plain = (item.__func__ if isinstance(item, (staticmethod, classmethod)) else item for item in found)
-    return {item for item in plain if isinstance(item, _CACHE)}
+def _inside(item: Any, packages: Iterable[str]) -> Iterable[Any]:
+    """What an object holds; asked by its type, since a proxy may not let itself be asked."""
+    kind = type(item)
+    if kind is _CACHE:
+        return [item.__wrapped__, *_kept(item)]
+    if _is(item, staticmethod, classmethod):
+        return [item.__func__]
+    if _is(item, types.FunctionType):
+        cells = [cell.cell_contents for cell in item.__closure__ or () if cell != types.CellType()]
+        return [*cells, vars(item), *([item.__globals__] if _package(item) in packages else [])]
+    if _is(item, types.ModuleType):
+        return [vars(item)] if item.__name__.partition(".")[0] in packages else []
+    if _is(item, type):
+        return [*item.__bases__, *vars(item).values()] if _package(item) in packages else []
+    parts = _parts(item) if _is(item, dict, list, tuple) else []
+    if _is(item, nn.Module) or (_package(kind) in _FOREIGN and kind is not types.SimpleNamespace):
+        return parts
+    with contextlib.suppress(Exception):  # what has no attributes, or does not show them
+        return [*parts, kind, object.__getattribute__(item, "__dict__")]
+    return [*parts, kind]
 
 
-def _package(kind: type) -> str:
-    return str(kind.__module__).partition(".")[0]
+def _parts(item: Any) -> Sequence[Any]:
+    if len(item) > _LARGE:
+        return []
+    return [*(dict.values(item) if _is(item, dict) else item)]
+
+
+def _kept(cache: Any) -> list[Any]:
+    """The results that a function with `lru_cache` keeps, among other things."""
+    found = gc.get_referents(cache)
+    links = [link for link in found if type(link).__name__ == "_lru_list_elem"]  # Python 3.12 has them in between
+    return [item for item in (*found, *gc.get_referents(*links)) if not callable(item)]
+
+
+def _is(item: Any, *kinds: type) -> bool:
+    return issubclass(type(item), kinds)
+
+
+def _package(item: Any) -> str:
+    return str(item.__module__).partition(".")[0]

@@ -143,17 +143,13 @@ def _collecting_after() -> Iterator[None]:
     """Python collects garbage after the block, and not within.
 
     A variant is tens of thousands of objects, made in one go, and all of them stay: collections in between would go
-    over everything that lives, torch and the other variants too, and find nothing. So would those right after it, three
-    times: frozen for a moment, all that lives counts as old.
+    over everything that lives, torch and the other variants too, and find nothing.
     """
     collecting = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if gc.get_freeze_count() == 0:  # a program that has frozen objects wants them to stay so
-            gc.freeze()
-            gc.unfreeze()
         if collecting:
             gc.enable()
 
