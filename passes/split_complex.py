@@ -29,7 +29,7 @@ class SplitComplex(Pass):
 
     1. A weight becomes a weight of pairs, on the same memory.
     2. A real value is replaced where everything complex that it is computed from has a rule below. Where something has
-       none, or is an input of the model, all stays as it was.
+       none, or is an input of the model, that value stays as it was.
     """
 
     def run(self, gm: fx.GraphModule) -> int:
@@ -61,8 +61,8 @@ class _Edit:
             return False
         with self.gm.graph.inserting_before(node):
             new = _RULES[node.target](self, node)
-        if new is None:
-            return False
+        if new is None or _first(new).dtype != _REAL.get(_first(node).dtype, _first(node).dtype):
+            return False  # numbers without dimensions do not widen others, and their pairs do
         if _is_complex(_first(node)):
             self.pairs[node] = new
             return False
@@ -70,11 +70,11 @@ class _Edit:
         return True
 
     def _weight(self, node: fx.Node) -> fx.Node:
-        name = f"{str(node.target).replace('.', '_')}_pairs"
+        name = f"pairs_of_{str(node.target).replace('.', '_')}"  # captured names begin otherwise
         self.gm.register_buffer(name, torch.view_as_real(getattr(self.gm, str(node.target)).detach().resolve_conj()))
         with self.gm.graph.inserting_after(node):
             new = self.gm.graph.get_attr(name)
-        new.meta = {**node.meta, "val": torch.view_as_real(value(node))}
+        new.meta = {**node.meta, "val": torch.view_as_real(value(node).resolve_conj())}
         if "weight" in node.meta:
             new.meta["weight"] = f"{node.meta['weight']}.pairs"
         return new
@@ -83,14 +83,18 @@ class _Edit:
         """A new call, in the place of `like`."""
         return emit(self.gm.graph, target, args, kwargs, like=like)
 
-    def again(self, node: fx.Node, args: tuple[Any, ...]) -> fx.Node:
-        """The call of `node` with these arguments, on pairs."""
+    def again(self, node: fx.Node, args: tuple[Any, ...]) -> fx.Node | None:
+        """The call of `node` with these arguments, on pairs; None where real numbers are among the complex ones."""
+        if any(n not in self.pairs and _first(n).is_floating_point() for n in node.all_input_nodes):
+            return None
         given, kwargs = fx.map_arg((args, node.kwargs), lambda n: self.pairs.get(n, n))
         return self.call(node, node.target, *given, **kwargs)
 
     def over_pairs(self, like: fx.Node, x: fx.Node) -> fx.Node:
         """The pairs of a complex value, or a real value for both parts of each."""
-        return self.pairs[x] if x in self.pairs else self.call(like, aten.unsqueeze.default, x, -1)
+        if x in self.pairs or not shape(x):
+            return self.pairs.get(x, x)
+        return self.call(like, aten.unsqueeze.default, x, -1)
 
     def parts(self, node: fx.Node, pair: fx.Node) -> tuple[fx.Node, fx.Node]:
         """Real and imaginary part of a pair."""
@@ -115,7 +119,7 @@ def _rule(*targets: Any) -> Callable[[Rule], Rule]:
 
 
 def _first(node: fx.Node) -> Any:
-    """The value, or the first of several."""
+    """The value, or the first of several: an operator's are all of one dtype."""
     found = node.meta.get("val")
     return found[0] if isinstance(found, (tuple, list)) and found else found
 
@@ -187,7 +191,8 @@ def _product(edit: _Edit, node: fx.Node) -> fx.Node | None:
 
 @_rule(aten.add.Tensor, aten.sub.Tensor)
 def _sum(edit: _Edit, node: fx.Node) -> fx.Node | None:
-    return _alike(edit, node) if all(x in edit.pairs for x in node.args) else None
+    real = isinstance(node.kwargs.get("alpha", 1), (int, float))
+    return _alike(edit, node) if real and all(x in edit.pairs for x in node.args) else None
 
 
 @_rule(aten._conj.default, aten._conj_physical.default, aten.conj_physical.default)

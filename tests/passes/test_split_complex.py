@@ -26,6 +26,8 @@ class Of(nn.Module):
         self.function = function
         angles = torch.linspace(0, 3, S * D).reshape(S, D)
         self.register_buffer("table", torch.polar(torch.full((S, D), 0.9), angles))
+        self.register_buffer("turned", self.table.conj())
+        self.register_buffer("table_pairs", torch.ones(S, D, 2))
 
     def forward(self, x: Tensor) -> Any:
         """Pairs from pairs."""
@@ -82,6 +84,8 @@ FUNCTIONS: dict[str, Function] = {
     "flipped": lambda z, t: z * t.flip(-1),
     "padded": lambda z, t: z * nn.utils.rnn.pad_sequence([t[:2], t], batch_first=True),
     "wider": lambda z, t: z.to(torch.complex128) * t,
+    "a number without dimensions": lambda z, t: z * torch.tensor(2.0) / torch.tensor(4.0),
+    "alpha": lambda z, t: torch.add(z, t, alpha=3),
     "read twice": lambda z, t: torch.view_as_real(z * t).sum(-1) + (z * t).real,
 }
 
@@ -104,6 +108,9 @@ LEFT_ALONE: dict[str, Function] = {
     "no rule": lambda z, t: (z * t).exp(),
     "no rule for these": lambda z, t: z / t,
     "real and complex": lambda z, t: z + torch.ones(D),
+    "complex alpha": lambda z, t: torch.add(z, t, alpha=2j),
+    "joined with real": lambda z, t: torch.cat([z, torch.ones(B, S, D)]),
+    "wide number without dimensions": lambda z, t: z + torch.tensor(2.0 + 1j, dtype=torch.complex128),
     "a complex number": lambda z, t: z * (1 + 2j),
     "no complex numbers": lambda z, t: torch.ones(2) + 1,
 }
@@ -116,6 +123,27 @@ def test_the_rest_is_left_alone(name: str) -> None:
     before = text(gm)
     assert edits(gm, SplitComplex()) == 0
     assert text(gm) == before
+
+
+def test_a_wide_real_number_without_dimensions_widens_nothing() -> None:
+    """As in the model: float64 times complex64 is complex64 where the number has no dimensions."""
+    gm = graph(lambda z, t: z * torch.tensor(3.0, dtype=torch.float64))
+    assert edits(gm, SplitComplex()) == 1
+    assert gm(given())[0].dtype == torch.float32
+
+
+def test_a_conjugated_weight() -> None:
+    """What is only marked as conjugated in memory, and a weight that is called like one of pairs."""
+
+    class Turned(Of):
+        def forward(self, x: Tensor) -> Tensor:
+            z = torch.view_as_complex(x)
+            return torch.view_as_real(z * self.turned * self.table) + self.table_pairs
+
+    gm = capture(Turned(FUNCTIONS["rotary"]).eval(), (given(),), {}).gm
+    expected = gm(given())[0]
+    assert edits(gm, SplitComplex()) == 1
+    torch.testing.assert_close(gm(given())[0], expected, rtol=1e-6, atol=1e-6)
 
 
 def test_a_part_of_a_graph_can_be_left_alone() -> None:
