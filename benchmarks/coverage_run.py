@@ -19,7 +19,7 @@ from tcc.lowering import lower
 from tcc.program import build_program
 from tcc.runtime import Session
 
-__all__ = ["TOLERANCE", "compare", "exact", "one_line", "outputs", "under", "without_folders"]
+__all__ = ["ONNX", "TOLERANCE", "compare", "exact", "one_line", "outputs", "under", "without_folders"]
 
 TOLERANCE = 1e-4
 ONNX = "onnx"

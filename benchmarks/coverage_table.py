@@ -135,7 +135,7 @@ def _other(backend: str, row: Rows | None) -> str:
         return ""
     error = _error(row["details"])
     if backend == "onnx":
-        return error or "none"
+        return error if row["matches"] else f"no, {error or row['stage']}"
     return f"{_mark(row['captured'])}, {error or row['stage']}"
 
 

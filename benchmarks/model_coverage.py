@@ -45,7 +45,7 @@ import coverage_models_video  # noqa: F401
 import torch
 from coverage_models import ENTRIES, Built, build
 from coverage_plan import actions_of, mixed_plan
-from coverage_run import TOLERANCE, compare, exact, one_line, outputs, under, without_folders
+from coverage_run import ONNX, TOLERANCE, compare, exact, one_line, outputs, under, without_folders
 from coverage_table import OTHERS, markdown, read, results_name, summary, table, write_readme
 from provenance import commit, results_folder
 from rich.console import Console
@@ -114,7 +114,8 @@ def _examine(row: Row, backend: str) -> None:
     info = tcc.inspect(built.model, **built.call(0))
     row.details |= {"hash": info.captured.hash, "nodes": len(info.captured.gm.graph.nodes)}
     row.captured, row.details["backend_error"] = exact(built, info, backend)
-    row.why = "" if row.captured else "captured: the uncached plan changes bits"
+    off = f"is off by {row.details['backend_error']:.1e}"
+    row.why = "" if row.captured else f"captured: the uncached plan {off if backend == ONNX else 'changes bits'}"
     row.stage = "sites"
     _count_sites(row, info, paths)
     row.stage = "plan"
@@ -131,8 +132,8 @@ def _examine(row: Row, backend: str) -> None:
     row.matches = max(errors) <= TOLERANCE < effect
     if not row.matches:
         row.why = row.why or (
-            f"matches: error {max(errors):.1e}, effect of the plan {effect:.1e}; {backend} alone, without tcc, is off "
-            f"by {row.details['backend_error']:.1e}"
+            f"matches: error {max(errors):.1e}, effect of the plan {effect:.1e}; "
+            f"{'the uncached plan' if backend == ONNX else f'{backend} alone, without tcc,'} {off}"
         )
 
 
@@ -284,9 +285,9 @@ def parser() -> argparse.ArgumentParser:
         "--results",
         type=results_folder,
         metavar="FOLDER",
-        help="write coverage.json, coverage.md and the README's table",
+        help="write the backend's JSON; where coverage.json is whole, coverage.md and the README's table",
     )
-    found.add_argument("--resume", action="store_true", help="keep the rows that the folder holds for this backend")
+    found.add_argument("--resume", action="store_true", help="make the rows alone that the folder lacks")
     return found
 
 
@@ -298,17 +299,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         sys.exit(f"diffusers has no transformer class {', '.join(unknown)}")
     done: dict[str, Any] = {}
-    if options.resume:
-        if not options.results:
-            sys.exit("--resume goes on with the rows in a folder: name it with --results")
+    if options.resume and not options.results:
+        sys.exit("--resume goes on with the rows in a folder: name it with --results")
+    if options.results and (options.resume or options.only):
         rows = read(Path(options.results), options.backend).get("rows", ())
         done = {row["name"]: row for row in rows if row["name"] not in (options.only or ())}
     rows = examine_all(options.only or list(known), options, done)
     Console(width=None if sys.stdout.isatty() else 240).print(table(rows))
     if options.json:
         Path(options.json).write_text(as_json(rows, options.backend))
-    if options.results and not options.only:
-        folder = Path(options.results)
+    folder = Path(options.results or "")
+    if options.results and set(known) <= {row["name"] for row in read(folder).get("rows", ())}:
         others = {backend: read(folder, backend) for backend in OTHERS}
         (folder / "coverage.md").write_text(markdown(read(folder), others))
         write_readme(README, read(folder), others)

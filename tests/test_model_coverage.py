@@ -152,6 +152,12 @@ def test_a_run_that_was_cut_off_goes_on(script: ModuleType, tmp_path: Path, monk
     assert len(asked) == 3
     assert {row["name"] for row in json.loads((tmp_path / "coverage.json").read_text())["rows"]} == set(asked)
     assert "All 2 classes, 0 of them" in (tmp_path / "README.md").read_text()
+    script.main(["--results", str(tmp_path), "--only", "SD3Transformer2DModel"])
+    assert len(asked) == 4
+    assert len(json.loads((tmp_path / "coverage.json").read_text())["rows"]) == 2
+    (tmp_path / "other").mkdir()
+    assert script.main(["--results", str(tmp_path / "other"), "--backend", "onnx"]) == 0
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["coverage-onnx.json"]
     with pytest.raises(SystemExit, match="--resume goes on with the rows in a folder: name it with --results"):
         script.main(["--resume"])
 
