@@ -89,9 +89,18 @@ def _make_loadable(ir: Any, graph: Any) -> None:
             new = [chosen, inverse, other, either]
             ir.convenience.replace_nodes_and_values(graph, node, [node], new, node.outputs, either.outputs)
         if node.op_type in ("GatherND", "ScatterND") and node.inputs[1].dtype == ir.DataType.INT32:
-            wide = ir.node("Cast", [node.inputs[1]], {"to": ir.DataType.INT64})  # they take positions in int64 alone
-            graph.insert_before(node, wide)
-            node.replace_input_with(1, wide.outputs[0])
+            _cast(ir, graph, node, 1, ir.DataType.INT64)  # they take positions in int64 alone
+        if node.op_type == "Einsum":
+            for position, value in enumerate(node.inputs):
+                if value.dtype != node.outputs[0].dtype:  # torch widens one of them
+                    _cast(ir, graph, node, position, node.outputs[0].dtype)
+
+
+def _cast(ir: Any, graph: Any, node: Any, position: int, dtype: Any) -> None:
+    """Give `node` one of its inputs in another type."""
+    cast = ir.node("Cast", [node.inputs[position]], {"to": dtype})
+    graph.insert_before(node, cast)
+    node.replace_input_with(position, cast.outputs[0])
 
 
 def _check_names(variant: Variant, weights: Weights) -> None:

@@ -97,3 +97,24 @@ def test_complex_numbers_of_a_model_are_written_as_pairs(tmp_path: Path) -> None
     for seed in range(6):
         x = noise(2, 12, 16, seed=seed)
         assert relative_error(runner(x), compiled(x)) < CLOSE
+
+
+class Widens(nn.Module):
+    """Sums products of float32 and float64 numbers, as the rotary table of HiDream does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = fill(Tokens([Block(16), Block(16)]))
+        self.register_buffer("rates", torch.linspace(0, 1, 16, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Angles in float64, and the blocks in float32."""
+        return self.inner(x + torch.einsum("bs,d->bsd", x[..., 0], self.rates).cos().float())
+
+
+def test_products_of_different_types(tmp_path: Path) -> None:
+    """Torch widens one of the factors, and ONNX wants one type."""
+    model, x = Widens().eval(), noise(2, 12, 16)
+    runner = load(bundle(model, functools.partial(tcc.plans.full, num_steps=1), ((x,), {}), tmp_path / "made").folder)
+    with torch.no_grad():
+        assert relative_error(runner(x), model(x)) < CLOSE
