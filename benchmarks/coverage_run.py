@@ -94,4 +94,5 @@ def one_line(error: BaseException) -> str:
 
 def without_folders(text: str) -> str:
     """`text` with the paths of files cut to what is the same on every machine."""
+    text = re.sub(rf"{re.escape(tempfile.gettempdir())}/[^/\s]*/", "", text)
     return re.sub(r"[^\s\"(]*/site-packages/", "", text).replace(f"{Path(__file__).parents[1]}/", "")

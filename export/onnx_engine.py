@@ -188,9 +188,12 @@ def _share(onnxruntime: Any, options: Any, weights: dict[str, Any], prepack: boo
     """Let a session on a CPU read the weights where they are, and use the memory of other sessions for its values."""
     for name, weight in weights.items():
         options.add_initializer(name, weight)
+    # These turn weights inside the graph, which is then given the ones that lie here. The second one runs later.
+    left_out = ["TransposeOptimizer", "TransposeOptimizer_CPUExecutionProvider"]
     if all(weight.data_type() == "tensor(float)" for weight in weights.values()):
         # it would make a transposed copy of most weights; half precision is computed in float32, and needs the copies
-        options.add_session_config_entry("optimization.disable_specified_optimizers", "ConstantFolding")
+        left_out.append("ConstantFolding")
+    options.add_session_config_entry("optimization.disable_specified_optimizers", ";".join(left_out))
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
     _one_arena(onnxruntime)

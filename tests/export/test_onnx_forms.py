@@ -118,3 +118,28 @@ def test_products_of_different_types(tmp_path: Path) -> None:
     runner = load(bundle(model, functools.partial(tcc.plans.full, num_steps=1), ((x,), {}), tmp_path / "made").folder)
     with torch.no_grad():
         assert relative_error(runner(x), model(x)) < CLOSE
+
+
+class Permutes(nn.Module):
+    """Normalises channels between two permutations, as UVit2D does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = fill(Tokens([Block(16), Block(16)]))
+        self.conv = fill(nn.Conv2d(16, 16, 1))
+        self.scale = nn.Parameter(torch.linspace(0.5, 2, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Blocks, and a map of 4 x 3 pixels."""
+        y = self.conv(self.inner(x).mT.unflatten(-1, (4, 3)))
+        y = y.permute(0, 2, 3, 1)
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6) * self.scale
+        return self.conv(y.permute(0, 3, 1, 2)).flatten(2).mT
+
+
+def test_weights_between_permutations(tmp_path: Path) -> None:
+    """ONNX Runtime's optimiser may not turn what all sessions share."""
+    model, x = Permutes().eval(), noise(2, 12, 16)
+    runner = load(bundle(model, functools.partial(tcc.plans.full, num_steps=1), ((x,), {}), tmp_path / "made").folder)
+    with torch.no_grad():
+        assert relative_error(runner(x), model(x)) < CLOSE
