@@ -36,20 +36,22 @@ def no_leftovers(model: nn.Module) -> Iterator[None]:
     packages = {_package(type(module)) for module in modules} - _FOREIGN
     found = list(_reached([*map(vars, modules), *map(type, modules)], packages))
     before = [(item, _contents(item)) for item in found if _is(item, dict, list, type)]
+    caches = [(item, item.cache_info().misses) for item in found if type(item) is _CACHE]
     try:
         yield
     finally:
         for holder, contents in before:
             _put_back(holder, contents)
-        for cache in found:
-            if type(cache) is _CACHE and any(map(_is_fake, _kept(cache))):
+        for cache, misses in caches:
+            if cache.cache_info().misses != misses and any(map(_is_fake, _kept(cache))):
                 cache.cache_clear()
 
 
 def _put_back(holder: Any, contents: Any) -> None:
     """Put the contents back where fake tensors have taken their place."""
     if _is(holder, list):
-        if any(map(_is_fake, holder)):
+        known = {id(item) for item in contents}
+        if any(id(item) not in known and _is_fake(item) for item in holder):
             holder[:] = contents
         return
     now = _contents(holder)
@@ -73,20 +75,28 @@ def _is_fake(item: Any) -> bool:
 
 
 def _reached(roots: Iterable[Any], packages: Iterable[str] = ()) -> Iterator[Any]:
-    """Everything that `roots` hold, and the classes and functions of `packages` that they are made of or call."""
-    left, seen = list(roots), dict[int, Any]()  # which keeps what it knows by its number
-    while left:
-        item = left.pop()
-        if id(item) not in seen:
-            seen[id(item)] = item
-            yield item
-            left += _inside(item, packages)
+    """Everything that `roots` hold, and the classes and functions of `packages` that they are made of or call.
+
+    Of objects that code holds, such as the constants of a file, no attributes: they may lead anywhere.
+    """
+    left, of_code, seen = list(roots), list[Any](), dict[int, Any]()  # which keeps what it knows by its number
+    while left or of_code:
+        by_code = not left  # last, so that what the model holds too is looked into
+        item = (of_code if by_code else left).pop()
+        if id(item) in seen:
+            continue
+        seen[id(item)] = item
+        yield item
+        code = _code(item, packages)
+        if code is None and not by_code:
+            left += _held(item)
+        else:
+            of_code += _parts(item) if code is None else code
 
 
-def _inside(item: Any, packages: Iterable[str]) -> Iterable[Any]:
-    """What an object holds; asked by its type, since a proxy may not let itself be asked."""
-    kind = type(item)
-    if kind is _CACHE:
+def _code(item: Any, packages: Iterable[str]) -> Iterable[Any] | None:
+    """What a class, a function or a file holds; None where the item is none of them."""
+    if type(item) is _CACHE:
         return [item.__wrapped__, *_kept(item)]
     if _is(item, staticmethod, classmethod):
         return [item.__func__]
@@ -97,7 +107,12 @@ def _inside(item: Any, packages: Iterable[str]) -> Iterable[Any]:
         return [vars(item)] if item.__name__.partition(".")[0] in packages else []
     if _is(item, type):
         return [*item.__bases__, *vars(item).values()] if _package(item) in packages else []
-    parts = _parts(item) if _is(item, dict, list, tuple) else []
+    return None
+
+
+def _held(item: Any) -> Iterable[Any]:
+    """What an object holds; asked by its type, since a proxy may not let itself be asked."""
+    kind, parts = type(item), _parts(item)
     if _is(item, nn.Module) or (_package(kind) in _FOREIGN and kind is not types.SimpleNamespace):
         return parts
     with contextlib.suppress(Exception):  # what has no attributes, or does not show them
@@ -106,7 +121,8 @@ def _inside(item: Any, packages: Iterable[str]) -> Iterable[Any]:
 
 
 def _parts(item: Any) -> Sequence[Any]:
-    if len(item) > _LARGE:
+    """What a container holds, if it is one."""
+    if not _is(item, dict, list, tuple) or len(item) > _LARGE:
         return []
     return [*(dict.values(item) if _is(item, dict) else item)]
 
