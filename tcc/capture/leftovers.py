@@ -35,7 +35,7 @@ def no_leftovers(model: nn.Module) -> Iterator[None]:
     modules = list(model.modules())
     packages = {_package(type(module)) for module in modules} - _FOREIGN
     found = list(_reached([*map(vars, modules), *map(type, modules)], packages))
-    before = [(item, _contents(item)) for item in found if _is(item, dict, list, type)]
+    before = [(item, _contents(item)) for item in found if _is(item, type) or _is_holder(item)]
     caches = [(item, item.cache_info().misses) for item in found if type(item) is _CACHE]
     try:
         yield
@@ -66,7 +66,13 @@ def _put_back(holder: Any, contents: Any) -> None:
 
 def _contents(holder: Any) -> Any:
     """What a list, a dictionary or a class holds now."""
-    return list(holder) if _is(holder, list) else dict((vars(holder) if _is(holder, type) else holder).items())
+    if _is(holder, list):
+        return list(holder)
+    return dict(vars(holder) if _is(holder, type) else dict.items(holder))
+
+
+def _is_holder(item: Any) -> bool:
+    return _is(item, dict, list) and len(item) <= _LARGE
 
 
 def _is_fake(item: Any) -> bool:
