@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +19,13 @@ from tcc.passes.merge_runs import MergeRuns
 from tcc.passes.narrow_slots import NarrowSlots
 from tcc.passes.outline_repeats import OutlineRepeats
 from tcc.passes.prune_tokens import PruneTokens
+from tcc.passes.repeats import Stretch
 from tcc.passes.split_projections import SplitProjections
 from tcc.passes.write_rows import WriteRows
 from tcc.passes.write_slots import WriteSlots
 from tcc.plan import Compute
 
-__all__ = ["ALL", "Rewrites", "StepKind", "lowering_passes", "variant_passes"]
+__all__ = ["ALL", "Rewrites", "StepKind", "lowering_passes", "storing_passes", "variant_passes"]
 
 
 @dataclass(frozen=True)
@@ -103,14 +105,11 @@ def variant_passes(kind: StepKind) -> list[Pass]:
     ]
 
 
-def lowering_passes(
-    kind: StepKind, *, regional: bool = False, folds: tuple[Fold, ...] = (), num_steps: int = 0
-) -> list[Pass]:
-    """The passes for a variant that is compiled in this process, in order.
+def lowering_passes(kind: StepKind, *, folds: tuple[Fold, ...] = (), num_steps: int = 0) -> list[Pass]:
+    """The first passes for a variant that is compiled in this process, in order: they compute less.
 
     Args:
         kind: what it does.
-        regional: make one sub-graph of what it repeats, and compile it once.
         folds: the values that are computed once per run.
         num_steps: the steps of a run, for which there are such values.
     """
@@ -122,6 +121,16 @@ def lowering_passes(
         # a step that computes everything keeps the model's own products, and with them its bits
         *([DropDeadParts()] if kind.rewrites.drop_dead_parts and not computes else []),
         *([WriteRows()] if kind.rewrites.write_rows else []),
-        *([OutlineRepeats()] if regional else []),  # before slots are written: copies write different ones
+    ]
+
+
+def storing_passes(repeats: Sequence[Stretch] | None = None) -> list[Pass]:
+    """The last passes for such a variant, in order.
+
+    Args:
+        repeats: what becomes one sub-graph, which is compiled once; None to compile the variant as a whole.
+    """
+    return [
+        *([OutlineRepeats(tuple(repeats))] if repeats is not None else []),  # before: copies write different slots
         WriteSlots(),
     ]

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from tcc import Reference
 from tcc.lowering import lower
-from tcc.passes import outline_repeats
+from tcc.passes import repeats
 from tcc.program import build_program
 from tcc.runtime import Session
 from tests import fuzz_plans
@@ -52,7 +52,7 @@ def check(example: Example) -> None:
 
 def test_random_plans_in_regions_agree_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models this small would not be taken apart: here, every stretch that repeats is."""
-    monkeypatch.setattr(outline_repeats, "SPARSEST", 0)
+    monkeypatch.setattr(repeats, "SPARSEST", 0)
     monkeypatch.setattr(Checked, "calls", 0)
     for name in MODELS:
         fuzz_plans.draw(3, 11, fuzz_plans.examples((name,)), check)

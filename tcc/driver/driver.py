@@ -360,8 +360,9 @@ def compile(
             known one (`noise_level`), no call may be left out at any step.
         slot_dtype: keep wider values in this dtype, such as `torch.bfloat16`: half the bytes, and an error that you
             measure; see `CachePlan.slot_dtype`, which it replaces.
-        regional: compile what a variant repeats, its blocks, once (regional compilation): deep models compile many
-            times faster, at the price of fusions from one block into the next.
+        regional: compile what variants repeat, also of each other, once (regional compilation): their blocks, or
+            branches. Deep models and plans of many variants compile many times faster, at the price of fusions from one
+            block into the next.
         timesteps: the noise levels that every run will be called with, in order, as a scheduler's `timesteps`. What
             depends on them, and else on inputs that stay the same within a run (labels, prompts), is then computed once
             per run, for all steps together: modulations, embedded prompts, their keys and values. Each call is compared

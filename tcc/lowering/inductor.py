@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from tcc.lowering import inductor_reuse
+from tcc.lowering.inductor_regions import Region, call_regions
 from tcc.lowering.inductor_stores import StoreEarly
 
 __all__ = ["start_compiling"]
@@ -59,6 +60,7 @@ def start_compiling(gm: fx.GraphModule, examples: list[torch.Tensor], options: d
     inputs = [mode.from_tensor(x, static_shapes=True) for x in examples]
     for node in gm.graph.nodes:
         node.meta.pop("unbacked_bindings", None)  # of the environment that the capture had: made anew in this one
+    regions = call_regions(gm, options, functools.partial(start_compiling, options=options))
 
     def attempt(options: dict[str, Any]) -> _Code:
         waits: list[Wait] = []
@@ -77,15 +79,27 @@ def start_compiling(gm: fx.GraphModule, examples: list[torch.Tensor], options: d
     try:
         code = attempt(options)
     except InductorError as error:
-        return with_small_loops(error).finished
+        code = with_small_loops(error)
 
     def finish() -> Runner:
+        for region in regions:
+            region.finish()
         try:
-            return code.finished()
+            return _keeping(regions, code.finished())
         except CppCompileError as error:
-            return with_small_loops(error).finished()
+            return _keeping(regions, with_small_loops(error).finished())
 
     return finish
+
+
+def _keeping(regions: list[Region], runner: Runner) -> Runner:
+    """The same runner, which keeps what it calls alive."""
+
+    def run(*inputs: torch.Tensor) -> Sequence[torch.Tensor]:
+        return runner(*inputs)
+
+    run.regions = regions  # type: ignore[attr-defined]
+    return run if regions else runner
 
 
 def _let_waits_be_put_off() -> None:

@@ -13,11 +13,11 @@ import torch
 from torch import fx
 
 from tcc.errors import CallError, CompileError
-from tcc.passes.base import Pass, run_passes
+from tcc.lowering.graphs import extra_inputs, graphs_of
 from tcc.passes.fold_timesteps import Fold
 from tcc.passes.graph import value
-from tcc.passes.pipeline import StepKind, lowering_passes
-from tcc.program import Program, Variant
+from tcc.passes.pipeline import StepKind
+from tcc.program import Program
 from tcc.runtime import Executable, Runner
 from tcc.runtime.cuda_graphs import Graphs, Record
 from tcc.runtime.folding import Folding
@@ -58,7 +58,8 @@ def lower(
         progress: called with a line before each variant is compiled.
         check: verify the graph after slots have become buffers.
         mode: `default`, or `reduce-overhead`: replay every variant as a CUDA graph (no difference on other devices).
-        regional: make one sub-graph of what a variant repeats (`OutlineRepeats`), and compile it once.
+        regional: make one sub-graph of what variants repeat, also of each other (`OutlineRepeats`), and compile it
+            once.
         folding: what sessions compute once per run, in place of once per step.
         known: what the same backend made of variants of the same model before; new ones are added to it.
 
@@ -72,17 +73,16 @@ def lower(
     known = {} if known is None else known
     keys = [(variant.kind, variant.extras, variant.stores, folds, num_steps) for variant in program.variants]
     seconds = [0.0] * len(keys)
+    new = [number for number, key in enumerate(keys) if key not in known]
+    graphs = graphs_of({n: program.variants[n] for n in new}, folding=folding, regional=regional, check=check)
     started: dict[int, tuple[Callable[[], Runner], tuple[str, ...]]] = {}
-    for number, variant in enumerate(program.variants):
-        if keys[number] in known:
-            continue
+    for number in new:
         if progress:
             progress(f"compiling variant {number + 1}/{len(program.variants)}")
-        passes = lowering_passes(variant.kind, regional=regional, folds=folds, num_steps=num_steps)
         with _timed(seconds, number):
-            gm, names = _lowered(variant, passes, check)
+            gm = next(graphs)
             with _named(program, number, backend):
-                started[number] = _start_one(gm, start), names
+                started[number] = _start_one(gm, start), extra_inputs(gm)
     for number, (finish, names) in started.items():  # all are started: compilers in other processes work meanwhile
         with _timed(seconds, number), _named(program, number, backend):
             known[keys[number]] = finish(), names
@@ -103,15 +103,6 @@ def _recorder(program: Program, mode: str) -> Callable[[], Record] | None:
                 f"{on_cuda.device}: a CUDA graph reads inputs on one device only. Move it there, or use mode='default'"
             )
     return functools.partial(Graphs, on_cuda.device)
-
-
-def _lowered(variant: Variant, passes: list[Pass], check: bool) -> tuple[fx.GraphModule, tuple[str, ...]]:
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(variant.gm.graph, {}))
-    gm = fx.GraphModule(variant.gm, graph)
-    gm.meta["stores"] = variant.stores
-    run_passes(gm, passes, label="lower", check=check)
-    return gm, tuple(n.meta["input"] for n in gm.graph.find_nodes(op="placeholder") if "input" in n.meta)
 
 
 def _start_one(gm: fx.GraphModule, start: Start) -> Callable[[], Runner]:

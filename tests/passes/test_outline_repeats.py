@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import fx
 
+from tcc.passes.base import run_passes
 from tcc.passes.fake_values import evaluate, fake_mode_of
 from tcc.passes.graph import emit
 from tcc.passes.outline_repeats import OutlineRepeats
+from tcc.passes.repeats import find_repeats
 from tests.graphs import Sketch, calls, edits, values
 
 aten = torch.ops.aten
@@ -136,3 +138,25 @@ def test_copies_lie_alike_in_memory() -> None:
         assert given == [node.meta["val"].stride() for node in inner]
     assert outlined(gm)
     assert torch.equal(gm(*inputs)[0], expected)
+
+
+def test_graphs_share_what_each_has_once() -> None:
+    """It has one name in both; a stretch does not go on from one graph to the next."""
+    graphs = [model("a"), model("b"), model("cd")]
+    inputs = [values(gm) for gm in graphs]
+    expected = [gm(*given)[0] for gm, given in zip(graphs, inputs, strict=True)]
+    for gm in graphs:
+        run_passes(gm, [])  # drops what is dead
+    found = find_repeats([gm.graph for gm in graphs])
+    assert [len(stretches) for stretches in found] == [1, 1, 2]
+    assert len({stretch.name for stretches in found for stretch in stretches}) == 1
+    for gm, stretches, given, wanted in zip(graphs, found, inputs, expected, strict=True):
+        assert {node.graph for stretch in stretches for node in stretch.nodes} == {gm.graph}
+        assert edits(gm, OutlineRepeats(tuple(stretches))) == 1
+        assert torch.equal(gm(*given)[0], wanted)
+
+
+def test_a_name_says_what_is_computed() -> None:
+    """The same for equal sub-graphs that were found apart, and another for other sizes or constants."""
+    names = [find_repeats([gm.graph])[0][0].name for gm in (model("ab"), model("cde"), model("ab", wide=192))]
+    assert names[0] == names[1] != names[2]

@@ -1,0 +1,111 @@
+"""Sub-graphs that several graphs call, compiled once: for Inductor they are operators that it does not look into."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, fx
+from torch._inductor import config
+
+__all__ = ["Region", "call_regions"]
+
+Runner = Callable[..., Sequence[Tensor]]
+#: `start(gm, example_inputs)` begins to compile, and returns what waits for the end of that.
+Start = Callable[[fx.GraphModule, list[Tensor]], Callable[[], Runner]]
+_NAMESPACE = "tcc_regions"
+invoke_subgraph = torch.ops.higher_order.invoke_subgraph
+#: Those that some compiled graph calls, by name.
+_alive: WeakValueDictionary[str, Region] = WeakValueDictionary()
+_lock = threading.Lock()
+
+
+class Region:
+    """A sub-graph as an operator, which lives as long as this object.
+
+    Args:
+        name: of the operator.
+        gm: the sub-graph, of tensors alone. It returns a tuple of tensors.
+        start: compiles it.
+    """
+
+    def __init__(self, name: str, gm: fx.GraphModule, start: Start) -> None:
+        self.name = name
+        self._library = torch.library.Library(_NAMESPACE, "FRAGMENT")
+        self._library.define(f"{name}(Tensor[] inputs) -> Tensor[]", tags=(torch.Tag.needs_exact_strides,))
+        runner: list[Runner] = []  # a list of its own: what the operator calls must not keep this object alive
+        self._library.impl(name, lambda inputs: list(runner[0](*inputs)), "CompositeExplicitAutograd")
+        made = [_lies(node.meta["val"]) for node in gm.graph.output_node().args[0]]
+        torch.library.register_fake(f"{_NAMESPACE}::{name}", lambda _: [make() for make in made], lib=self._library)
+        self._runner, self._finish = runner, start(gm, [_lies(n.meta["val"])() for n in _placeholders(gm)])
+
+    @property
+    def operator(self) -> Any:
+        """The operator: of a list of tensors to a list of tensors."""
+        return getattr(getattr(torch.ops, _NAMESPACE), self.name).default
+
+    def finish(self) -> None:
+        """Wait until the operator can be called."""
+        with _lock:
+            if not self._runner:
+                self._runner.append(self._finish())
+
+
+def call_regions(gm: fx.GraphModule, options: dict[str, Any], start: Start) -> list[Region]:
+    """Let `gm` call operators where it calls sub-graphs, in place.
+
+    Args:
+        gm: its sub-graphs' names say what they compute (`OutlineRepeats`), so that equal ones, also of other graphs,
+            are one operator.
+        options: what else their code depends on.
+        start: compiles a sub-graph that no compiled graph calls yet.
+
+    Returns:
+        The operators. They must be finished before `gm` is called, and kept for as long as it is.
+    """
+    regions: dict[str, Region] = {}
+    for node in gm.graph.find_nodes(op="call_function", target=invoke_subgraph):
+        sub, name, *inputs = node.args
+        assert isinstance(sub, fx.Node)
+        if name not in regions:
+            regions[name] = _region(f"{name}_{_around(options)}", getattr(gm, str(sub.target)), start)
+        with gm.graph.inserting_before(node):
+            call = gm.graph.call_function(regions[name].operator, (inputs,))
+        call.meta = dict(node.meta)
+        node.replace_all_uses_with(call)
+        gm.graph.erase_node(node)
+        if not sub.users:
+            gm.graph.erase_node(sub)
+            gm.delete_submodule(str(sub.target))
+    if regions:
+        gm.recompile()
+    return list(regions.values())
+
+
+def _region(name: str, gm: fx.GraphModule, start: Start) -> Region:
+    with _lock:
+        known = _alive.get(name)
+    if known is None:
+        known = _alive[name] = Region(name, gm, start)
+    return known
+
+
+def _around(options: dict[str, Any]) -> str:
+    """A short name for what the code of a sub-graph depends on beside the sub-graph."""
+    with config.patch(options):
+        settings = (config.get_hash(), torch.get_num_threads(), torch.get_float32_matmul_precision())
+    return hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
+
+
+def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
+    return list(gm.graph.find_nodes(op="placeholder"))
+
+
+def _lies(val: Tensor) -> Callable[[], Tensor]:
+    """Makes tensors like `val`, which lie in memory as it does."""
+    size, stride, dtype, device = tuple(val.shape), val.stride(), val.dtype, val.device
+    return lambda: torch.empty_strided(size, stride, dtype=dtype, device=device)

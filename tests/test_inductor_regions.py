@@ -1,0 +1,163 @@
+"""What graphs repeat is compiled once, for all of them, and is given up with the last of them."""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch._inductor
+from torch import Tensor, fx
+from torch._inductor.exc import InductorError
+
+import tcc
+from tcc.lowering import inductor_regions
+from tcc.lowering.inductor import start_compiling
+from tcc.models import DiT
+from tcc.passes import repeats
+from tcc.passes.base import run_passes
+from tcc.passes.outline_repeats import OutlineRepeats
+from tcc.passes.repeats import find_repeats
+from tests.graphs import Sketch, values
+
+pytestmark = [
+    pytest.mark.compiles,
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),  # Inductor's own imports
+]
+aten = torch.ops.aten
+
+
+def turned(sketch: Sketch, x: fx.Node, name: str, rounds: int = 4) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """Sixteen calls with a weight: what comes out, the same turned in memory, and a copy of it."""
+    weight = sketch.weight(name, 16, 16)
+    for _ in range(rounds):
+        x = sketch.call(aten.linear.default, x, weight)
+        x = sketch.call(aten.mul.Tensor, sketch.call(aten.tanh.default, x), 1.5)
+    across = sketch.call(aten.clone.default, sketch.call(aten.permute.default, x, [1, 0]))
+    return x, sketch.call(aten.sin.default, across), sketch.call(aten.clone.default, x)
+
+
+def graph(names: str, factor: float) -> fx.GraphModule:
+    """Such calls in a row, with something of its own before and after each, and a value that outlives its change."""
+    sketch = Sketch()
+    x, outputs = sketch.input("x", 16, 16), list[fx.Node]()
+    for name in names:
+        straight, across, copied = turned(sketch, sketch.call(aten.mul.Tensor, x, factor), name)
+        x = sketch.call(aten.add.Tensor, sketch.call(aten.neg.default, straight), across)
+        outputs += [copied, sketch.call(aten.exp.default, copied), straight]
+    return sketch.done(x, *outputs)
+
+
+def outlined(*graphs: fx.GraphModule) -> None:
+    """Let the graphs call what they repeat."""
+    for gm, stretches in zip(graphs, find_repeats([gm.graph for gm in graphs]), strict=True):
+        run_passes(gm, [OutlineRepeats(tuple(stretches))])
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many calls every graph had that Inductor was given; small stretches are outlined too."""
+    found, compile_once = list[int](), torch._inductor.compile
+
+    def compile_noted(gm: fx.GraphModule, *given: Any, **options: Any) -> Any:
+        found.append(sum(node.op == "call_function" for node in gm.graph.nodes))
+        return compile_once(gm, *given, **options)
+
+    monkeypatch.setattr(torch._inductor, "compile", compile_noted)
+    monkeypatch.setattr(repeats, "SPARSEST", 0)
+    return found
+
+
+def start(gm: fx.GraphModule, **options: Any) -> Callable[[], Callable[..., Sequence[Tensor]]]:
+    """Begin to compile a graph of one input, 16 by 16."""
+    return start_compiling(gm, [torch.zeros(16, 16)], options)
+
+
+def test_two_graphs_share_what_both_have_once(compiled: list[int]) -> None:
+    """Neither repeats it alone. Three graphs are compiled, and results are those of the graphs as they were."""
+    graphs = [graph("a", 0.5), graph("b", 0.25)]
+    inputs = [values(gm) for gm in graphs]
+    wanted = [gm(*given) for gm, given in zip(graphs, inputs, strict=True)]
+    outlined(*graphs)
+    runs = [begun() for begun in [start(gm) for gm in graphs]]
+    assert len(compiled) == 3
+    assert compiled[0] >= repeats.SHORTEST
+    for run, given, expected in zip(runs, inputs, wanted, strict=True):
+        for _ in range(2):  # nothing is written over that is still read
+            for got, value in zip(run(*given), expected, strict=True):
+                torch.testing.assert_close(got, value)
+                assert got.stride() == value.stride()
+
+
+def test_what_no_graph_calls_any_more_is_given_up(compiled: list[int]) -> None:
+    """With the last one goes the operator; later it is made again, and works."""
+    gm = graph("aa", 0.75)
+    (given,), wanted = values(gm), gm(*values(gm))
+    outlined(gm)
+    copied = fx.Graph()
+    copied.output(copied.graph_copy(gm.graph, {}))
+    again = fx.GraphModule(gm, copied)
+    known = set(inductor_regions._alive)
+    run = start(gm)()
+    (name,) = set(inductor_regions._alive) - known
+    assert hasattr(torch.ops.tcc_regions, name)
+    del run
+    gc.collect()
+    assert name not in inductor_regions._alive
+    assert not hasattr(torch.ops.tcc_regions, name)
+    for got, value in zip(start(again)()(given), wanted, strict=True):
+        torch.testing.assert_close(got, value)
+    assert len(compiled) == 4
+
+
+def test_options_are_part_of_what_is_shared(compiled: list[int]) -> None:
+    """Other options make other code."""
+    graphs = [graph("aa", 0.5), graph("aa", 0.25)]
+    outlined(*graphs)
+    runs = [start(graphs[0])(), start(graphs[1], max_fusion_size=2)()]
+    assert len(compiled) == 2 * len(runs)
+
+
+def test_a_sub_graph_that_fails_is_tried_again(
+    compiled: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With small loops, as any other graph."""
+    gm = graph("aa", 0.5)
+    given, wanted = values(gm), gm(*values(gm))
+    outlined(gm)
+    compile_once, tried = torch._inductor.compile, list[bool]()
+
+    def refuse_first(gm: fx.GraphModule, examples: list[Tensor], options: dict[str, Any]) -> Any:
+        tried.append("max_fusion_size" in options)
+        if len(tried) == 1:
+            raise InductorError(KeyError("buf7"), None)
+        return compile_once(gm, examples, options=options)
+
+    monkeypatch.setattr(torch._inductor, "compile", refuse_first)
+    for got, value in zip(start(gm)()(*given), wanted, strict=True):
+        torch.testing.assert_close(got, value)
+    assert tried == [False, True, False]
+    assert "small loops" in caplog.text
+
+
+def test_variants_that_reuse_other_branches_share_their_blocks(compiled: list[int]) -> None:
+    """A router's: each variant is one more graph, of few calls; results are those of the reference."""
+    torch.manual_seed(0)
+    model = DiT(input_size=8, patch_size=2, hidden_size=32, depth=4, num_heads=2, num_classes=10).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.1)
+    policy = functools.partial(tcc.plans.random_units, num_steps=5, interval=5, share=0.5, sites="delta")
+    runs = tcc.compile(model, policy, regional=True)
+    calls = [(torch.randn(2, 4, 8, 8), torch.tensor([step, step]), torch.tensor([1, 2])) for step in range(5)]
+    reference: Any = None
+    for call in calls:
+        got = runs(*call)
+        reference = reference or tcc.Reference(model, runs.plan)
+        wanted = reference(*call)
+        assert float((wanted - got).abs().max() / wanted.abs().max()) < 5e-6
+    variants = len(runs.compile_seconds)
+    assert variants >= 4
+    assert len(compiled) - variants <= 6  # no matter how many variants there are
