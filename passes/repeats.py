@@ -79,7 +79,7 @@ def find_repeats(graphs: Sequence[fx.Graph]) -> list[list[Stretch]]:
     calls = list[fx.Node]()
     for graph in graphs:
         refresh_strides(graph)
-        calls += [n for n in graph.nodes if n.op == "call_function"] + [_end(graph)]  # nothing goes on in the next one
+        calls += [n for n in graph.nodes if n.op == "call_function"] + [graph.output_node()]  # nothing goes on in the next one
     owner_of = functools.cache(owner)  # it may call operators to see what they return
     alike = _numbered([_key(node) for node in calls])
     found: dict[fx.Graph, list[Stretch]] = {graph: [] for graph in graphs}
@@ -96,10 +96,6 @@ def inputs_of(nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
     """The values from outside that `nodes` read, in the order of their first use."""
     inside = set(nodes)
     return tuple(dict.fromkeys(read for node in nodes for read in node.all_input_nodes if read not in inside))
-
-
-def _end(graph: fx.Graph) -> fx.Node:
-    return next(iter(graph.find_nodes(op="output")))
 
 
 def _key(node: fx.Node) -> object:

@@ -39,7 +39,7 @@ class Region:
         self._library.define(f"{name}(Tensor[] inputs) -> Tensor[]", tags=(torch.Tag.needs_exact_strides,))
         runner: list[Runner] = []  # a list of its own: what the operator calls must not keep this object alive
         self._library.impl(name, lambda inputs: list(runner[0](*inputs)), "CompositeExplicitAutograd")
-        made = [_lies(node.meta["val"]) for node in gm.graph.output_node().args[0]]
+        made = [_lies(node.meta["val"]) for node in gm.graph.output_node().all_input_nodes]
         torch.library.register_fake(f"{_NAMESPACE}::{name}", lambda _: [make() for make in made], lib=self._library)
         self._runner, self._finish = runner, start(gm, [_lies(n.meta["val"])() for n in _placeholders(gm)])
 
