@@ -35,7 +35,8 @@ class Region:
 
     def __init__(self, name: str, gm: fx.GraphModule, start: Start) -> None:
         self.name = name
-        self._library = torch.library.Library(_NAMESPACE, "FRAGMENT")
+        library: Any = torch.library.Library
+        self._library = library(_NAMESPACE, "FRAGMENT")
         self._library.define(f"{name}(Tensor[] inputs) -> Tensor[]", tags=(torch.Tag.needs_exact_strides,))
         runner: list[Runner] = []  # a list of its own: what the operator calls must not keep this object alive
         self._library.impl(name, lambda inputs: list(runner[0](*inputs)), "CompositeExplicitAutograd")
