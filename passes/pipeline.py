@@ -115,9 +115,8 @@ def lowering_passes(kind: StepKind, *, folds: tuple[Fold, ...] = (), num_steps: 
     """
     computes = all(isinstance(entry.action, Compute) for entry in kind.entries)
     return [
-        *(
-            [FoldTimesteps(folds, num_steps)] if folds else []
-        ),  # before: parts of what is read from a table cost nothing
+        # first: parts of what is read from a table cost nothing
+        *([FoldTimesteps(folds, num_steps)] if folds else []),
         # a step that computes everything keeps the model's own products, and with them its bits
         *([DropDeadParts()] if kind.rewrites.drop_dead_parts and not computes else []),
         *([WriteRows()] if kind.rewrites.write_rows else []),

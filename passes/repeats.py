@@ -25,8 +25,8 @@ _Numbers = np.ndarray[Any, np.dtype[np.int64]]
 _Fingerprints = np.ndarray[Any, np.dtype[np.uint64]]
 #: A length, and where stretches of that length begin.
 _Repeat = tuple[int, list[int]]
-#: Of a call, the value whose memory its own is in.
-_Owner = Callable[[fx.Node], fx.Node]
+#: What is computed from what, and what of it is read outside; equal for stretches that compute the same.
+_Form = tuple[Any, ...]
 #: Shorter stretches are left: calling them would cost more than their code.
 SHORTEST = 12
 #: MACs per element that goes in or out. Sparser stretches are left, to be fused with their neighbours.
@@ -41,32 +41,13 @@ class Stretch:
         nodes: the calls, in the graph's order.
         used: the calls whose values are used outside.
         outputs: what the stretch returns: those of `used` that own their memory, and the owners of the views.
-        form: what is computed from the inputs: equal for copies.
+        name: says what is computed: of copies the same, in every process, and of all else another.
     """
 
     nodes: tuple[fx.Node, ...]
     used: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
-    form: tuple[Any, ...]
-
-    @property
-    def name(self) -> str:
-        """A name for what it computes: the same in every process, and of copies."""
-        given = [_made(node.meta["val"]) for node in inputs_of(self.nodes)]
-        return "repeated_" + hashlib.sha256(repr((self.form, given)).encode()).hexdigest()[:16]
-
-    @property
-    def width(self) -> int:
-        """How many values go in and out, without weights."""
-        return len(self.outputs) + sum(n.op != "get_attr" for n in inputs_of(self.nodes))
-
-    @property
-    def pays(self) -> bool:
-        """Whether it can be a function of tensors, and computes so much that their way through memory costs nothing."""
-        inputs = inputs_of(self.nodes)
-        around = [*(n for n in inputs if n.op != "get_attr"), *self.outputs]
-        tensors = all(isinstance(n.meta.get("val"), torch.Tensor) for n in (*inputs, *self.outputs))
-        return tensors and count(self.nodes) >= SPARSEST * sum(n.meta["val"].numel() for n in around)
+    name: str
 
 
 def find_repeats(graphs: Sequence[fx.Graph]) -> list[list[Stretch]]:
@@ -76,19 +57,14 @@ def find_repeats(graphs: Sequence[fx.Graph]) -> list[list[Stretch]]:
     begins where the fewest values go in and out, which is between two blocks. Strides are noted down anew in the
     graphs: of copies, all values must lie alike, or no code serves them all.
     """
-    calls = list[fx.Node]()
     for graph in graphs:
         refresh_strides(graph)
-        calls += [n for n in graph.nodes if n.op == "call_function"] + [graph.output_node()]  # nothing goes on in the next one
-    owner_of = functools.cache(owner)  # it may call operators to see what they return
-    alike = _numbered([_key(node) for node in calls])
+    calls = _Calls(graphs)
     found: dict[fx.Graph, list[Stretch]] = {graph: [] for graph in graphs}
-    at = {node: position for position, node in enumerate(calls)}
-    while copies := _best(calls, alike, owner_of):
-        for stretch in copies:
+    while best := calls.best():
+        length, places = best
+        for stretch in calls.taken(length, places):
             found[stretch.nodes[0].graph].append(stretch)
-            start, length = at[stretch.nodes[0]], len(stretch.nodes)
-            alike[start : start + length] = alike.max() + 1 + np.arange(length)  # like nothing else
     return list(found.values())
 
 
@@ -98,47 +74,125 @@ def inputs_of(nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
     return tuple(dict.fromkeys(read for node in nodes for read in node.all_input_nodes if read not in inside))
 
 
+class _Calls:
+    """The calls of all graphs in a row, those that are not taken yet.
+
+    Args:
+        graphs: the graphs. After the calls of each stands its output, so that nothing goes on in the next one.
+    """
+
+    def __init__(self, graphs: Sequence[fx.Graph]) -> None:
+        self._nodes = [n for graph in graphs for n in graph.nodes if n.op in ("call_function", "output")]
+        self._keys = [_key(node) for node in self._nodes]
+        self._alike = _numbered(self._keys)
+        numbers = {node: number for number, node in enumerate(self._nodes)}
+        others = (node for graph in graphs for node in graph.nodes if node not in numbers)
+        numbers |= {node: number for number, node in enumerate(others, start=len(numbers))}
+        self._read = [[numbers[read] for read in _operands(node)] for node in self._nodes]
+        last = [max((numbers[user] for user in node.users), default=-1) for node in self._nodes]
+        self._last_read: _Numbers = np.array(last, dtype=np.int64)
+        self._owner: Callable[[fx.Node], fx.Node] = functools.cache(owner)  # may call operators to see what they return
+
+    def best(self) -> _Repeat | None:
+        """The copies of the stretch that saves the most calls, then has the fewest values in and out; or none."""
+        by_bound: dict[int, list[_Repeat]] = defaultdict(list)
+        for length, places in _repeats(self._alike):
+            by_bound[length * (len(places) - 1)].append((length, places))
+        saved, best = 0, None
+        for bound in sorted(by_bound, reverse=True):
+            if bound <= saved:
+                break
+            for length, places in sorted(by_bound[bound], key=lambda each: self._width(each[1][0], each[0])):
+                copies = self._copies(length, places) if bound > saved else []
+                if length * (len(copies) - 1) > saved and self._pays(copies[0], length):
+                    saved, best = length * (len(copies) - 1), (length, copies)
+        return best
+
+    def taken(self, length: int, places: Sequence[int]) -> Iterator[Stretch]:
+        """The stretches there, which compute the same and are like nothing else from now on."""
+        keys = self._keys[places[0] : places[0] + length]
+        name = "repeated_" + hashlib.sha256(repr((keys, self._form(places[0], length))).encode()).hexdigest()[:16]
+        for at in places:
+            nodes = tuple(self._nodes[at : at + length])
+            yield Stretch(nodes, self._used(at, length), self._outputs(at, length), name)
+        numbers = int(self._alike.max()) + 1 + np.arange(length * len(places))
+        for at, fresh in zip(places, numbers.reshape(len(places), length), strict=True):
+            self._alike[at : at + length] = fresh
+
+    def _copies(self, length: int, places: Sequence[int]) -> list[int]:
+        """The largest group that computes the same."""
+        alike: dict[_Form, list[int]] = defaultdict(list)
+        for at in places:
+            alike[self._alike[at : at + length].tobytes(), self._form(at, length)].append(at)
+        return max(alike.values(), key=len)
+
+    def _form(self, at: int, length: int) -> _Form:
+        """What is read by whom: calls of the stretch by their places, values from outside by the order of first use."""
+        outside: dict[int, int] = {}
+        read = tuple(
+            number - at if at <= number < at + length else -1 - outside.setdefault(number, len(outside))
+            for reads in self._read[at : at + length]
+            for number in reads
+        )
+        return read, tuple(np.flatnonzero(self._last_read[at : at + length] >= at + length).tolist())
+
+    def _used(self, at: int, length: int) -> tuple[fx.Node, ...]:
+        return tuple(self._nodes[at + place] for place in self._form(at, length)[1])
+
+    def _outputs(self, at: int, length: int) -> tuple[fx.Node, ...]:
+        inside = set(self._nodes[at : at + length])
+        return tuple(dict.fromkeys(own for own in map(self._owner, self._used(at, length)) if own in inside))
+
+    def _around(self, at: int, length: int) -> list[fx.Node]:
+        """The values that go in, without weights, and those that come out."""
+        inputs = inputs_of(self._nodes[at : at + length])
+        return [*(node for node in inputs if node.op != "get_attr"), *self._outputs(at, length)]
+
+    def _width(self, at: int, length: int) -> int:
+        return len(self._around(at, length))
+
+    def _pays(self, at: int, length: int) -> bool:
+        """Whether it can be a function of tensors, and computes so much that their way through memory costs nothing."""
+        nodes, around = self._nodes[at : at + length], self._around(at, length)
+        tensors = all(isinstance(n.meta.get("val"), torch.Tensor) for n in (*inputs_of(nodes), *around))
+        return tensors and count(nodes) >= SPARSEST * sum(node.meta["val"].numel() for node in around)
+
+
 def _key(node: fx.Node) -> object:
     """What a call does, whatever values it is given; the call itself if it is like no other, and stays."""
-    vals = _flat(node.meta.get("val"))
     schema = getattr(node.target, "_schema", None)
-    if (schema is None and node.target is not operator.getitem) or sized_by_data(node):
+    if schema.is_mutable if schema is not None else node.target is not operator.getitem:
         return node
-    if (schema is not None and schema.is_mutable) or not all(isinstance(v, torch.Tensor) for v in vals):
+    if sized_by_data(node) or not all(map(_is_plain, (node, *node.all_input_nodes))):
         return node
-    args = fx.map_arg((node.args, node.kwargs), lambda n: repr([_made(v) for v in _flat(n.meta.get("val"))]))
-    return (node.target, repr(args), tuple(_made(v) for v in vals))
+    args = fx.map_arg((node.args, node.kwargs), lambda n: repr(_made(n)))
+    return (node.target, repr(args), _made(node))
 
 
-def _flat(val: Any) -> Sequence[Any]:
+def _operands(node: fx.Node) -> list[fx.Node]:
+    """The values that a call reads, one as often as it is named."""
+    read: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), read.append)
+    return read
+
+
+def _vals(node: fx.Node) -> Sequence[Any]:
+    val = node.meta.get("val")
     return val if isinstance(val, (tuple, list)) else (val,)
 
 
-def _made(val: Any) -> object:
-    return (tuple(val.shape), val.stride(), val.dtype, val.device) if isinstance(val, torch.Tensor) else val
+def _is_plain(node: fx.Node) -> bool:
+    """Whether its values are tensors that are as they lie in memory."""
+    return all(isinstance(val, torch.Tensor) and not (val.is_conj() or val.is_neg()) for val in _vals(node))
+
+
+def _made(node: fx.Node) -> object:
+    return tuple((tuple(val.shape), val.stride(), val.dtype, val.device) for val in _vals(node))
 
 
 def _numbered(keys: Sequence[object]) -> _Numbers:
     numbers: dict[object, int] = {}
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
-
-
-def _best(calls: Sequence[fx.Node], alike: _Numbers, owner_of: _Owner) -> list[Stretch]:
-    """The copies of the stretch that saves the most calls, then has the fewest values in and out; or none."""
-    by_bound: dict[int, list[_Repeat]] = defaultdict(list)
-    for length, places in _repeats(alike):
-        by_bound[length * (len(places) - 1)].append((length, places))
-    saved, best = 0, list[Stretch]()
-    for bound in sorted(by_bound, reverse=True):
-        if bound <= saved:
-            break
-        firsts = [(_stretch(calls[at[0] : at[0] + length], owner_of), length, at) for length, at in by_bound[bound]]
-        for first, length, places in sorted(firsts, key=lambda each: each[0].width):
-            if bound > saved and first.pays:
-                copies = _copies([calls[at : at + length] for at in places], owner_of)
-                if length * (len(copies) - 1) > saved:
-                    saved, best = length * (len(copies) - 1), copies
-    return best
 
 
 def _repeats(alike: _Numbers) -> Iterator[_Repeat]:
@@ -188,25 +242,3 @@ def _apart(places: Sequence[int], length: int) -> list[int]:
         if not kept or at - kept[-1] >= length:
             kept.append(at)
     return kept
-
-
-def _copies(stretches: Sequence[Sequence[fx.Node]], owner_of: _Owner) -> list[Stretch]:
-    """The largest group that computes the same."""
-    forms: dict[object, list[Stretch]] = defaultdict(list)
-    for nodes in stretches:
-        stretch = _stretch(nodes, owner_of)
-        forms[stretch.form].append(stretch)
-    return max(forms.values(), key=len, default=[])
-
-
-def _stretch(nodes: Sequence[fx.Node], owner_of: _Owner) -> Stretch:
-    inside = {node: position for position, node in enumerate(nodes)}
-    outside: dict[fx.Node, int] = {}
-
-    def named(node: fx.Node) -> str:
-        return f"call {inside[node]}" if node in inside else f"input {outside.setdefault(node, len(outside))}"
-
-    calls = tuple((node.target, repr(fx.map_arg((node.args, node.kwargs), named))) for node in nodes)
-    used = tuple(node for node in nodes if any(user not in inside for user in node.users))
-    outputs = tuple(dict.fromkeys(own for own in map(owner_of, used) if own in inside))
-    return Stretch(tuple(nodes), used, outputs, (calls, tuple(inside[node] for node in used)))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import gc
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -53,6 +55,8 @@ def graph(names: str, factor: float) -> fx.GraphModule:
 
 def outlined(*graphs: fx.GraphModule) -> None:
     """Let the graphs call what they repeat."""
+    for gm in graphs:
+        run_passes(gm, [])  # drops what is dead
     for gm, stretches in zip(graphs, find_repeats([gm.graph for gm in graphs]), strict=True):
         run_passes(gm, [OutlineRepeats(tuple(stretches))])
 
@@ -141,6 +145,93 @@ def test_a_sub_graph_that_fails_is_tried_again(
         torch.testing.assert_close(got, value)
     assert tried == [False, True, False]
     assert "small loops" in caplog.text
+
+
+def test_what_inductor_gives_back_twice_is_copied(compiled: list[int]) -> None:
+    """A product with ones is its factor, a sum with zeros its other term: written over, it would be lost for others."""
+    sketch = Sketch()
+    x, outputs = sketch.input("x", 16, 16), list[fx.Node]()
+    for number, name in enumerate("ab"):
+        x = sketch.call(aten.mul.Tensor, x, 0.5 + number)
+        inner, _, _ = turned(sketch, x, name, rounds=3)
+        ones = sketch.call(aten.ones.default, [16, 16], dtype=torch.float32)
+        zeros = sketch.call(aten.zeros.default, [16, 16], dtype=torch.float32)
+        all_three = (inner, sketch.call(aten.mul.Tensor, inner, ones), sketch.call(aten.add.Tensor, x, zeros))
+        for part, each in enumerate(all_three):
+            outputs.append(sketch.call(aten.mul.Tensor, each, 3.0 * number + part))
+        x = sketch.call(aten.sub.Tensor, x, inner)
+    gm = sketch.done(x, *outputs)
+    (given,), wanted = values(gm), gm(*values(gm))
+    outlined(gm)
+    run = start(gm)()
+    assert len(compiled) == 2
+    for got, value in zip(run(given), wanted, strict=True):
+        torch.testing.assert_close(got, value)
+
+
+def test_a_failure_is_over_with_the_call(compiled: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted, it is not in the way of the next attempt, also while the error is looked at."""
+    interrupted, again = graph("aa", 0.5), graph("aa", 0.5)
+    outlined(interrupted)
+    outlined(again)
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch._inductor, "compile", interrupt)
+        with pytest.raises(KeyboardInterrupt) as kept:
+            start(interrupted)
+    torch.testing.assert_close(start(again)()(torch.ones(16, 16))[0].shape, torch.Size((16, 16)))
+    assert kept.value is not None
+
+
+def test_two_threads_make_one_operator(compiled: list[int]) -> None:
+    """Neither finds it half made."""
+    graphs = [graph("aa", 0.5), graph("aa", 0.5)]
+    outlined(*graphs)
+    begin = threading.Barrier(2)
+
+    def run(gm: fx.GraphModule) -> Sequence[Tensor]:
+        begin.wait(60)
+        return start(gm)()(torch.ones(16, 16))
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(run, graphs)
+    for one, other in zip(first, second, strict=True):
+        torch.testing.assert_close(one, other)
+    assert len(compiled) == 3
+
+
+def test_examples_are_not_kept(compiled: list[int]) -> None:
+    """They are as large as a block's weights and activations."""
+    gm = graph("aa", 0.5)
+    outlined(gm)
+    run = start(gm)()
+    assert [region._finish for region in run.regions] == [None]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda: torch.set_num_threads(torch.get_num_threads() + 1),
+        lambda: torch.set_default_dtype(torch.float64),
+        lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),  # type: ignore[attr-defined]
+    ],
+)
+def test_settings_are_part_of_what_is_shared(change: Callable[[], None]) -> None:
+    """Code is made for them."""
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    precision = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    before = inductor_regions._around({})
+    try:
+        change()
+        assert inductor_regions._around({}) != before
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+        torch.backends.mkldnn.matmul.fp32_precision = precision  # type: ignore[attr-defined]
+    assert inductor_regions._around({}) == before
 
 
 def test_variants_that_reuse_other_branches_share_their_blocks(compiled: list[int]) -> None:

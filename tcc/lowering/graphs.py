@@ -55,5 +55,6 @@ def _computing(variant: Variant, number: int, folding: Folding | None, check: bo
 
 
 def _storing(gm: fx.GraphModule, number: int, repeats: Sequence[Stretch] | None, check: bool) -> fx.GraphModule:
-    run_passes(gm, storing_passes(repeats), label=f"lower variant {number}, slots", check=check)
+    """The same graph, once it writes what it stores."""
+    run_passes(gm, storing_passes(repeats), label=f"lower variant {number}, slots", check=check, verified=True)
     return gm

@@ -62,9 +62,11 @@ def start_compiling(gm: fx.GraphModule, examples: list[torch.Tensor], options: d
         node.meta.pop("unbacked_bindings", None)  # of the environment that the capture had: made anew in this one
     regions = call_regions(gm, options, functools.partial(start_compiling, options=options))
 
+    on_cpu = all(x.device.type == "cpu" for x in examples)
+
     def attempt(options: dict[str, Any]) -> _Code:
         waits: list[Wait] = []
-        token = _put_off.set(waits if all(x.device.type == "cpu" for x in examples) else None)
+        token = _put_off.set(waits if on_cpu else None)
         try:
             with torch.no_grad(), tracing(TracingContext(mode)), _arguments_left_out():
                 chosen = {"post_grad_custom_post_pass": StoreEarly(), **options}

@@ -34,15 +34,16 @@ class Region:
     """
 
     def __init__(self, name: str, gm: fx.GraphModule, start: Start) -> None:
-        self.name = name
-        library: Any = torch.library.Library
-        self._library = library(_NAMESPACE, "FRAGMENT")
-        self._library.define(f"{name}(Tensor[] inputs) -> Tensor[]", tags=(torch.Tag.needs_exact_strides,))
+        outputs, inputs = gm.graph.output_node().all_input_nodes, gm.graph.find_nodes(op="placeholder")
+        made = [_like(node.meta["val"]) for node in outputs]
+        self._finish: Callable[[], Runner] | None = start(gm, [_like(node.meta["val"])() for node in inputs])
+        self._lock = threading.Lock()
         runner: list[Runner] = []  # a list of its own: what the operator calls must not keep this object alive
-        self._library.impl(name, lambda inputs: list(runner[0](*inputs)), "CompositeExplicitAutograd")
-        made = [_lies(node.meta["val"]) for node in gm.graph.output_node().all_input_nodes]
+        library: Any = torch.library.Library
+        self._library, self._runner, self.name = library(_NAMESPACE, "FRAGMENT"), runner, name
+        self._library.define(f"{name}(Tensor[] inputs) -> Tensor[]", tags=(torch.Tag.needs_exact_strides,))
+        self._library.impl(name, lambda inputs: _apart(inputs, runner[0](*inputs)), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{_NAMESPACE}::{name}", lambda _: [make() for make in made], lib=self._library)
-        self._runner, self._finish = runner, start(gm, [_lies(n.meta["val"])() for n in _placeholders(gm)])
 
     @property
     def operator(self) -> Any:
@@ -51,9 +52,19 @@ class Region:
 
     def finish(self) -> None:
         """Wait until the operator can be called."""
-        with _lock:
-            if not self._runner:
+        with self._lock:
+            if self._finish is not None:
                 self._runner.append(self._finish())
+                self._finish = None  # and with it the examples
+
+
+def _apart(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Tensor]:
+    """The outputs, each in memory of its own: Inductor may return one twice, or an input (`y * 1`, `x + 0`)."""
+    taken, apart = {given.data_ptr() for given in inputs}, list[Tensor]()
+    for output in outputs:
+        apart.append(output.clone() if output.data_ptr() in taken else output)
+        taken.add(output.data_ptr())
+    return apart
 
 
 def call_regions(gm: fx.GraphModule, options: dict[str, Any], start: Start) -> list[Region]:
@@ -88,25 +99,24 @@ def call_regions(gm: fx.GraphModule, options: dict[str, Any], start: Start) -> l
 
 
 def _region(name: str, gm: fx.GraphModule, start: Start) -> Region:
-    with _lock:
+    with _lock:  # two threads must not make the same one
         known = _alive.get(name)
-    if known is None:
-        known = _alive[name] = Region(name, gm, start)
+        if known is None:
+            known = _alive[name] = Region(name, gm, start)
     return known
 
 
 def _around(options: dict[str, Any]) -> str:
     """A short name for what the code of a sub-graph depends on beside the sub-graph."""
+    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    sums = (cuda.allow_fp16_reduced_precision_reduction, cuda.allow_bf16_reduced_precision_reduction)
     with config.patch(options):
-        settings = (config.get_hash(), torch.get_num_threads(), torch.get_float32_matmul_precision())
-    return hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
+        settings = (config.get_hash(), cuda.fp32_precision, cpu.fp32_precision, *sums)
+    around = (settings, torch.get_num_threads(), torch.get_default_dtype())
+    return hashlib.sha256(repr(around).encode()).hexdigest()[:8]
 
 
-def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
-    return list(gm.graph.find_nodes(op="placeholder"))
-
-
-def _lies(val: Tensor) -> Callable[[], Tensor]:
+def _like(val: Tensor) -> Callable[[], Tensor]:
     """Makes tensors like `val`, which lie in memory as it does."""
     size, stride, dtype, device = tuple(val.shape), val.stride(), val.dtype, val.device
     return lambda: torch.empty_strided(size, stride, dtype=dtype, device=device)
