@@ -110,9 +110,8 @@ def _around(options: dict[str, Any]) -> str:
     """A short name for what the code of a sub-graph depends on beside the sub-graph."""
     cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     sums = (cuda.allow_fp16_reduced_precision_reduction, cuda.allow_bf16_reduced_precision_reduction)
-    with config.patch(options):
-        settings = (config.get_hash(), cuda.fp32_precision, cpu.fp32_precision, *sums)
-    around = (settings, torch.get_num_threads(), torch.get_default_dtype())
+    settings = (config.get_hash(), cuda.fp32_precision, cpu.fp32_precision, *sums, torch.get_default_dtype())
+    around = (sorted(options.items()), settings, torch.get_num_threads())
     return hashlib.sha256(repr(around).encode()).hexdigest()[:8]
 
 
