@@ -300,7 +300,10 @@ class CompiledModel(StandIn):
 
     @property
     def compile_seconds(self) -> tuple[float, ...]:
-        """Seconds spent compiling each variant; () before the first call."""
+        """Seconds spent compiling each variant; () before the first call.
+
+        What several variants need (`regional=True`) counts for the first of them.
+        """
         return self._compiled.compile_seconds if self._compiled else ()
 
     @property
