@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch._inductor
 from torch import fx
+from torch._dynamo.convert_frame import compile_lock
 from torch._guards import TracingContext, tracing
 from torch._inductor import config
 from torch._inductor.async_compile import AsyncCompile
@@ -61,14 +62,14 @@ def start_compiling(gm: fx.GraphModule, examples: list[torch.Tensor], options: d
     for node in gm.graph.nodes:
         node.meta.pop("unbacked_bindings", None)  # of the environment that the capture had: made anew in this one
     regions = call_regions(gm, options, functools.partial(start_compiling, options=options))
-
     on_cpu = all(x.device.type == "cpu" for x in examples)
 
     def attempt(options: dict[str, Any]) -> _Code:
         waits: list[Wait] = []
         token = _put_off.set(waits if on_cpu else None)
         try:
-            with torch.no_grad(), tracing(TracingContext(mode)), _arguments_left_out():
+            # Inductor compiles one graph at a time, and who calls it keeps to that
+            with compile_lock, torch.no_grad(), tracing(TracingContext(mode)), _arguments_left_out():
                 chosen = {"post_grad_custom_post_pass": StoreEarly(), **options}
                 return _Code(torch._inductor.compile(gm, [*inputs], options=chosen), waits, options)
         finally:

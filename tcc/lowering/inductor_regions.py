@@ -10,6 +10,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.convert_frame import compile_lock
 from torch._inductor import config
 
 __all__ = ["Region", "call_regions"]
@@ -21,7 +22,6 @@ _NAMESPACE = "tcc_regions"
 invoke_subgraph = torch.ops.higher_order.invoke_subgraph
 #: Those that some compiled graph calls, by name.
 _alive: WeakValueDictionary[str, Region] = WeakValueDictionary()
-_lock = threading.Lock()
 
 
 class Region:
@@ -99,7 +99,7 @@ def call_regions(gm: fx.GraphModule, options: dict[str, Any], start: Start) -> l
 
 
 def _region(name: str, gm: fx.GraphModule, start: Start) -> Region:
-    with _lock:  # two threads must not make the same one
+    with compile_lock:  # two threads must not make the same one
         known = _alive.get(name)
         if known is None:
             known = _alive[name] = Region(name, gm, start)
