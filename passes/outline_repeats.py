@@ -11,7 +11,7 @@ from torch import fx
 from tcc.passes.base import Pass
 from tcc.passes.repeats import Stretch, find_repeats, inputs_of
 
-__all__ = ["OutlineRepeats"]
+__all__ = ["OutlineRepeats", "invoke_subgraph"]
 
 invoke_subgraph = torch.ops.higher_order.invoke_subgraph
 

@@ -62,8 +62,7 @@ def find_repeats(graphs: Sequence[fx.Graph]) -> list[list[Stretch]]:
     calls = _Calls(graphs)
     found: dict[fx.Graph, list[Stretch]] = {graph: [] for graph in graphs}
     while best := calls.best():
-        length, places = best
-        for stretch in calls.taken(length, places):
+        for stretch in calls.take(*best):
             found[stretch.nodes[0].graph].append(stretch)
     return list(found.values())
 
@@ -108,16 +107,17 @@ class _Calls:
                     saved, best = length * (len(copies) - 1), (length, copies)
         return best
 
-    def taken(self, length: int, places: Sequence[int]) -> Iterator[Stretch]:
-        """The stretches there, which compute the same and are like nothing else from now on."""
+    def take(self, length: int, places: Sequence[int]) -> list[Stretch]:
+        """The stretches there, which compute the same; from now on they are like nothing else."""
         keys = self._keys[places[0] : places[0] + length]
         name = "repeated_" + hashlib.sha256(repr((keys, self._form(places[0], length))).encode()).hexdigest()[:16]
-        for at in places:
-            nodes = tuple(self._nodes[at : at + length])
-            yield Stretch(nodes, self._used(at, length), self._outputs(at, length), name)
         numbers = int(self._alike.max()) + 1 + np.arange(length * len(places))
         for at, fresh in zip(places, numbers.reshape(len(places), length), strict=True):
             self._alike[at : at + length] = fresh
+        return [
+            Stretch(tuple(self._nodes[at : at + length]), self._used(at, length), self._outputs(at, length), name)
+            for at in places
+        ]
 
     def _copies(self, length: int, places: Sequence[int]) -> list[int]:
         """The largest group that computes the same."""
@@ -134,10 +134,15 @@ class _Calls:
             for reads in self._read[at : at + length]
             for number in reads
         )
-        return read, tuple(np.flatnonzero(self._last_read[at : at + length] >= at + length).tolist())
+        return read, tuple(self._places_used(at, length))
+
+    def _places_used(self, at: int, length: int) -> list[int]:
+        """Which calls of the stretch are read outside."""
+        places: list[int] = np.flatnonzero(self._last_read[at : at + length] >= at + length).tolist()
+        return places
 
     def _used(self, at: int, length: int) -> tuple[fx.Node, ...]:
-        return tuple(self._nodes[at + place] for place in self._form(at, length)[1])
+        return tuple(self._nodes[at + place] for place in self._places_used(at, length))
 
     def _outputs(self, at: int, length: int) -> tuple[fx.Node, ...]:
         inside = set(self._nodes[at : at + length])

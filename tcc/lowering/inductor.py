@@ -23,11 +23,11 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from tcc.lowering import inductor_reuse
 from tcc.lowering.inductor_regions import Region, call_regions
 from tcc.lowering.inductor_stores import StoreEarly
+from tcc.runtime import Runner
 
 __all__ = ["start_compiling"]
 
 logger = logging.getLogger(__name__)
-Runner = Callable[..., Sequence[torch.Tensor]]
 Wait = Callable[[], None]
 #: Where waits for loops are put off to, while a graph is compiled that may put them off.
 _put_off: ContextVar[list[Wait] | None] = ContextVar("_put_off", default=None)

@@ -13,13 +13,14 @@ from torch import Tensor, fx
 from torch._dynamo.convert_frame import compile_lock
 from torch._inductor import config
 
+from tcc.passes.outline_repeats import invoke_subgraph
+from tcc.runtime import Runner
+
 __all__ = ["Region", "call_regions"]
 
-Runner = Callable[..., Sequence[Tensor]]
 #: `start(gm, example_inputs)` begins to compile, and returns what waits for the end of that.
 Start = Callable[[fx.GraphModule, list[Tensor]], Callable[[], Runner]]
 _NAMESPACE = "tcc_regions"
-invoke_subgraph = torch.ops.higher_order.invoke_subgraph
 #: Those that some compiled graph calls, by name.
 _alive: WeakValueDictionary[str, Region] = WeakValueDictionary()
 
@@ -39,8 +40,9 @@ class Region:
         self._finish: Callable[[], Runner] | None = start(gm, [_like(node.meta["val"])() for node in inputs])
         self._lock = threading.Lock()
         runner: list[Runner] = []  # a list of its own: what the operator calls must not keep this object alive
+        self.name, self._runner = name, runner
         library: Any = torch.library.Library
-        self._library, self._runner, self.name = library(_NAMESPACE, "FRAGMENT"), runner, name
+        self._library = library(_NAMESPACE, "FRAGMENT")
         self._library.define(f"{name}(Tensor[] inputs) -> Tensor[]", tags=(torch.Tag.needs_exact_strides,))
         self._library.impl(name, lambda inputs: _apart(inputs, runner[0](*inputs)), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{_NAMESPACE}::{name}", lambda _: [make() for make in made], lib=self._library)
