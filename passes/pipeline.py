@@ -9,6 +9,7 @@ import torch
 
 from tcc.passes.base import Pass
 from tcc.passes.choose_tokens import Choice
+from tcc.passes.contiguous_rows import ContiguousRows
 from tcc.passes.drop_dead_parts import DropDeadParts
 from tcc.passes.drop_dead_stores import DropDeadStores
 from tcc.passes.entries import NO_RECORDS, Entry, Records, history
@@ -105,13 +106,16 @@ def variant_passes(kind: StepKind) -> list[Pass]:
     ]
 
 
-def lowering_passes(kind: StepKind, *, folds: tuple[Fold, ...] = (), num_steps: int = 0) -> list[Pass]:
+def lowering_passes(
+    kind: StepKind, *, folds: tuple[Fold, ...] = (), num_steps: int = 0, regional: bool = False
+) -> list[Pass]:
     """The first passes for a variant that is compiled in this process, in order: they compute less.
 
     Args:
         kind: what it does.
         folds: the values that are computed once per run.
         num_steps: the steps of a run, for which there are such values.
+        regional: what variants repeat will be compiled for itself.
     """
     computes = all(isinstance(entry.action, Compute) for entry in kind.entries)
     return [
@@ -120,6 +124,8 @@ def lowering_passes(kind: StepKind, *, folds: tuple[Fold, ...] = (), num_steps: 
         # a step that computes everything keeps the model's own products, and with them its bits
         *([DropDeadParts()] if kind.rewrites.drop_dead_parts and not computes else []),
         *([WriteRows()] if kind.rewrites.write_rows else []),
+        # a value that passes between two operators lies as it is captured
+        *([ContiguousRows()] if regional else []),
     ]
 
 

@@ -116,5 +116,5 @@ def test_the_other_table_of_passes_is_what_runs_when_a_variant_is_compiled() -> 
     table = re.findall(r"^\| `(\w+)` \|", (ROOT / "passes/README.md").read_text(), re.MULTILINE)
     info = case("dit").info
     program = build_program(info.captured, info.analysis, tcc.plans.fora(info, num_steps=4, interval=2), check=False)
-    first = lowering_passes(program.variants[1].kind, folds=(Fold("linear", True),), num_steps=2)
+    first = lowering_passes(program.variants[1].kind, folds=(Fold("linear", True),), num_steps=2, regional=True)
     assert [item.name for item in (*first, *storing_passes([]))] == [name for name in table if name != "NarrowSlots"]

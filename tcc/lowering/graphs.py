@@ -29,9 +29,9 @@ def graphs_of(
     """
     if not regional:
         for number, variant in variants.items():
-            yield _storing(_computing(variant, number, folding, check), number, None, check)
+            yield _storing(_computing(variant, number, folding, regional, check), number, None, check)
         return
-    graphs = [_computing(variant, number, folding, check) for number, variant in variants.items()]
+    graphs = [_computing(variant, number, folding, regional, check) for number, variant in variants.items()]
     repeats = find_repeats([gm.graph for gm in graphs])
     for number, gm, stretches in zip(variants, graphs, repeats, strict=True):
         yield _storing(gm, number, stretches, check)
@@ -42,14 +42,14 @@ def extra_inputs(gm: fx.GraphModule) -> tuple[str, ...]:
     return tuple(n.meta["input"] for n in gm.graph.find_nodes(op="placeholder") if "input" in n.meta)
 
 
-def _computing(variant: Variant, number: int, folding: Folding | None, check: bool) -> fx.GraphModule:
+def _computing(variant: Variant, number: int, folding: Folding | None, regional: bool, check: bool) -> fx.GraphModule:
     """What computes no more than it must, and still returns what it stores."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(variant.gm.graph, {}))
     gm = fx.GraphModule(variant.gm, graph)
     gm.meta["stores"] = variant.stores
     folds, num_steps = (folding.folds, len(folding.levels)) if folding else ((), 0)
-    passes = lowering_passes(variant.kind, folds=folds, num_steps=num_steps)
+    passes = lowering_passes(variant.kind, folds=folds, num_steps=num_steps, regional=regional)
     run_passes(gm, passes, label=f"lower variant {number}", check=check)
     return gm
 

@@ -6,7 +6,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, finalize
 
 import torch
 from torch import Tensor, fx
@@ -41,11 +41,11 @@ class Region:
         self._lock = threading.Lock()
         runner: list[Runner] = []  # a list of its own: what the operator calls must not keep this object alive
         self.name, self._runner = name, runner
-        library: Any = torch.library.Library
-        self._library = library(_NAMESPACE, "FRAGMENT")
-        self._library.define(f"{name}(Tensor[] inputs) -> Tensor[]", tags=(torch.Tag.needs_exact_strides,))
-        self._library.impl(name, lambda inputs: _apart(inputs, runner[0](*inputs)), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{_NAMESPACE}::{name}", lambda _: [make() for make in made], lib=self._library)
+        library: Any = torch.library.Library(_NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
+        finalize(self, library._destroy)  # torch 2.11 forgets an operator's address only so, not where a library dies
+        library.define(f"{name}(Tensor[] inputs) -> Tensor[]", tags=(torch.Tag.needs_exact_strides,))
+        library.impl(name, lambda inputs: _apart(inputs, runner[0](*inputs)), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{_NAMESPACE}::{name}", lambda _: [make() for make in made], lib=library)
 
     @property
     def operator(self) -> Any:
