@@ -47,7 +47,7 @@ class ContiguousRows(Pass):
 
 
 def _is_transposed(node: fx.Node) -> bool:
-    """Whether entries lie apart along the last dimension, but in images that lie by channels."""
+    """Whether the entries of a row lie apart in memory; images in a channels-last format do not count."""
     val = node.meta.get("val")
     if not isinstance(val, torch.Tensor) or val.layout != torch.strided or val.dim() < 2 or sized_by_data(node):
         return False

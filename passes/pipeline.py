@@ -109,7 +109,7 @@ def variant_passes(kind: StepKind) -> list[Pass]:
 def lowering_passes(
     kind: StepKind, *, folds: tuple[Fold, ...] = (), num_steps: int = 0, regional: bool = False
 ) -> list[Pass]:
-    """The first passes for a variant that is compiled in this process, in order: they compute less.
+    """The first passes for a variant that is compiled in this process, in order: while it returns what it stores.
 
     Args:
         kind: what it does.
@@ -124,7 +124,7 @@ def lowering_passes(
         # a step that computes everything keeps the model's own products, and with them its bits
         *([DropDeadParts()] if kind.rewrites.drop_dead_parts and not computes else []),
         *([WriteRows()] if kind.rewrites.write_rows else []),
-        # a value that passes between two operators lies as it is captured
+        # last: what passes between two operators lies as the graph now says
         *([ContiguousRows()] if regional else []),
     ]
 
