@@ -27,10 +27,9 @@ class ContiguousRows(Pass):
             `[B, D, S]`, as its residual adds keep the layout of `x`
     After:  `x = clone(transpose(...), contiguous) + positions`
 
-    Compiled as a whole, a graph does not keep to such layouts: Inductor chooses them. But what passes from one operator
-    to another lies as captured, and so do the values between the sub-graphs of `OutlineRepeats`. With torch 2.11 some
-    of Inductor's kernels for the CPU that normalise transposed rows are wrong: they keep one row where they need
-    sixteen.
+    Compiled as a whole, a graph does not keep to such layouts: Inductor chooses them. But what passes from one of the
+    sub-graphs of `OutlineRepeats` to another lies as captured. With torch 2.11 some of Inductor's kernels for the CPU
+    that normalise transposed rows are wrong: they keep one row where they need sixteen.
     """
 
     def run(self, gm: fx.GraphModule) -> int:

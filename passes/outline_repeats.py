@@ -11,7 +11,7 @@ from torch import fx
 from tcc.passes.base import Pass
 from tcc.passes.repeats import Stretch, find_repeats, inputs_of
 
-__all__ = ["OutlineRepeats", "invoke_subgraph"]
+__all__ = ["OutlineRepeats", "invoke_subgraph", "outline"]
 
 invoke_subgraph = torch.ops.higher_order.invoke_subgraph
 
@@ -34,14 +34,17 @@ class OutlineRepeats(Pass):
 
     def run(self, gm: fx.GraphModule) -> int:
         """Edit `gm`; see the class. An edit is a sub-graph."""
-        names = set[str]()
-        for stretch in find_repeats([gm.graph])[0] if self.stretches is None else self.stretches:
-            name = stretch.name
-            if name not in names:
-                gm.add_submodule(name, _sub_graph(gm, stretch))
-                names.add(name)
-            _call(gm.graph, name, stretch)
-        return len(names)
+        stretches = find_repeats([gm.graph])[0] if self.stretches is None else self.stretches
+        for stretch in stretches:
+            outline(gm, stretch)
+        return len({stretch.name for stretch in stretches})
+
+
+def outline(gm: fx.GraphModule, stretch: Stretch) -> None:
+    """Replace neighbouring calls by one of a sub-graph, which is a child of `gm` under the stretch's name."""
+    if not hasattr(gm, stretch.name):
+        gm.add_submodule(stretch.name, _sub_graph(gm, stretch))
+    _call(gm.graph, stretch.name, stretch)
 
 
 def _sub_graph(gm: fx.GraphModule, stretch: Stretch) -> fx.GraphModule:

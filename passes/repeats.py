@@ -19,7 +19,7 @@ from tcc.passes.graph import sized_by_data
 from tcc.passes.macs import count
 from tcc.passes.views import owner
 
-__all__ = ["Stretch", "find_repeats", "inputs_of"]
+__all__ = ["Stretch", "digest", "find_repeats", "has_plain_values", "inputs_of"]
 
 _Numbers = np.ndarray[Any, np.dtype[np.int64]]
 _Fingerprints = np.ndarray[Any, np.dtype[np.uint64]]
@@ -73,6 +73,25 @@ def inputs_of(nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
     return tuple(dict.fromkeys(read for node in nodes for read in node.all_input_nodes if read not in inside))
 
 
+def digest(nodes: Sequence[fx.Node]) -> str:
+    """Says what neighbouring calls compute: of copies the same, in every process, and of all else another."""
+    inside, outside = {node: place for place, node in enumerate(nodes)}, dict[fx.Node, int]()
+
+    def number(read: fx.Node) -> int:
+        return inside[read] if read in inside else -1 - outside.setdefault(read, len(outside))
+
+    calls = [
+        (_done(node), [number(read) for read in _operands(node)], any(user not in inside for user in node.users))
+        for node in nodes
+    ]
+    return hashlib.sha256(repr(calls).encode()).hexdigest()[:16]
+
+
+def has_plain_values(node: fx.Node) -> bool:
+    """Whether all that `node` makes and reads are tensors of known sizes, which are as they lie in memory."""
+    return not sized_by_data(node) and all(map(_is_plain, (node, *node.all_input_nodes)))
+
+
 class _Calls:
     """The calls of all graphs in a row, those that are not taken yet.
 
@@ -82,8 +101,7 @@ class _Calls:
 
     def __init__(self, graphs: Sequence[fx.Graph]) -> None:
         self._nodes = [n for graph in graphs for n in graph.nodes if n.op in ("call_function", "output")]
-        self._keys = [_key(node) for node in self._nodes]
-        self._alike = _numbered(self._keys)
+        self._alike = _numbered([_key(node) for node in self._nodes])
         numbers = {node: number for number, node in enumerate(self._nodes)}
         others = (node for graph in graphs for node in graph.nodes if node not in numbers)
         numbers |= {node: number for number, node in enumerate(others, start=len(numbers))}
@@ -109,8 +127,7 @@ class _Calls:
 
     def take(self, length: int, places: Sequence[int]) -> list[Stretch]:
         """The stretches there, which compute the same; from now on they are like nothing else."""
-        keys = self._keys[places[0] : places[0] + length]
-        name = "repeated_" + hashlib.sha256(repr((keys, self._form(places[0], length))).encode()).hexdigest()[:16]
+        name = f"repeated_{digest(self._nodes[places[0] : places[0] + length])}"
         numbers = int(self._alike.max()) + 1 + np.arange(length * len(places))
         for at, fresh in zip(places, numbers.reshape(len(places), length), strict=True):
             self._alike[at : at + length] = fresh
@@ -168,8 +185,11 @@ def _key(node: fx.Node) -> object:
     schema = getattr(node.target, "_schema", None)
     if schema.is_mutable if schema is not None else node.target is not operator.getitem:
         return node
-    if sized_by_data(node) or not all(map(_is_plain, (node, *node.all_input_nodes))):
-        return node
+    return _done(node) if has_plain_values(node) else node
+
+
+def _done(node: fx.Node) -> object:
+    """What a call of plain values does, whichever they are."""
     args = fx.map_arg((node.args, node.kwargs), lambda n: repr(_made(n)))
     return (node.target, repr(args), _made(node))
 

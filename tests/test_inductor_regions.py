@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from weakref import WeakValueDictionary
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def outlined(*graphs: fx.GraphModule) -> None:
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many calls every graph had that Inductor was given; small stretches are outlined too."""
+    """How many calls every graph had that Inductor was given; small stretches are outlined too, and none is known."""
     found, compile_once = list[int](), torch._inductor.compile
 
     def compile_noted(gm: fx.GraphModule, *given: Any, **options: Any) -> Any:
@@ -72,6 +73,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(torch._inductor, "compile", compile_noted)
     monkeypatch.setattr(repeats, "SPARSEST", 0)
+    monkeypatch.setattr(inductor_regions, "_alive", WeakValueDictionary())
     return found
 
 
@@ -81,14 +83,14 @@ def start(gm: fx.GraphModule, **options: Any) -> Callable[[], Callable[..., Sequ
 
 
 def test_two_graphs_share_what_both_have_once(compiled: list[int]) -> None:
-    """Neither repeats it alone. Three graphs are compiled, and results are those of the graphs as they were."""
+    """Neither repeats it alone, and what is before it differs: three graphs are compiled. Results stay as they were."""
     graphs = [graph("a", 0.5), graph("b", 0.25)]
     inputs = [values(gm) for gm in graphs]
     wanted = [gm(*given) for gm, given in zip(graphs, inputs, strict=True)]
     outlined(*graphs)
     runs = [begun() for begun in [start(gm) for gm in graphs]]
     assert len(compiled) == 3
-    assert compiled[0] >= repeats.SHORTEST
+    assert max(compiled) >= repeats.SHORTEST
     for run, given, expected in zip(runs, inputs, wanted, strict=True):
         for _ in range(2):  # nothing is written over that is still read
             for got, value in zip(run(*given), expected, strict=True):
@@ -97,32 +99,34 @@ def test_two_graphs_share_what_both_have_once(compiled: list[int]) -> None:
 
 
 def test_what_no_graph_calls_any_more_is_given_up(compiled: list[int]) -> None:
-    """With the last one goes the operator; later it is made again, and works."""
+    """Later it is made again, and works."""
     gm = graph("aa", 0.75)
     (given,), wanted = values(gm), gm(*values(gm))
     outlined(gm)
     copied = fx.Graph()
     copied.output(copied.graph_copy(gm.graph, {}))
     again = fx.GraphModule(gm, copied)
-    known = set(inductor_regions._alive)
     run = start(gm)()
-    (name,) = set(inductor_regions._alive) - known
-    assert hasattr(torch.ops.tcc_regions, name)
-    del run
+    made = len(compiled)
+    assert len(inductor_regions._alive) == made
+    del run, gm
     gc.collect()
-    assert name not in inductor_regions._alive
-    assert not hasattr(torch.ops.tcc_regions, name)
+    assert not inductor_regions._alive
     for got, value in zip(start(again)()(given), wanted, strict=True):
         torch.testing.assert_close(got, value)
-    assert len(compiled) == 4
+    assert len(compiled) == 2 * made
 
 
 def test_options_are_part_of_what_is_shared(compiled: list[int]) -> None:
-    """Other options make other code."""
-    graphs = [graph("aa", 0.5), graph("aa", 0.25)]
+    """Other options make other code; with the same ones, nothing is compiled again."""
+    graphs = [graph("aa", 0.5) for _ in range(3)]
     outlined(*graphs)
-    runs = [start(graphs[0])(), start(graphs[1], max_fusion_size=2)()]
-    assert len(compiled) == 2 * len(runs)
+    runs = [start(graphs[0])()]
+    once = len(compiled)
+    runs.append(start(graphs[1], max_fusion_size=2)())
+    assert len(compiled) == 2 * once
+    runs.append(start(graphs[2])())
+    assert len(compiled) == 2 * once
 
 
 def test_a_sub_graph_that_fails_is_tried_again(
@@ -143,30 +147,33 @@ def test_a_sub_graph_that_fails_is_tried_again(
     monkeypatch.setattr(torch._inductor, "compile", refuse_first)
     for got, value in zip(start(gm)()(*given), wanted, strict=True):
         torch.testing.assert_close(got, value)
-    assert tried == [False, True, False]
+    assert tried == [False, True, *(len(tried) - 2) * [False]]
     assert "small loops" in caplog.text
 
 
-def test_what_inductor_gives_back_twice_is_copied(compiled: list[int]) -> None:
-    """A product with ones is its factor, a sum with zeros its other term: written over, it would be lost for others."""
+def test_what_inductor_gives_back_is_copied(compiled: list[int]) -> None:
+    """A product with ones is its factor: after the slot is written, it would be what was written."""
     sketch = Sketch()
-    x, outputs = sketch.input("x", 16, 16), list[fx.Node]()
+    x, slot, outputs = sketch.input("x", 16, 16), sketch.input("slot:a", 16, 16), list[fx.Node]()
     for number, name in enumerate("ab"):
         x = sketch.call(aten.mul.Tensor, x, 0.5 + number)
-        inner, _, _ = turned(sketch, x, name, rounds=3)
         ones = sketch.call(aten.ones.default, [16, 16], dtype=torch.float32)
-        zeros = sketch.call(aten.zeros.default, [16, 16], dtype=torch.float32)
-        all_three = (inner, sketch.call(aten.mul.Tensor, inner, ones), sketch.call(aten.add.Tensor, x, zeros))
-        for part, each in enumerate(all_three):
-            outputs.append(sketch.call(aten.mul.Tensor, each, 3.0 * number + part))
+        inner, _, _ = turned(sketch, x, name)
+        kept = sketch.call(aten.mul.Tensor, slot, ones)
         x = sketch.call(aten.sub.Tensor, x, inner)
+        outputs.append(kept)
+    sketch.call(aten.copy_.default, slot, x)
+    outputs = [sketch.call(aten.exp.default, kept) for kept in outputs]
     gm = sketch.done(x, *outputs)
-    (given,), wanted = values(gm), gm(*values(gm))
+    given = values(gm)
+    wanted, written = gm(*(each.clone() for each in given)), [given[0], given[1].clone()]
     outlined(gm)
-    run = start(gm)()
-    assert len(compiled) == 2
-    for got, value in zip(run(given), wanted, strict=True):
-        torch.testing.assert_close(got, value)
+    run = start_compiling(gm, given, {})()
+    for _ in range(2):
+        written[1].copy_(given[1])
+        for got, value in zip(run(*written), wanted, strict=True):
+            torch.testing.assert_close(got, value)
+        assert torch.equal(written[1], run(*written)[0])
 
 
 def test_a_failure_is_over_with_the_call(compiled: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,8 +193,8 @@ def test_a_failure_is_over_with_the_call(compiled: list[int], monkeypatch: pytes
     assert kept.value is not None
 
 
-def test_two_threads_make_one_operator(compiled: list[int]) -> None:
-    """Neither finds it half made."""
+def test_two_threads_make_one_region(compiled: list[int]) -> None:
+    """Neither finds it half made. All is one stretch, since both graphs are equal."""
     graphs = [graph("aa", 0.5), graph("aa", 0.5)]
     outlined(*graphs)
     begin = threading.Barrier(2)
@@ -200,7 +207,7 @@ def test_two_threads_make_one_operator(compiled: list[int]) -> None:
         runners = list(pool.map(compile_one, graphs))  # kept: what nobody calls any more would be given up
     for one, other in zip(*(run(torch.ones(16, 16)) for run in runners), strict=True):
         torch.testing.assert_close(one, other)
-    assert len(compiled) == 3
+    assert len(compiled) == 1
 
 
 def test_examples_are_not_kept(compiled: list[int]) -> None:
@@ -208,7 +215,8 @@ def test_examples_are_not_kept(compiled: list[int]) -> None:
     gm = graph("aa", 0.5)
     outlined(gm)
     run = start(gm)()
-    assert [region._finish for region in run.regions] == [None]  # type: ignore[attr-defined]
+    assert [region._finish for region in inductor_regions._alive.values()] == len(compiled) * [None]
+    assert run is not None
 
 
 @pytest.mark.parametrize(
@@ -235,7 +243,7 @@ def test_settings_are_part_of_what_is_shared(change: Callable[[], None]) -> None
 
 
 def test_variants_that_reuse_other_branches_share_their_blocks(compiled: list[int]) -> None:
-    """A router's: each variant is one more graph, of few calls; results are those of the reference."""
+    """A router's: what variants compute is compiled once for all of them; results are those of the reference."""
     torch.manual_seed(0)
     model = DiT(input_size=8, patch_size=2, hidden_size=32, depth=4, num_heads=2, num_classes=10).eval()
     for parameter in model.parameters():
@@ -249,6 +257,5 @@ def test_variants_that_reuse_other_branches_share_their_blocks(compiled: list[in
         reference = reference or tcc.Reference(model, runs.plan)
         wanted = reference(*call)
         assert float((wanted - got).abs().max() / wanted.abs().max()) < 5e-6
-    variants = len(runs.compile_seconds)
-    assert variants >= 4
-    assert len(compiled) - variants <= 6  # no matter how many variants there are
+    assert len(runs.compile_seconds) >= 4
+    assert sum(each >= repeats.SHORTEST for each in compiled) <= 6  # no matter how many variants there are

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from tcc.lowering import inductor_reuse
-from tcc.lowering.inductor_regions import Region, call_regions
+from tcc.lowering.inductor_regions import call_regions, with_weights
 from tcc.lowering.inductor_stores import StoreEarly
 from tcc.runtime import Runner
 
@@ -50,18 +50,33 @@ class _Code(NamedTuple):
 def start_compiling(gm: fx.GraphModule, examples: list[torch.Tensor], options: dict[str, Any]) -> Callable[[], Runner]:
     """Inductor without Dynamo in front: the graph is whole already, so nothing can break, guard or recompile.
 
+    A graph that calls sub-graphs becomes calls of what is made of each of them.
+
     Returns:
         What waits for the rest and returns the compiled graph. Of a graph on CPUs, C++ compilers are at work meanwhile,
         in processes of their own: who has several graphs to compile starts them all first.
     """
     inductor_reuse.install()
     _let_waits_be_put_off()
+    regions = call_regions(gm, options, functools.partial(_start_whole, options=options))
+    if not regions:
+        return _start_whole(gm, examples, options)
+    runner = with_weights(gm)
+
+    def finish() -> Runner:
+        for region in regions:
+            region.finish()
+        return runner
+
+    return finish
+
+
+def _start_whole(gm: fx.GraphModule, examples: list[torch.Tensor], options: dict[str, Any]) -> Callable[[], Runner]:
     # without the shape environment, which Dynamo brings along elsewhere, Inductor does not look into its cache
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
     inputs = [mode.from_tensor(x, static_shapes=True) for x in examples]
     for node in gm.graph.nodes:
         node.meta.pop("unbacked_bindings", None)  # of the environment that the capture had: made anew in this one
-    regions = call_regions(gm, options, functools.partial(start_compiling, options=options))
     on_cpu = all(x.device.type == "cpu" for x in examples)
 
     def attempt(options: dict[str, Any]) -> _Code:
@@ -85,24 +100,12 @@ def start_compiling(gm: fx.GraphModule, examples: list[torch.Tensor], options: d
         code = with_small_loops(error)
 
     def finish() -> Runner:
-        for region in regions:
-            region.finish()
         try:
-            return _keeping(regions, code.finished())
+            return code.finished()
         except CppCompileError as error:
-            return _keeping(regions, with_small_loops(error).finished())
+            return with_small_loops(error).finished()
 
     return finish
-
-
-def _keeping(regions: list[Region], runner: Runner) -> Runner:
-    """The same runner, which keeps what it calls alive."""
-
-    def run(*inputs: torch.Tensor) -> Sequence[torch.Tensor]:
-        return runner(*inputs)
-
-    run.regions = regions  # type: ignore[attr-defined]
-    return run if regions else runner
 
 
 def _let_waits_be_put_off() -> None:

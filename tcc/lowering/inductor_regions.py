@@ -1,86 +1,88 @@
-"""Sub-graphs that several graphs call, compiled once: for Inductor they are operators that it does not look into."""
+"""Sub-graphs that several graphs call, compiled once; what is left of such a graph is calls of them, made by Python."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import operator
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
-from weakref import WeakValueDictionary, finalize
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx
 from torch._dynamo.convert_frame import compile_lock
 from torch._inductor import config
 
-from tcc.passes.outline_repeats import invoke_subgraph
+from tcc.passes.between import stretches_between
+from tcc.passes.outline_repeats import invoke_subgraph, outline
 from tcc.runtime import Runner
 
-__all__ = ["Region", "call_regions"]
+__all__ = ["Region", "call_regions", "with_weights"]
 
 #: `start(gm, example_inputs)` begins to compile, and returns what waits for the end of that.
 Start = Callable[[fx.GraphModule, list[Tensor]], Callable[[], Runner]]
-_NAMESPACE = "tcc_regions"
 #: Those that some compiled graph calls, by name.
 _alive: WeakValueDictionary[str, Region] = WeakValueDictionary()
 
 
 class Region:
-    """A sub-graph as an operator, which lives as long as this object.
+    """A compiled sub-graph, which lives as long as a graph that calls it.
 
     Args:
-        name: of the operator.
-        gm: the sub-graph, of tensors alone. It returns a tuple of tensors.
+        name: what it computes, and what its code depends on.
+        gm: the sub-graph, of tensors alone. It returns a tuple of tensors, and may write to its inputs.
         start: compiles it.
     """
 
     def __init__(self, name: str, gm: fx.GraphModule, start: Start) -> None:
-        outputs, inputs = gm.graph.output_node().all_input_nodes, gm.graph.find_nodes(op="placeholder")
-        made = [_like(node.meta["val"]) for node in outputs]
-        self._finish: Callable[[], Runner] | None = start(gm, [_like(node.meta["val"])() for node in inputs])
+        self.__name__ = name  # FX writes code that calls it by that
+        examples = [_like(node.meta["val"]) for node in gm.graph.find_nodes(op="placeholder")]
+        self._finish: Callable[[], Runner] | None = start(gm, examples)
         self._lock = threading.Lock()
-        runner: list[Runner] = []  # a list of its own: what the operator calls must not keep this object alive
-        self.name, self._runner = name, runner
-        library: Any = torch.library.Library(_NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
-        finalize(self, library._destroy)  # torch 2.11 forgets an operator's address only so, not where a library dies
-        library.define(f"{name}(Tensor[] inputs) -> Tensor[]", tags=(torch.Tag.needs_exact_strides,))
-        library.impl(name, lambda inputs: _apart(inputs, runner[0](*inputs)), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{_NAMESPACE}::{name}", lambda _: [make() for make in made], lib=library)
+        self._runner: Runner
+        self._shared: frozenset[int] | None = None
 
-    @property
-    def operator(self) -> Any:
-        """The operator: of a list of tensors to a list of tensors."""
-        return getattr(getattr(torch.ops, _NAMESPACE), self.name).default
+    def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
+        """What the sub-graph returns, in memory of its own: later calls may write to what this one was given."""
+        outputs = self._runner(*inputs)
+        if self._shared is None:  # the code is the same at each call
+            self._shared = _shared(inputs, outputs)
+        if not self._shared:
+            return outputs
+        return [output.clone() if place in self._shared else output for place, output in enumerate(outputs)]
 
     def finish(self) -> None:
-        """Wait until the operator can be called."""
+        """Wait until it can be called."""
         with self._lock:
             if self._finish is not None:
-                self._runner.append(self._finish())
+                self._runner = self._finish()
                 self._finish = None  # and with it the examples
 
 
-def _apart(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Tensor]:
-    """The outputs, each in memory of its own: Inductor may return one twice, or an input (`y * 1`, `x + 0`)."""
-    taken, apart = {given.data_ptr() for given in inputs}, list[Tensor]()
-    for output in outputs:
-        apart.append(output.clone() if output.data_ptr() in taken else output)
-        taken.add(output.data_ptr())
-    return apart
+def _shared(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> frozenset[int]:
+    """Which outputs are in the memory of an input: of `x + 0` and `x * 1`, Inductor returns `x`."""
+    given = {x.untyped_storage().data_ptr() for x in inputs}
+    return frozenset(place for place, x in enumerate(outputs) if x.untyped_storage().data_ptr() in given)
 
 
 def call_regions(gm: fx.GraphModule, options: dict[str, Any], start: Start) -> list[Region]:
-    """Let `gm` call operators where it calls sub-graphs, in place.
+    """If `gm` calls sub-graphs, let it do nothing but call regions, in place: also what stands between becomes some.
 
     Args:
         gm: its sub-graphs' names say what they compute (`OutlineRepeats`), so that equal ones, also of other graphs,
-            are one operator.
+            are one region.
         options: what else their code depends on.
         start: compiles a sub-graph that no compiled graph calls yet.
 
     Returns:
-        The operators. They must be finished before `gm` is called, and kept for as long as it is.
+        The regions. They must be finished before `gm` is called.
     """
+    if not gm.graph.find_nodes(op="call_function", target=invoke_subgraph):
+        return []
+    for stretch in stretches_between(gm.graph):
+        outline(gm, stretch)
     regions: dict[str, Region] = {}
     for node in gm.graph.find_nodes(op="call_function", target=invoke_subgraph):
         sub, name, *inputs = node.args
@@ -88,16 +90,24 @@ def call_regions(gm: fx.GraphModule, options: dict[str, Any], start: Start) -> l
         if name not in regions:
             regions[name] = _region(f"{name}_{_around(options)}", getattr(gm, str(sub.target)), start)
         with gm.graph.inserting_before(node):
-            call = gm.graph.call_function(regions[name].operator, (inputs,))
+            call = gm.graph.call_function(regions[name], tuple(inputs))
         call.meta = dict(node.meta)
         node.replace_all_uses_with(call)
         gm.graph.erase_node(node)
-        if not sub.users:
-            gm.graph.erase_node(sub)
-            gm.delete_submodule(str(sub.target))
-    if regions:
-        gm.recompile()
+        gm.graph.erase_node(sub)
     return list(regions.values())
+
+
+def with_weights(gm: fx.GraphModule) -> Runner:
+    """`gm` as a function of its inputs, with its weights at hand: a module looks each of them up at each call."""
+    weights: list[Tensor] = []
+    graph, first = gm.graph, next(iter(gm.graph.nodes))
+    for node in graph.find_nodes(op="get_attr"):
+        weights.append(operator.attrgetter(str(node.target))(gm))
+        with graph.inserting_before(first):
+            node.replace_all_uses_with(graph.placeholder(f"weight_{len(weights)}"))
+        graph.erase_node(node)
+    return functools.partial(fx.GraphModule({}, graph).forward, *weights)
 
 
 def _region(name: str, gm: fx.GraphModule, start: Start) -> Region:
@@ -117,7 +127,5 @@ def _around(options: dict[str, Any]) -> str:
     return hashlib.sha256(repr(around).encode()).hexdigest()[:8]
 
 
-def _like(val: Tensor) -> Callable[[], Tensor]:
-    """Makes tensors like `val`, which lie in memory as it does."""
-    size, stride, dtype, device = tuple(val.shape), val.stride(), val.dtype, val.device
-    return lambda: torch.empty_strided(size, stride, dtype=dtype, device=device)
+def _like(val: Tensor) -> Tensor:
+    return torch.empty_strided(tuple(val.shape), val.stride(), dtype=val.dtype, device=val.device)
