@@ -235,6 +235,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "dtype by name": ({"slot_dtype": "bfloat16"}, "slot_dtype='bfloat16': use a floating-point type, such as torch.bf"),
     "negative": ({"max_slot_bytes": -1}, "max_slot_bytes=-1: give a whole number of bytes"),
     "options": ({"options": {"nope": 1}}, "options={'nope': 1} are Inductor's, and backend='eager' takes none"),
+    "regional": ({"regional": "no"}, "regional='no': use True or False"),
+    "packed weights": (
+        {"regional": True, "backend": "inductor", "options": {"freezing": True}}, "leave out one of the two"
+    ),
     "shapes": ({"on_shape_change": "retry"}, "on_shape_change='retry': use 'error' or 'recapture'"),
 }  # fmt: skip
 

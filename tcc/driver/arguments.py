@@ -70,6 +70,13 @@ def _check_options(options: Options) -> None:
     if limit is not None and (not isinstance(limit, int) or limit < 0):
         raise CallError(f"max_slot_bytes={limit!r}: give a whole number of bytes, such as 20 * 2**20")
     check_slot_dtype(options.slot_dtype)
+    if not isinstance(options.regional, bool):
+        raise CallError(f"regional={options.regional!r}: use True or False")
+    if options.regional and (options.options or {}).get("freezing"):
+        raise CallError(
+            "regional=True makes one code for blocks of different weights, and freezing packs the weights into the "
+            "code: leave out one of the two"
+        )
     if options.backend != "inductor":
         find_backend(options.backend)
         if options.options:

@@ -365,7 +365,7 @@ def compile(
             measure; see `CachePlan.slot_dtype`, which it replaces.
         regional: compile what variants repeat, also of each other, once (regional compilation): their blocks, or
             branches. Deep models and plans of many variants compile many times faster, at the price of fusions from one
-            block into the next.
+            block into the next. Not with `freezing`: one code serves several blocks' weights.
         timesteps: the noise levels that every run will be called with, in order, as a scheduler's `timesteps`. What
             depends on them, and else on inputs that stay the same within a run (labels, prompts), is then computed once
             per run, for all steps together: modulations, embedded prompts, their keys and values. Each call is compared
